@@ -1,0 +1,1 @@
+"""Fast second-order merging of LoRA adapters: Fisher matrices in LoRA space, generalized eigenproblems, filters."""
