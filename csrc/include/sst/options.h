@@ -1,0 +1,45 @@
+// What the caller decides about an iterative solve, and the shapes that follow from it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace sst {
+
+/// How B (or an approximation K of it) is inverted.
+enum class Preconditioner : int32_t {
+    cholesky = 0,         ///< fp64 factor of B: the basis is the block Krylov space of B^-1 A, Rayleigh-Ritz once per cycle
+    cholesky_single = 1,  ///< fp32 factor of B plus a shift, fp64 residuals: Jacobi-Davidson steps
+    diagonal = 2,         ///< diag(B): correction equation by projected block CG
+    none = 3,             ///< identity: the same
+    exact = 4,            ///< the pencil applies B^-1 itself (Woodbury, eigenbasis): Jacobi-Davidson steps
+};
+
+struct Options {
+    int64_t k = 8;
+    int64_t block = 8;   ///< columns per expansion
+    int64_t basis = 64;  ///< columns of the full basis, a multiple of block above keep
+    int64_t keep = 16;   ///< Ritz vectors that survive a restart, at least k
+    int64_t previous = 8;  ///< +k: Ritz vectors of the step before the restart that survive as well (Jacobi-Davidson steps)
+    int64_t max_cycles = 100;
+    int64_t inner_steps = 0;  ///< CG steps per correction equation
+    double tolerance = 1e-10;  ///< converged when sqrt(r' B^-1 r) <= tolerance * largest |theta|
+    uint64_t seed = 0;
+    bool verify = false;  ///< always run a verification cycle; otherwise only behind a cluster as wide as the block
+    Preconditioner preconditioner = Preconditioner::cholesky;
+
+    /// Shapes that the measurements favour: basis 64 up to k = 16 keeps the projected problem in one CTA's shared memory.
+    static Options for_problem(int64_t n, int64_t k) {
+        Options options;
+        options.k = k;
+        options.block = std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8));
+        options.keep = k + options.block;
+        options.basis = std::max<int64_t>(64, options.keep + 5 * options.block);
+        options.basis = options.keep + (options.basis - options.keep) / options.block * options.block;
+        options.previous = std::min(options.block, k);
+        while (options.basis + options.block > n && options.basis - options.block > options.keep) options.basis -= options.block;
+        return options;
+    }
+};
+
+}  // namespace sst
