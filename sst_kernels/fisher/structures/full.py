@@ -1,0 +1,174 @@
+"""The exact Fisher of a block: its per-sample gradient rows, or the n×n matrix they fold into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.base import Counts, Structure, TokenBatch
+from sst_kernels.fisher.structures.rows import RowBuffer, gather_rows, rows_gramian, rows_times
+
+
+class Full(Structure):
+    """F = 1/count · Σ_n g_n g_nᵀ, exactly.
+
+    `rows="keep"` (default) keeps every g_n as a float32 row. The n-th row of every block of a pass belongs to the same
+    sample, so both the per-module and the cross-module Fisher can be read from one pass: 4·n bytes per sample.
+
+    `rows="fold"` adds the rows into the n×n matrix (float64) whenever more than n are waiting: at most 12·n² bytes
+    whatever the number of samples, the same F, but which sample a row came from is lost, and with it the cross-module
+    Fisher and cross-fitting (`rows` then raises).
+
+    State: `rows` [N, n] float32, and for "fold" also `matrix` [n, n] float64 (raw sums).
+    """
+
+    kind = "full"
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        device: torch.device | str = "cpu",
+        sample: str = "sequence",
+        count: str = "sequences",
+        rows: str = "keep",
+    ):
+        super().__init__(shape, device=device, sample=sample, count=count)
+        if rows not in ("keep", "fold"):
+            raise ValueError(f'rows: expected "keep" or "fold", got {rows!r}')
+        self._mode = rows
+        self._buffer = RowBuffer(self.size, self.device)
+        self._columns: slice | None = None
+        self._matrix: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "rows": self._mode}
+
+    @property
+    def folded(self) -> bool:
+        """Whether rows have been summed into the matrix already."""
+        return self._matrix is not None
+
+    @property
+    def rows(self) -> Tensor:
+        """Per-sample gradients [N, n] float32, in arrival order. RuntimeError once they were folded."""
+        if self.folded:
+            raise RuntimeError('the rows of this Fisher were folded into its matrix: accumulate with rows="keep"')
+        return self._waiting
+
+    @property
+    def _waiting(self) -> Tensor:
+        return self._buffer.rows if self._columns is None else self._buffer.rows[:, self._columns]
+
+    def attach(self, buffer: RowBuffer, offset: int) -> None:
+        """Read the rows from columns [offset, offset + n) of a buffer that somebody else fills for many blocks.
+
+        The writer extends the buffer once per batch and reports the batch with `written(counts)`; `update` and `append`
+        are then refused. ValueError when rows are present already, must fold, or the columns do not exist.
+        """
+        if self._mode == "fold":
+            raise ValueError('a Fisher with rows="fold" cannot share a row buffer: use rows="keep"')
+        if len(self._waiting) or self._columns is not None:
+            raise ValueError("attach the row buffer before the first batch")
+        if not 0 <= offset <= buffer.width - self.size:
+            raise ValueError(f"columns {offset}:{offset + self.size} lie outside a buffer of width {buffer.width}")
+        self._buffer, self._columns = buffer, slice(offset, offset + self.size)
+
+    def written(self, counts: Counts) -> None:
+        """Record the counts of a batch whose rows the owner of the attached buffer has written."""
+        self.counts += counts
+
+    def append(self, rows: Tensor) -> None:
+        """Add per-sample gradients [M, n] (any float dtype, stored as float32); the caller adds their counts."""
+        self._extend(len(rows)).copy_(rows)
+        self._fold_when_full()
+
+    def _extend(self, count: int) -> Tensor:
+        if self._columns is not None:
+            raise RuntimeError("this Fisher reads a shared row buffer: extend that buffer and call written(counts)")
+        return self._buffer.extend(count)
+
+    def _update(self, batch: TokenBatch) -> None:
+        if batch.rows is None:
+            from sst_kernels.ops import factor_rows
+
+            factor_rows(batch.left, batch.right, batch.spans, batch.scale, self._extend(len(batch.spans)))
+            self._fold_when_full()
+        else:
+            self.append(batch.rows)
+
+    def _fold_when_full(self) -> None:
+        if self._mode == "fold" and len(self._buffer) > self.size:
+            self._add_matrix(self._gram(self._buffer.rows))
+            self._buffer.clear()
+
+    def _gram(self, rows: Tensor) -> Tensor:
+        from sst_kernels.ops import gram, symmetrize_
+
+        out = torch.zeros(self.size, self.size, dtype=torch.float32, device=self.device)
+        return symmetrize_(gram(rows, None, None, out))
+
+    def _add_matrix(self, matrix: Tensor) -> None:
+        if self._matrix is None:
+            self._matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
+        self._matrix += matrix.to(self.device)
+
+    def _detach(self) -> None:
+        if self._columns is not None:
+            rows = self._waiting
+            self._buffer, self._columns = RowBuffer(self.size, self.device), None
+            self._buffer.append(rows)
+
+    def _merge(self, other: Self) -> None:
+        self._detach()
+        if other._matrix is not None:
+            self._add_matrix(other._matrix)
+        self.append(other._waiting)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Concatenate the rows of all ranks in rank order, and add the folded matrices: exact."""
+        import torch.distributed as dist
+
+        gathered = gather_rows(self._waiting, group)
+        folded = torch.tensor([int(self.folded)], device=self.device)
+        dist.all_reduce(folded, group=group)
+        if folded.item():
+            self._add_matrix(torch.zeros((), dtype=torch.float64))
+            dist.all_reduce(self._matrix, group=group)
+        self._buffer, self._columns = RowBuffer(self.size, self.device), None
+        self.append(gathered)
+        self._all_reduce_counts(group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"rows": self._waiting}
+        if self._matrix is not None:
+            state["matrix"] = self._matrix
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._buffer, self._columns, self._matrix = RowBuffer(self.size, self.device), None, None
+        self._buffer.append(state["rows"].to(self.device))
+        if "matrix" in state:
+            self._add_matrix(state["matrix"])
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        out = rows_gramian(self._waiting, vectors)
+        if self._matrix is not None:
+            out += self._matrix @ vectors.to(self.device, torch.float64)
+        return out / self.normaliser
+
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        if self.folded:
+            return super().quadratic(vectors)
+        return rows_times(self._waiting, vectors).square().sum(0) / self.normaliser
+
+    def operator(self) -> Any:
+        """`LowRank(rows / √count)`, or `Dense` once folded or when there are more rows than coordinates."""
+        from sst_kernels.gevp.operators import Dense, LowRank
+
+        if self.folded or len(self._waiting) > self.size:
+            return Dense(self.dense())
+        return LowRank(self._waiting.double() / self.normaliser**0.5)
