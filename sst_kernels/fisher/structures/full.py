@@ -81,6 +81,13 @@ class Full(Structure):
         """Record the counts of a batch whose rows the owner of the attached buffer has written."""
         self.counts += counts
 
+    def block(self, offset: int, shape: tuple[int, int]) -> Full:
+        """The block of `shape` whose coordinates begin at `offset`, as a view of this structure's rows."""
+        view = Full(shape, device=self.device, sample=self.sample, count=self.count)
+        view.attach(self._buffer, offset)
+        view.counts = self.counts
+        return view
+
     def append(self, rows: Tensor) -> None:
         """Add per-sample gradients [M, n] (any float dtype, stored as float32); the caller adds their counts."""
         self._extend(len(rows)).copy_(rows)

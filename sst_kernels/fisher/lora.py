@@ -1,0 +1,119 @@
+"""LoRA layers, recognised by the shape of their interface (`lora_A`, `lora_B`, `scaling`), and what is refused of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One module that carries the adapter: ΔW = scaling · B A, A [r, d_in], B [d_out, r]."""
+
+    name: str
+    layer: nn.Module
+    lora_a: nn.Module
+    lora_b: nn.Module
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.lora_a.weight.device
+
+    def metric(self) -> tuple[Tensor, Tensor]:
+        """(scaling² BᵀB, A Aᵀ), both [r, r] float64 on the CPU: ‖ΔW(S)‖²_F = tr(Sᵀ (c²BᵀB) S (AAᵀ)) for ΔW(S) = c·B S A."""
+        a, b = (m.weight.detach().to("cpu", torch.float64) for m in (self.lora_a, self.lora_b))
+        return self.scaling**2 * (b.T @ b), a @ a.T
+
+
+def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | None = None) -> list[LoraSite]:
+    """All LoRA layers of `model` that carry `adapter`, in the model's order, checked.
+
+    `modules` restricts them: a regular expression that must match the whole module name, or the names themselves.
+    Raises ValueError, naming the module and the remedy, for whatever would make core- or factor-space gradients wrong:
+    an unknown, inactive, merged or disabled adapter, LoRA variants (DoRA and others), embedding and convolution layers,
+    a bias in `lora_B`, shared (tied) LoRA weights, active dropout.
+    """
+    sites, known, seen = [], set(), {}
+    for path, layer in model.named_modules():
+        if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling")):
+            continue
+        name = path.removeprefix("base_model.model.")
+        known.update(layer.lora_A.keys(), getattr(layer, "lora_embedding_A", {}).keys())
+        if adapter in getattr(layer, "lora_embedding_A", {}):
+            raise ValueError(f"{name}: LoRA on an embedding is not supported; train the adapter without this module")
+        if adapter not in layer.lora_A or not _selected(name, modules):
+            continue
+        _check_layer(name, layer, adapter)
+        site = LoraSite(name, layer, layer.lora_A[adapter], layer.lora_B[adapter], float(layer.scaling[adapter]))
+        for part in (site.lora_a, site.lora_b):
+            owner = seen.setdefault(id(part.weight), name)
+            if owner != name:
+                raise ValueError(f"{name} shares its LoRA weights with {owner}: tied LoRA modules are not supported")
+        sites.append(site)
+    if not sites:
+        if adapter not in known:
+            raise ValueError(f"no module carries the adapter {adapter!r}; this model has {sorted(known) or 'no LoRA adapters'}")
+        raise ValueError(f"modules={modules!r} selects none of the modules that carry the adapter {adapter!r}")
+    _check_dropout(model)
+    return sites
+
+
+def fingerprint(sites: Iterable[LoraSite]) -> str:
+    """SHA-256 over names, scalings and weights: two Fishers belong to one adapter exactly when these agree."""
+    digest = hashlib.sha256()
+    for site in sites:
+        digest.update(f"{site.name}\0{site.scaling!r}\0".encode())
+        for part in (site.lora_a, site.lora_b):
+            weight = part.weight.detach().to("cpu", torch.float32).contiguous()
+            digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _selected(name: str, modules: str | Iterable[str] | None) -> bool:
+    if modules is None:
+        return True
+    return re.fullmatch(modules, name) is not None if isinstance(modules, str) else name in set(modules)
+
+
+def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
+    if getattr(layer, "merged", False):
+        raise ValueError(f"{name}: adapters {list(layer.merged_adapters)} are merged into the base weight; call model.unmerge_adapter() first")
+    if getattr(layer, "disable_adapters", False):
+        raise ValueError(f"{name}: adapters are disabled; leave the disable_adapter() context or call model.enable_adapter_layers()")
+    active = getattr(layer, "active_adapters", [adapter])
+    if adapter not in active:
+        raise ValueError(
+            f"{name}: the adapter {adapter!r} is not active (active: {list(active)}); "
+            f"activate it, beside others if need be: model.base_model.set_adapter([...])"
+        )
+    if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(adapter, False):
+        variant = type(getattr(layer, "lora_variant", {}).get(adapter, None)).__name__
+        kind = "DoRA" if getattr(layer, "use_dora", {}).get(adapter, False) or "Dora" in variant else variant
+        raise ValueError(f"{name}: {kind} is not plain LoRA (ΔW = scaling · B A) and is not supported; retrain with plain LoRA")
+    if getattr(layer, "lora_bias", {}).get(adapter, False):
+        raise ValueError(f"{name}: lora_bias=True adds a bias to lora_B, which ΔW = scaling · B A does not hold; retrain without it")
+    for part in ("lora_A", "lora_B"):
+        weight = getattr(getattr(layer, part)[adapter], "weight", None)
+        if weight is None or weight.ndim != 2:
+            shape = None if weight is None else tuple(weight.shape)
+            raise ValueError(f"{name}: {part} must be a linear map with a 2-d weight, got {shape} (convolution LoRA is not supported)")
+
+
+def _check_dropout(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0.0)
+        rate = rate.p if isinstance(rate, nn.modules.dropout._DropoutNd) else rate
+        if isinstance(rate, float) and rate > 0:
+            raise ValueError(f"{path}: dropout {rate} is active, so gradients would be those of a random subnetwork; call model.eval() first")

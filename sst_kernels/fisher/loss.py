@@ -1,0 +1,179 @@
+"""What a forward pass optimises: where the samples and their labels lie, and the loss that the accumulator must undo."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+
+
+@dataclass
+class Declaration:
+    """Labels, reduction and sample groups of a loss that is computed outside the model (see `declared_loss`)."""
+
+    labels: Tensor
+    reduction: str
+    source: str
+    groups: Sequence[int] | None = None
+    watchers: list[Any] = field(default_factory=list)
+
+    def loss(self, value: Tensor) -> Tensor:
+        """Name the scalar whose `backward()` will follow, so that any factor put on it later is measured and undone."""
+        for watch in self.watchers:
+            watch(value)
+        return value
+
+
+_declared: ContextVar[Declaration | None] = ContextVar("declared_loss", default=None)
+
+
+@contextlib.contextmanager
+def declared_loss(
+    labels: Tensor, *, reduction: str = "sum", source: str = "data", groups: Sequence[int] | None = None
+) -> Iterator[Declaration]:
+    """Tell an enclosing `fisher_accumulate` about a loss of your own, for the forward passes inside this context.
+
+    labels: [N, T], -100 where there is no loss, aligned with the input tokens (position t is predicted from t - 1).
+    reduction: "sum" or "mean" over all labels of the batch. source: "data" or "model", written into the Fisher.
+    groups: one integer per sample; samples of one group (several label draws of one prompt) are never split by
+    cross-fitting. Pass the finished scalar to `.loss(value)` and call `backward()` on what it returns.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction: expected "sum" or "mean", got {reduction!r}')
+    declaration = Declaration(labels, reduction, source, groups)
+    token = _declared.set(declaration)
+    try:
+        yield declaration
+    finally:
+        _declared.reset(token)
+
+
+def current_declaration() -> Declaration | None:
+    return _declared.get()
+
+
+def sequence_nll(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    labels: str = "data",
+    *,
+    generator: torch.Generator | None = None,
+    groups: Sequence[int] | None = None,
+) -> Tensor:
+    """Σ over sequences and label positions of −log p, a scalar in nats, ready for `backward()`.
+
+    batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="data" takes them as
+    they are; labels="model" draws each one anew from the model's own prediction at its position (teacher-forced on the
+    batch's tokens), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL divergence
+    (Martens 2014, arXiv:1412.1193). Raises ValueError without `labels` in the batch or with none left unmasked.
+    """
+    if labels not in ("data", "model"):
+        raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
+    if batch.get("labels") is None:
+        raise ValueError("batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer")
+    target = batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with declared_loss(target, source=labels, groups=groups) as declaration:
+        output = model(**inputs)
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        mask = target[:, 1:] != IGNORE
+        if not mask.any():
+            raise ValueError("every label of the batch is masked (-100): there is no loss to differentiate")
+        mask = mask.to(logits.device)
+        picked = logits[:, :-1][mask].float()
+        if labels == "model":
+            with torch.no_grad():
+                answers = torch.multinomial(picked.softmax(-1), 1, generator=generator).squeeze(-1)
+        else:
+            answers = target[:, 1:].to(logits.device)[mask]
+        return declaration.loss(nn.functional.cross_entropy(picked, answers, reduction="sum"))
+
+
+@dataclass
+class Layout:
+    """Host-side description of one batch: where each sample's tokens lie and how many labels each carries."""
+
+    batch: int  # dense [batch, length] input shape
+    length: int
+    spans: Tensor  # [N, 2] int64, cpu
+    labels: Tensor  # [N] int64, cpu
+
+    @property
+    def samples(self) -> int:
+        return len(self.spans)
+
+    @property
+    def tokens(self) -> int:
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
+    """Samples, spans and label counts of a batch.
+
+    Dense batches have one sample per row, within it the span of `attention_mask` [N, T] (left or right padding).
+    Packed batches ([1, ΣT]) are recognised by `cu_seq_lens_q`, or by `position_ids` that start again without an attention mask, which is
+    also how transformers separates them. Raises ValueError for masks with holes, samples without labels and labels that
+    would be predicted across a sequence boundary.
+    """
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise ValueError("the forward pass has neither input_ids nor inputs_embeds: pass one by keyword")
+    n, length = tokens.shape[:2]
+    if tuple(labels.shape) != (n, length):
+        raise ValueError(f"labels must have the shape of the input tokens {(n, length)}, got {tuple(labels.shape)}")
+    labelled = labels.detach().cpu() != IGNORE
+    labelled[:, 0] = False
+    packed = _packed_starts(inputs, n, length)
+    if packed is not None:
+        spans = torch.stack([packed[:-1], packed[1:]], 1)
+        if labelled.flatten()[packed[:-1]].any():
+            raise ValueError("a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100")
+    else:
+        spans = _mask_spans(inputs.get("attention_mask"), n, length)
+    running = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.flatten().cumsum(0)])
+    counts = running[spans[:, 1]] - running[spans[:, 0]]
+    if int(counts.sum()) != int(running[-1]):
+        raise ValueError("labels lie on padding tokens: mask them with -100")
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts")
+    return Layout(n, length, spans, counts)
+
+
+def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | None:
+    boundaries = inputs.get("cu_seq_lens_q")
+    if boundaries is not None:
+        starts = boundaries.detach().cpu().to(torch.int64)
+        if n != 1 or starts[0] != 0 or starts[-1] != length or (starts.diff() <= 0).any():
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the {length} packed tokens of a batch of 1, got {starts.tolist()} for a batch of {n}")
+        return starts
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or n != 1 or positions.ndim != 2:
+        return None
+    starts = (positions[0].detach().cpu() == 0).nonzero().flatten()
+    return torch.cat([starts, torch.tensor([length])]) if len(starts) > 1 and starts[0] == 0 else None
+
+
+def _mask_spans(mask: Tensor | None, n: int, length: int) -> Tensor:
+    begin = torch.arange(n) * length
+    if mask is None or mask.ndim != 2:
+        return torch.stack([begin, begin + length], 1)
+    kept = mask.detach().cpu() != 0
+    if tuple(kept.shape) != (n, length):
+        raise ValueError(f"attention_mask must have the shape of the input tokens {(n, length)}, got {tuple(kept.shape)}")
+    lengths = kept.sum(1)
+    first = kept.to(torch.int8).argmax(1)
+    last = length - kept.flip(1).to(torch.int8).argmax(1)
+    holes = ((lengths > 0) & (last - first != lengths)).nonzero().flatten().tolist()
+    if holes:
+        raise ValueError(f"attention_mask of samples {holes} has holes: pad on one side only, or pack with cu_seq_lens_q")
+    first = torch.where(lengths > 0, first, 0)
+    return torch.stack([begin + first, begin + first + lengths], 1)
