@@ -1,0 +1,56 @@
+// What both native modules take from Python: addresses as integers (tensor.data_ptr()), shapes, options. No torch here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "sst/options.h"
+#include "sst/result.h"
+#include "sst/views.h"
+
+namespace sst::bindings {
+
+namespace py = pybind11;
+
+template <class T>
+T* pointer(uint64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+/// [batch, n, n] symmetric matrices, `stride` entries apart.
+template <class S>
+Batch<const S> matrices(uint64_t address, int64_t n, int64_t stride) {
+    return {pointer<const S>(address), n, n, n, stride};
+}
+
+/// Contiguous outputs: values [batch, k], vectors [batch, k, n] (rows are the vectors), bounds [batch, k], status and cycles [batch].
+inline Result outputs(int64_t n, int64_t k, uint64_t values, uint64_t vectors, uint64_t bounds, uint64_t status, uint64_t cycles) {
+    return {{pointer<double>(values), k, 1, k, k},
+            {pointer<double>(vectors), n, k, n, n * k},
+            {pointer<double>(bounds), k, 1, k, k},
+            pointer<int32_t>(status),
+            pointer<int32_t>(cycles)};
+}
+
+/// Both modules show Options under the same names.
+inline void bind_options(py::module_& module) {
+    py::class_<Options>(module, "Options")
+        .def_static("for_problem", &Options::for_problem, py::arg("n"), py::arg("k"))
+        .def_readwrite("k", &Options::k)
+        .def_readwrite("block", &Options::block)
+        .def_readwrite("basis", &Options::basis)
+        .def_readwrite("keep", &Options::keep)
+        .def_readwrite("previous", &Options::previous)
+        .def_readwrite("max_cycles", &Options::max_cycles)
+        .def_readwrite("inner_steps", &Options::inner_steps)
+        .def_readwrite("tolerance", &Options::tolerance)
+        .def_readwrite("seed", &Options::seed)
+        .def_readwrite("verify", &Options::verify)
+        .def_property(
+            "preconditioner", [](const Options& options) { return static_cast<int>(options.preconditioner); },
+            [](Options& options, int value) { options.preconditioner = static_cast<Preconditioner>(value); });
+}
+
+}  // namespace sst::bindings

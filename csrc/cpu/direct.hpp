@@ -1,0 +1,104 @@
+// The direct route for one problem: screen, scale, Cholesky, reduction to standard form, eigensolver, back substitution.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/cpu_backend.hpp"
+#include "gevp/screen.hpp"
+
+namespace sst::cpu {
+
+/// Scratch of one worker, reused over its problems.
+struct DirectWorkspace {
+    std::vector<double> c, factor, z, work, w;
+    std::vector<int> integers, support;
+};
+
+/// Top-k pairs of `a` v = lambda `b` v (n x n, storage S) into slice `p` of `result`. Returns nothing: the status says it.
+template <class S>
+void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, const Result& result, DirectWorkspace& ws) {
+    int n = int(a.rows);
+    const int64_t nn = int64_t(n) * n;
+    const Active one{&p, 1};
+    CpuBackend backend(1);
+    result.cycles[p] = 0;
+
+    double seen_a[2], seen_b[2];
+    backend.extrema(one, a, {seen_a, 2, 1, 2, 0});
+    backend.extrema(one, b, {seen_b, 2, 1, 2, 0});
+    const double ulp = std::is_same_v<S, float> ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
+    const gevp::Screen screen = gevp::screen(seen_a[0], seen_a[1], seen_b[0], seen_b[1], ulp);
+    auto fail = [&](Status status) { gevp::poison(backend, one, result, k, status); };
+    if (screen.status != Status::converged) return fail(screen.status);
+
+    ws.c.resize(nn), ws.factor.resize(nn), ws.w.resize(n);
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < n; ++i) {
+            ws.c[j * n + i] = double(a(p, i, j)) * screen.scale_a;
+            ws.factor[j * n + i] = double(b(p, i, j)) * screen.scale_b;
+        }
+    }
+    char lower = 'L', vectors = 'V', range = 'I', left = 'L', trans = 'T', plain = 'N';
+    int info = 0, type = 1, first = n - int(k) + 1, last = n, found = 0, size = -1, integer_size = -1, integer_query = 0;
+    double query = 0, unused = 0, tolerance = 0, unit = 1;
+    lapack().dpotrf(&lower, &n, ws.factor.data(), &n, &info);
+    if (info != 0) return fail(Status::not_positive_definite);
+    lapack().dsygst(&type, &lower, &n, ws.c.data(), &n, ws.factor.data(), &n, &info);
+
+    const bool subset = 3 * k <= n;  // beyond a third of the spectrum divide and conquer is the faster one
+    double* z = ws.c.data() + nn - k * n;
+    if (subset) {
+        ws.z.resize(k * n), ws.support.resize(2 * k);
+        auto call = [&](double* work, int* integers) {
+            lapack().dsyevr(&vectors, &range, &lower, &n, ws.c.data(), &n, &unused, &unused, &first, &last, &tolerance, &found,
+                            ws.w.data(), ws.z.data(), &n, ws.support.data(), work, &size, integers, &integer_size, &info);
+        };
+        call(&query, &integer_query);
+        size = int(query), integer_size = integer_query;
+        ws.work.resize(size), ws.integers.resize(integer_size);
+        call(ws.work.data(), ws.integers.data());
+        z = ws.z.data();
+    } else {
+        auto call = [&](double* work, int* integers) {
+            lapack().dsyevd(&vectors, &lower, &n, ws.c.data(), &n, ws.w.data(), work, &size, integers, &integer_size, &info);
+        };
+        call(&query, &integer_query);
+        size = int(query), integer_size = integer_query;
+        ws.work.resize(size), ws.integers.resize(integer_size);
+        call(ws.work.data(), ws.integers.data());
+        std::copy(ws.w.end() - k, ws.w.end(), ws.w.begin());
+    }
+    if (info != 0) return fail(Status::max_iterations);
+
+    int count = int(k);
+    lapack().dtrsm(&left, &lower, &trans, &plain, &n, &count, &unit, ws.factor.data(), &n, z, &n);
+    const double unscale_value = screen.scale_b / screen.scale_a, unscale_vector = std::sqrt(screen.scale_b);
+    for (int64_t j = 0; j < k; ++j) {
+        result.values(p, j, 0) = ws.w[k - 1 - j];
+        std::copy_n(z + (k - 1 - j) * n, n, &result.vectors(p, 0, j));
+    }
+
+    // The bound: r = A v - theta B v in the B^-1 norm, from the stored A and B, not from the reduced matrix.
+    ws.work.resize(2 * k * n + n * 64);
+    Batch<double> r{ws.work.data(), n, k, n, 0};
+    Batch<double> bv{ws.work.data() + k * n, n, k, n, 0};
+    backend.widen(ws.work.data() + 2 * k * n);
+    backend.symm(one, a, Batch<const double>(result.vectors), r);
+    backend.symm(one, b, Batch<const double>(result.vectors), bv);
+    const double sa = screen.scale_a, sb = screen.scale_b;
+    const Batch<double> theta = result.values, bounds = result.bounds;
+    backend.each_entry(one, n, k, [=](int64_t q, int64_t i, int64_t j) {
+        r(q, i, j) = sa * r(q, i, j) - theta(q, j, 0) * sb * bv(q, i, j);
+    });
+    backend.trsm(one, Op::none, Batch<const double>{ws.factor.data(), n, n, n, 0}, r);
+    backend.dots(one, r, r, bounds);
+    backend.each_column(one, k, [=](int64_t q, int64_t j) { bounds(q, j, 0) = std::sqrt(bounds(q, j, 0)); });
+    result.status[p] = code(Status::converged);
+    for (int64_t j = k - 1; j >= 0; --j) {
+        if (gevp::finish_column(result, p, j, k, n, unscale_value, unscale_vector)) result.status[p] = code(Status::rank_deficient);
+    }
+}
+
+}  // namespace sst::cpu
