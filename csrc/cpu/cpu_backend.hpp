@@ -144,7 +144,7 @@ public:
                     for (int64_t j = jt; j < std::min(jt + tile, n); ++j) {
                         const S *column = &a(p, 0, j), *row = &a(p, j, 0);
                         for (int64_t i = std::max(it, j); i < std::min(it + tile, n); ++i) {
-                            const double x = column[i], y = row[(i - j) * a.ld];
+                            const double x = column[i], y = row[i * a.ld];
                             largest = std::max(largest, std::max(std::abs(x), std::abs(y)));
                             skew = std::max(skew, std::abs(x - y));
                             poison += x * 0.0 + y * 0.0;
