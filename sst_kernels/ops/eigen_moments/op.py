@@ -1,0 +1,81 @@
+"""Second moments of per-sample gradients in Kronecker eigenbases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sst_kernels.ops import checks
+from sst_kernels.ops.factor_moments.op import factor_moments
+from sst_kernels.ops.spans import sample_sums
+
+
+def eigen_moments(
+    left: Tensor,
+    right: Tensor,
+    spans: Tensor,
+    scale: Tensor | None,
+    u_left: Tensor,
+    u_right: Tensor,
+    out: Tensor,
+    *,
+    precision: str = "tf32x3",
+) -> Tensor:
+    """Add Σ_n (U_Lᵀ G_n U_R)² to `out` in place, G_n = scale_n Σ_{t in span n} left_t right_tᵀ.
+
+    left [S, p], right [S, q]: float32, bfloat16 or float16; spans [N, 2] int64; scale [N] float32 or None; u_left
+    [p, p'], u_right [q, q'] float32, any number of columns; out [p', q'] float32.
+    The cheaper order is taken, by `rotates_tokens`: rotate G_n (N·min(p, q) rows) or rotate the tokens (S rows).
+    `precision` says how float32 products are formed on tensor cores: "tf32x3" (float32 accuracy), "ieee" or "tf32".
+
+    Raises ValueError when a shape, dtype or device does not fit.
+    """
+    checks.tokens("left", left)
+    checks.tokens("right", right, left.shape[0])
+    checks.spans_and_scale(left, spans, scale)
+    for name, u, x in (("u_left", u_left, left), ("u_right", u_right, right)):
+        if u.ndim != 2 or u.shape[0] != x.shape[1] or u.dtype != torch.float32 or u.device != x.device:
+            raise ValueError(
+                f"{name}: expected [{x.shape[1]}, ·] float32 on {x.device}, got {list(u.shape)} {u.dtype} on {u.device}"
+            )
+    checks.accumulator("out", out, (u_left.shape[1], u_right.shape[1]), left)
+    checks.precision(precision)
+    if len(spans) and out.numel():
+        _eigen_moments(left, right, spans, scale, u_left, u_right, out, precision)
+    return out
+
+
+def rotates_tokens(S: int, N: int, p: int, q: int) -> bool:
+    """Whether rotating S token rows costs less than rotating the N·min(p, q) rows of the per-sample gradients."""
+    return N * min(p, q) > S
+
+
+@torch.library.custom_op(
+    "sst_kernels::eigen_moments",
+    mutates_args=("out",),
+    schema="(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor u_left, Tensor u_right, Tensor(a!) out,"
+    " str precision) -> ()",
+    device_types="cpu",
+)
+def _eigen_moments(left, right, spans, scale, u_left, u_right, out, precision):
+    checks.span_values(spans, left.shape[0])
+    if rotates_tokens(left.shape[0], len(spans), left.shape[1], right.shape[1]):
+        factor_moments(left.float() @ u_left, right.float() @ u_right, spans, scale, None, out)
+        return
+    batch = torch.zeros_like(out)
+    for _, G in sample_sums(left, right, spans, scale):
+        rotated = (u_left.T @ G) @ u_right if left.shape[1] <= right.shape[1] else u_left.T @ (G @ u_right)
+        batch += rotated.square_().sum(0)
+    out += batch
+
+
+@_eigen_moments.register_kernel("cuda")
+def _(left, right, spans, scale, u_left, u_right, out, precision):
+    from sst_kernels.ops.eigen_moments.kernel import eigen_moments
+
+    eigen_moments(left, right, spans, scale, u_left, u_right, out, precision)
+
+
+@_eigen_moments.register_fake
+def _(left, right, spans, scale, u_left, u_right, out, precision):
+    return None

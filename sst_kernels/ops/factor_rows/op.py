@@ -1,0 +1,55 @@
+"""Per-sample gradients of one block as rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sst_kernels.ops import checks
+from sst_kernels.ops.spans import sample_sums
+
+
+def factor_rows(
+    left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, out: Tensor, *, precision: str = "ieee"
+) -> Tensor:
+    """Overwrite row n of `out` with vec(G_n), G_n = scale_n Σ_{t in span n} left_t right_tᵀ, row-major.
+
+    left [S, p], right [S, q]: float32, bfloat16 or float16; spans [N, 2] int64; scale [N] float32 or None;
+    out [N, p*q] float32 or bfloat16 (rounded once, after the scale), row stride free. Accumulation is float32.
+    `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
+
+    Raises ValueError when a shape, dtype or device does not fit.
+    """
+    checks.tokens("left", left)
+    checks.tokens("right", right, left.shape[0])
+    checks.spans_and_scale(left, spans, scale)
+    checks.accumulator("out", out, (len(spans), left.shape[1] * right.shape[1]), left, (torch.float32, torch.bfloat16))
+    checks.precision(precision)
+    if out.numel():
+        _factor_rows(left, right, spans, scale, out, precision)
+    return out
+
+
+@torch.library.custom_op(
+    "sst_kernels::factor_rows",
+    mutates_args=("out",),
+    schema="(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
+    device_types="cpu",
+)
+def _factor_rows(left, right, spans, scale, out, precision):
+    checks.span_values(spans, left.shape[0])
+    out.zero_()
+    for samples, G in sample_sums(left, right, spans, scale):
+        out[samples] = G.flatten(1).to(out.dtype)
+
+
+@_factor_rows.register_kernel("cuda")
+def _(left, right, spans, scale, out, precision):
+    from sst_kernels.ops.factor_rows.kernel import factor_rows
+
+    factor_rows(left, right, spans, scale, out, precision)
+
+
+@_factor_rows.register_fake
+def _(left, right, spans, scale, out, precision):
+    return None

@@ -1,0 +1,3 @@
+from sst_kernels.ops.gram.op import gram, symmetrize_
+
+__all__ = ["gram", "symmetrize_"]

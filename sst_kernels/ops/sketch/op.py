@@ -1,0 +1,76 @@
+"""Streaming product of a token second moment with a test matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sst_kernels.ops import checks
+from sst_kernels.ops.spans import token_weights
+
+_ROWS = 4096
+
+
+def sketch(
+    x: Tensor,
+    omega: Tensor,
+    spans: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """Add Xᵀ D (X Ω) to `out` in place, D = diag(scale²) over the tokens of the spans: Y += F Ω without F.
+
+    x [S, d]: float32, bfloat16 or float16; omega [d, l] float32 or the dtype of x; spans [N, 2] int64, or None for
+    all tokens; scale [N] float32 or None; out [d, l] float32. The inner product Z = XΩ is never rounded below
+    float32, so ΩᵀY stays symmetric positive semi-definite to float32 and a Nyström factor can be taken from it. For
+    bfloat16 x the float32 operand is split into three bfloat16 terms, which is exact, and tensor cores do the rest.
+    `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
+
+    Raises ValueError when a shape, dtype or device does not fit.
+    """
+    checks.tokens("x", x)
+    checks.spans_and_scale(x, spans, scale)
+    if omega.ndim != 2 or omega.shape[0] != x.shape[1] or omega.dtype not in (torch.float32, x.dtype):
+        raise ValueError(
+            f"omega: expected [{x.shape[1]}, l] float32 or {x.dtype}, got {list(omega.shape)} {omega.dtype}"
+        )
+    checks.accumulator("out", out, tuple(omega.shape), x)
+    checks.precision(precision)
+    if x.numel() and omega.numel() and (spans is None or len(spans)):
+        _sketch(x, omega, spans, scale, out, precision)
+    return out
+
+
+@torch.library.custom_op(
+    "sst_kernels::sketch",
+    mutates_args=("out",),
+    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
+    device_types="cpu",
+)
+def _sketch(x, omega, spans, scale, out, precision):
+    S = x.shape[0]
+    checks.span_values(spans, S)
+    omega = omega.float()
+    weight = token_weights(S, spans, scale, power=2)
+    batch = torch.zeros_like(out)
+    for t in range(0, S, _ROWS):
+        rows = x[t : t + _ROWS].float()
+        z = rows @ omega
+        if weight is not None:
+            z *= weight[t : t + _ROWS, None]
+        batch.addmm_(rows.T, z)
+    out += batch
+
+
+@_sketch.register_kernel("cuda")
+def _(x, omega, spans, scale, out, precision):
+    from sst_kernels.ops.sketch.kernel import sketch
+
+    sketch(x, omega, spans, scale, out, precision)
+
+
+@_sketch.register_fake
+def _(x, omega, spans, scale, out, precision):
+    return None

@@ -1,0 +1,97 @@
+"""Spans: which tokens of a flat batch [S, ·] belong to which sample.
+
+`spans` [N, 2] int64 holds one half-open token range per sample. Right- or left-padded dense batches and packed ones
+(`cu_seqlens`) differ in nothing but their spans; tokens outside every span are padding and never reach a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Upper bound on the elements of one batched temporary of the CPU forms: 64 MiB of float32.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def spans_from_lengths(
+    N: int,
+    T: int,
+    lengths: Tensor | None = None,
+    padding: str = "right",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Spans [N, 2] of a dense batch [N, T, ·] laid out flat.
+
+    `lengths` [N] counts the real tokens of each sample (None: all T); `padding` says on which side the others are.
+    Nothing is copied to the host, so lengths on a GPU cost no synchronisation and are not range-checked there.
+
+    Raises ValueError for another `padding`, a wrong number of lengths, or (on the CPU) lengths outside [0, T].
+    """
+    if padding not in ("right", "left"):
+        raise ValueError(f'padding: expected "right" or "left", got {padding!r}')
+    if device is None:
+        device = "cpu" if lengths is None else lengths.device
+    start = torch.arange(N, dtype=torch.int64, device=device) * T
+    if lengths is None:
+        return torch.stack([start, start + T], 1)
+    if lengths.shape != (N,):
+        raise ValueError(f"lengths: expected shape [{N}], one per sample, got {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and N and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+        raise ValueError(f"lengths: expected values in [0, T={T}], got {int(lengths.min())}..{int(lengths.max())}")
+    lengths = lengths.to(device, torch.int64)
+    if padding == "right":
+        return torch.stack([start, start + lengths], 1)
+    return torch.stack([start + T - lengths, start + T], 1)
+
+
+def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
+    """Spans [N, 2] of a packed batch from its cumulative lengths [N + 1], as varlen attention takes them."""
+    if cu.ndim != 1 or len(cu) == 0:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1] with a leading 0, got {list(cu.shape)}")
+    cu = cu.to(torch.int64)
+    return torch.stack([cu[:-1], cu[1:]], 1)
+
+
+def token_weights(S: int, spans: Tensor | None, scale: Tensor | None, power: int = 1) -> Tensor | None:
+    """Weight [S] of every token, Σ over the spans that hold it of scale^power; None when all are 1."""
+    if spans is None:
+        return None
+    owner, tokens = _members(spans)
+    weight = torch.ones(len(spans), device=spans.device) if scale is None else scale.float() ** power
+    return torch.zeros(S, device=spans.device).index_add_(0, tokens, weight[owner])
+
+
+def by_length(spans: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples grouped by equal length: yields (samples [m], tokens [m, L]) with L > 0 and m ≤ max(1, limit).
+
+    Equal spans become one batched product on the CPU; ragged ones cost one call per distinct length.
+    """
+    begin, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+    for L in torch.unique(lengths).tolist():
+        if L <= 0:
+            continue
+        for samples in (lengths == L).nonzero().flatten().split(max(1, limit)):
+            yield samples, begin[samples, None] + torch.arange(L, device=spans.device)
+
+
+def sample_sums(
+    left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, limit: int = CHUNK_ELEMENTS
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q]), no empty spans."""
+    p, q = left.shape[-1], right.shape[-1]
+    for samples, tokens in by_length(spans, limit // max(1, p * q)):
+        a, b = left[tokens].float(), right[tokens].float()
+        if scale is not None:
+            s = scale[samples].float()[:, None, None]
+            a, b = (a * s, b) if p <= q else (a, b * s)
+        yield samples, a.mT @ b
+
+
+def _members(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """(sample, token) of every covered token, one entry for each span that holds it."""
+    lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
+    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
+    first = torch.cumsum(lengths, 0) - lengths
+    return owner, spans[owner, 0] + torch.arange(len(owner), device=spans.device) - first[owner]
