@@ -174,7 +174,7 @@ class Structure(ABC):
 
     def quadratic(self, vectors: Tensor) -> Tensor:
         """vᵀ F v for each column of [n, k] ([k]) or for [n] (scalar); float64, never negative."""
-        return (vectors.to(self.device, torch.float64) * self.matvec(vectors)).sum(0)
+        return (vectors.to(self.device, torch.float64) * self.matvec(vectors)).sum(0).clamp_min(0)
 
     def dense(self) -> Tensor:
         """The n×n matrix, float64: for tests and small n."""

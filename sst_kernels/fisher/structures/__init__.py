@@ -7,10 +7,19 @@ from typing import Any
 import torch
 
 from sst_kernels.fisher.base import Structure
+from sst_kernels.fisher.structures.diagonal import Diagonal
+from sst_kernels.fisher.structures.eigen_kronecker import EigenKronecker
 from sst_kernels.fisher.structures.full import Full
+from sst_kernels.fisher.structures.kronecker import Kronecker
+from sst_kernels.fisher.structures.kronecker_lowrank import KroneckerLowRank
+from sst_kernels.fisher.structures.kronecker_svd import KroneckerSVD
+from sst_kernels.fisher.structures.lowrank import LowRank
 from sst_kernels.fisher.structures.rows import RowBuffer
+from sst_kernels.fisher.structures.vila import Vila
 
-STRUCTURES: dict[str, type[Structure]] = {cls.kind: cls for cls in (Full,)}
+STRUCTURES: dict[str, type[Structure]] = {
+    cls.kind: cls for cls in (Full, Diagonal, Kronecker, KroneckerLowRank, EigenKronecker, KroneckerSVD, LowRank, Vila)
+}
 
 
 def make_structure(
@@ -29,4 +38,16 @@ def make_structure(
     return STRUCTURES[kind](shape, device=device, sample=sample, count=count, **options)
 
 
-__all__ = ["STRUCTURES", "Full", "RowBuffer", "make_structure"]
+__all__ = [
+    "STRUCTURES",
+    "Diagonal",
+    "EigenKronecker",
+    "Full",
+    "Kronecker",
+    "KroneckerLowRank",
+    "KroneckerSVD",
+    "LowRank",
+    "RowBuffer",
+    "Vila",
+    "make_structure",
+]

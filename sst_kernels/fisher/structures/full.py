@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch
-from sst_kernels.fisher.structures.rows import RowBuffer, gather_rows, rows_gramian, rows_times
+from sst_kernels.fisher.structures.algebra import rows_gramian, rows_times
+from sst_kernels.fisher.structures.rows import RowBuffer, gather_rows
 
 
 class Full(Structure):

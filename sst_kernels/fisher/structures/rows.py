@@ -1,4 +1,4 @@
-"""Per-sample gradient rows: a growing buffer, exact products with RᵀR in float64, and gathering over ranks."""
+"""Per-sample gradient rows: a growing buffer, and gathering over ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-CHUNK = 1 << 24  # numbers widened to float64 at once
 
 
 class RowBuffer:
@@ -77,21 +75,3 @@ def gather_rows(rows: Tensor, group: Any = None) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def rows_times(rows: Tensor, vectors: Tensor) -> Tensor:
-    """R @ V in float64 for rows [N, n] and vectors [n] or [n, k], widening a bounded piece of R at a time."""
-    step = max(1, CHUNK // max(1, rows.shape[1]))
-    v = vectors.to(rows.device, torch.float64)
-    return torch.cat([rows[i : i + step].double() @ v for i in range(0, max(1, len(rows)), step)])
-
-
-def rows_gramian(rows: Tensor, vectors: Tensor) -> Tensor:
-    """Rᵀ(R @ V) in float64, same shape as `vectors`."""
-    step = max(1, CHUNK // max(1, rows.shape[1]))
-    v = vectors.to(rows.device, torch.float64)
-    out = torch.zeros_like(v)
-    for i in range(0, len(rows), step):
-        piece = rows[i : i + step].double()
-        out += piece.mT @ (piece @ v)
-    return out

@@ -1,0 +1,131 @@
+"""The diagonal of the Fisher, and the variance of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.base import Structure, TokenBatch
+
+
+class Diagonal(Structure):
+    """F = diag(1/count · Σ_n g_n²): the importances of EWC (1612.00796), FILA and diagonal Laplace. No g_n is stored.
+
+    `centred=False` (default) keeps Σ g², 4 bytes per coordinate. `centred=True` keeps Σ g and the sum of squared
+    deviations M₂ = Σ (g − ḡ)² instead, 8 bytes, and adds `variance()`. Each batch joins by the pairwise update of Chan,
+    Golub & LeVeque (1983), so the variance never is the difference of two large running sums, and
+    Σ g² = M₂ + (Σ g)²/N is a sum of non-negative terms. All sums are float32, whatever the dtype of the gradients.
+
+    State: `square` [p, q] float32, or `sum`, `deviation` [p, q] float32 and `samples` int64, the N above.
+    """
+
+    kind = "diagonal"
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        device: torch.device | str = "cpu",
+        sample: str = "sequence",
+        count: str = "sequences",
+        centred: bool = False,
+    ):
+        super().__init__(shape, device=device, sample=sample, count=count)
+        self.centred = bool(centred)
+        self._sum = self._zeros() if centred else None
+        self._square = self._zeros()  # Σ g², or M₂ when centred
+        self._samples = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "centred": self.centred}
+
+    def _update(self, batch: TokenBatch) -> None:
+        from sst_kernels.ops import factor_moments
+
+        tokens = (batch.left, batch.right, batch.spans, batch.scale)
+        if not self.centred:
+            factor_moments(*tokens, None, self._square)
+            return
+        total, square = self._zeros(), self._zeros()
+        factor_moments(*tokens, total, square)
+        n = len(batch.spans)
+        self._join(total, square.sub_(total.square() / n).clamp_min_(0), torch.tensor(n, device=self.device))
+
+    def _join(self, total: Tensor, deviation: Tensor, n: Tensor) -> None:
+        """Add `n` samples with sum `total` and squared deviations `deviation` from their own mean."""
+        mine = self._samples
+        shift = total / n.clamp_min(1) - self._sum / mine.clamp_min(1)
+        weight = mine * (n / (mine + n).clamp_min(1))
+        self._square += deviation + shift.square_() * weight
+        self._sum += total
+        self._samples = mine + n
+
+    def _merge(self, other: Self) -> None:
+        if self.centred:
+            self._join(*(t.to(self.device) for t in (other._sum, other._square, other._samples)))
+        else:
+            self._square += other._square.to(self.device)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Exact: sums add, and squared deviations add after each rank has moved its own to the common mean."""
+        import torch.distributed as dist
+
+        if self.centred:
+            total, samples = self._sum.clone(), self._samples.clone()
+            dist.all_reduce(total, group=group)
+            dist.all_reduce(samples, group=group)
+            shift = self._sum / self._samples.clamp_min(1) - total / samples.clamp_min(1)
+            self._square += shift.square_() * self._samples
+            self._sum, self._samples = total, samples
+        dist.all_reduce(self._square, group=group)
+        self._all_reduce_counts(group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.centred:
+            return {"sum": self._sum, "deviation": self._square, "samples": self._samples}
+        return {"square": self._square}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.centred:
+            self._sum = state["sum"].to(self.device, copy=True)
+            self._samples = state["samples"].to(self.device, copy=True)
+        self._square = state["deviation" if self.centred else "square"].to(self.device, copy=True)
+
+    def mean(self) -> Tensor:
+        """The mean gradient per sample [p, q], float64."""
+        self._require_centred("mean")
+        return self._sum.double() / self._samples
+
+    def variance(self) -> Tensor:
+        """The population variance of the gradient over samples [p, q], float64 (divided by N whatever `count` is)."""
+        self._require_centred("variance")
+        return self._square.double() / self._samples
+
+    def _require_centred(self, what: str) -> None:
+        if not self.centred:
+            raise ValueError(f"this diagonal Fisher kept no mean: accumulate with centred=True to ask for its {what}")
+        if not self._samples:
+            raise ValueError(f"this diagonal Fisher holds no samples: run backward passes before asking its {what}")
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of F [p, q], float64."""
+        square = self._square.double()
+        if self.centred:
+            square = square + self._sum.double().square() / self._samples.clamp_min(1)
+        return square / self.normaliser
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        v = vectors.to(self.device, torch.float64)
+        return (self.diagonal().reshape(-1) * v.T).T if v.ndim == 2 else self.diagonal().reshape(-1) * v
+
+    def operator(self) -> Any:
+        """`Diagonal(diagonal)`."""
+        from sst_kernels.gevp.operators import Diagonal as DiagonalOperator
+
+        return DiagonalOperator(self.diagonal().reshape(-1))

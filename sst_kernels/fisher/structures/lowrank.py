@@ -1,0 +1,151 @@
+"""Frequent Directions: a deterministic low-rank sketch of the Fisher with a running certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.base import Counts, Structure, TokenBatch
+from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
+from sst_kernels.fisher.structures.rows import gather_rows
+
+UNIT = torch.finfo(torch.float32).eps / 2
+
+
+class LowRank(Structure):
+    """F̃ = BᵀB / count with B at most 2ℓ rows, and a number Δ such that 0 ⪯ F − F̃ ⪯ Δ·I  (`certificate`).
+
+    Fast Frequent Directions (Liberty, KDD 2013; Ghashami et al., 1501.01711): rows are appended to a buffer of 2ℓ; when
+    it is full, its squared singular values are lowered by the (ℓ+1)-th, which leaves ℓ rows and adds that number to Δ.
+    So Δ·count ≤ ‖F − F_k‖_tr·count/(ℓ + 1 − k) for every k ≤ ℓ, and while no more than 2ℓ samples, or only ℓ
+    independent ones, were seen, F̃ = F. The reduction goes through the 2ℓ×2ℓ Gram matrix in float64.
+
+    One block, or several jointly: with shape (n_total, 1), `append` takes rows that span the modules.
+    Rows are float32: rounding them adds at most `rounding` (usually 1e-6 of ‖F‖) to Δ and to the zero on the left.
+
+    State: `rows` [≤ 2ℓ, n] float32, `shrinkage` and `rounding` float64, both as raw sums.
+    """
+
+    kind = "lowrank"
+
+    def __init__(self, shape: tuple[int, int], *, rank: int = 128, **options: Any):
+        super().__init__(shape, **options)
+        if rank < 1:
+            raise ValueError(f"rank: expected a positive number of sketch rows, got {rank}")
+        self.rank = int(rank)
+        self._buffer: Tensor | None = None
+        self._used = 0
+        self._shrinkage = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._rounding = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "rank": self.rank}
+
+    @property
+    def rows(self) -> Tensor:
+        """B [≤ 2ℓ, n] float32, unnormalised: BᵀB approximates Σ g gᵀ. A view, valid until the next update."""
+        if self._buffer is None:
+            return torch.empty(0, self.size, dtype=torch.float32, device=self.device)
+        return self._buffer[: self._used]
+
+    @property
+    def certificate(self) -> float:
+        """Δ on the scale of F (divided by the normaliser), with the rounding allowance included."""
+        return float(self._shrinkage + self._rounding) / self.normaliser
+
+    @property
+    def rounding(self) -> float:
+        """The part of `certificate` that stands for float32 rounding: F̃ ⪯ F + rounding·I."""
+        return float(self._rounding) / self.normaliser
+
+    def append(self, rows: Tensor, counts: Counts | None = None) -> None:
+        """Add per-sample gradients [M, n] (any float dtype), and their `counts` unless the caller keeps those."""
+        done = 0
+        while done < len(rows):
+            space = self._space(len(rows) - done)
+            space.copy_(rows[done : done + len(space)])
+            done += len(space)
+        if counts is not None:
+            self.counts += counts
+
+    def compress(self) -> None:
+        """Reduce the buffer to at most ℓ rows now, for example before saving."""
+        if self._used > self.rank:
+            self._shrink()
+
+    def _space(self, wanted: int) -> Tensor:
+        """Up to `wanted` rows of the buffer for writing; at least one."""
+        if self._buffer is None:
+            self._buffer = torch.empty(2 * self.rank, self.size, dtype=torch.float32, device=self.device)
+        if self._used == len(self._buffer):
+            self._shrink()
+        begin = self._used
+        self._used = min(len(self._buffer), begin + wanted)
+        return self._buffer[begin : self._used]
+
+    def _update(self, batch: TokenBatch) -> None:
+        if batch.rows is not None:
+            self.append(batch.rows)
+            return
+        from sst_kernels.ops import factor_rows
+
+        done = 0
+        while done < len(batch.spans):
+            space = self._space(len(batch.spans) - done)
+            part = slice(done, done + len(space))
+            factor_rows(batch.left, batch.right, batch.spans[part], batch.scale[part], space)
+            done += len(space)
+
+    def _shrink(self) -> None:
+        rows = self._buffer[: self._used]
+        values, vectors = torch.linalg.eigh(rows_inner(rows))
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        self._rounding += 2 * UNIT * (values[0] * values.sum()).sqrt()
+        lost, kept = values[self.rank], values[: self.rank]
+        self._shrinkage += lost
+        mix = vectors[:, : self.rank] * ((kept - lost) / kept.clamp_min(1e-300)).clamp_min(0).sqrt()
+        step = max(1, CHUNK // len(rows))
+        for i in range(0, self.size, step):
+            columns = rows[:, i : i + step]
+            columns[: self.rank] = (mix.mT @ columns.double()).float()
+        self._used = self.rank
+
+    def _merge(self, other: Self) -> None:
+        self._shrinkage += other._shrinkage.to(self.device)
+        self._rounding += other._rounding.to(self.device)
+        self.append(other.rows.to(self.device))
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sketch the sketches of all ranks, in rank order; the certificates add, plus what the new reductions lose."""
+        import torch.distributed as dist
+
+        gathered = gather_rows(self.rows, group)
+        dist.all_reduce(self._shrinkage, group=group)
+        dist.all_reduce(self._rounding, group=group)
+        self._used = 0
+        self.append(gathered)
+        self._all_reduce_counts(group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self.rows, "shrinkage": self._shrinkage, "rounding": self._rounding}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._used = 0
+        self._shrinkage = state["shrinkage"].to(self.device, copy=True)
+        self._rounding = state["rounding"].to(self.device, copy=True)
+        self.append(state["rows"].to(self.device))
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return rows_gramian(self.rows, vectors) / self.normaliser
+
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        return rows_times(self.rows, vectors).square().sum(0) / self.normaliser
+
+    def operator(self) -> Any:
+        """`LowRank(B / √count)`, undamped."""
+        from sst_kernels.gevp.operators import LowRank as LowRankOperator
+
+        return LowRankOperator(self.rows.double() / self.normaliser**0.5)
