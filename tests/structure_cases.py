@@ -1,4 +1,4 @@
-"""Token batches with a float64 loop as their truth, and the structures under test with the options they are tested in."""
+"""Token batches with a float64 loop as their truth, and the structures with the options they are tested in."""
 
 from __future__ import annotations
 

@@ -53,3 +53,10 @@ def psd_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and never negative, and eigenvectors of a matrix that is PSD up to rounding."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def nearest_psd(matrix: Tensor) -> Tensor:
+    """The PSD matrix nearest to a symmetric one, for sums whose float32 rounding left eigenvalues of −1e-8·‖M‖."""
+    values, vectors = psd_eigh(matrix)
+    root = vectors * values.sqrt()
+    return root @ root.mT

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
+from sst_kernels.fisher.structures.rows import check_columns
 
 
 class Diagonal(Structure):
@@ -46,16 +47,22 @@ class Diagonal(Structure):
         return {**super().options(), "centred": self.centred}
 
     def _update(self, batch: TokenBatch) -> None:
-        from sst_kernels.ops import factor_moments
-
-        tokens = (batch.left, batch.right, batch.spans, batch.scale)
         if not self.centred:
-            factor_moments(*tokens, None, self._square)
+            self._add_moments(batch, None, self._square)
             return
-        total, square = self._zeros(), self._zeros()
-        factor_moments(*tokens, total, square)
-        n = len(batch.spans)
+        total, square, n = self._zeros(), self._zeros(), len(batch.spans)
+        self._add_moments(batch, total, square)
         self._join(total, square.sub_(total.square() / n).clamp_min_(0), torch.tensor(n, device=self.device))
+
+    def _add_moments(self, batch: TokenBatch, total: Tensor | None, square: Tensor) -> None:
+        if batch.rows is None:
+            from sst_kernels.ops import factor_moments
+
+            factor_moments(batch.left, batch.right, batch.spans, batch.scale, total, square)
+            return
+        square += batch.rows.square().sum(0).reshape(self.shape)
+        if total is not None:
+            total += batch.rows.sum(0).reshape(self.shape)
 
     def _join(self, total: Tensor, deviation: Tensor, n: Tensor) -> None:
         """Add `n` samples with sum `total` and squared deviations `deviation` from their own mean."""
@@ -97,6 +104,17 @@ class Diagonal(Structure):
             self._samples = state["samples"].to(self.device, copy=True)
         self._square = state["deviation" if self.centred else "square"].to(self.device, copy=True)
 
+    def block(self, offset: int, shape: tuple[int, int]) -> Diagonal:
+        """The coordinates [offset, offset + p·q) as a block of shape [p, q], a view to be read. ValueError when they do
+        not exist."""
+        check_columns(offset, shape, self.size)
+        view = type(self)(shape, device=self.device, **self.options())
+        for name in ("_sum", "_square"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(view, name, tensor.reshape(-1)[offset : offset + view.size].reshape(shape))
+        view._samples, view.counts = self._samples, self.counts
+        return view
+
     def mean(self) -> Tensor:
         """The mean gradient per sample [p, q], float64."""
         self._require_centred("mean")
@@ -122,7 +140,7 @@ class Diagonal(Structure):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         v = vectors.to(self.device, torch.float64)
-        return (self.diagonal().reshape(-1) * v.T).T if v.ndim == 2 else self.diagonal().reshape(-1) * v
+        return self.diagonal().reshape(-1, *[1] * (v.ndim - 1)) * v
 
     def operator(self) -> Any:
         """`Diagonal(diagonal)`."""

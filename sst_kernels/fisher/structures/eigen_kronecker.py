@@ -87,7 +87,7 @@ class EigenKronecker(Structure):
     def matvec(self, vectors: Tensor) -> Tensor:
         s, left, right = self.eigenvalues(), self._u_left.double(), self._u_right.double()
         inside = kron_times(left.mT, right.mT, vectors.to(self.device, torch.float64))
-        return kron_times(left, right, (s.reshape(-1) * inside.T).T)
+        return kron_times(left, right, s.reshape(-1, *[1] * (inside.ndim - 1)) * inside)
 
     def operator(self) -> Any:
         """`EigenKronecker(u_left, u_right, s)`, undamped."""

@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sst_kernels.fisher.base import Counts, Structure, TokenBatch
+from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import rows_gramian, rows_times
-from sst_kernels.fisher.structures.rows import RowBuffer, gather_rows
+from sst_kernels.fisher.structures.rows import RowBuffer, check_columns, gather_rows
 
 
 class Full(Structure):
@@ -64,28 +64,15 @@ class Full(Structure):
     def _waiting(self) -> Tensor:
         return self._buffer.rows if self._columns is None else self._buffer.rows[:, self._columns]
 
-    def attach(self, buffer: RowBuffer, offset: int) -> None:
-        """Read the rows from columns [offset, offset + n) of a buffer that somebody else fills for many blocks.
-
-        The writer extends the buffer once per batch and reports the batch with `written(counts)`; `update` and `append`
-        are then refused. ValueError when rows are present already, must fold, or the columns do not exist.
-        """
-        if self._mode == "fold":
-            raise ValueError('a Fisher with rows="fold" cannot share a row buffer: use rows="keep"')
-        if len(self._waiting) or self._columns is not None:
-            raise ValueError("attach the row buffer before the first batch")
-        if not 0 <= offset <= buffer.width - self.size:
-            raise ValueError(f"columns {offset}:{offset + self.size} lie outside a buffer of width {buffer.width}")
-        self._buffer, self._columns = buffer, slice(offset, offset + self.size)
-
-    def written(self, counts: Counts) -> None:
-        """Record the counts of a batch whose rows the owner of the attached buffer has written."""
-        self.counts += counts
-
     def block(self, offset: int, shape: tuple[int, int]) -> Full:
-        """The block of `shape` whose coordinates begin at `offset`, as a view of this structure's rows."""
-        view = Full(shape, device=self.device, sample=self.sample, count=self.count)
-        view.attach(self._buffer, offset)
+        """The Fisher of the coordinates [offset, offset + p·q) as a block of shape [p, q]: a view of the
+        rows of this one, to be read until its next update. ValueError when the columns do not exist or were folded.
+        """
+        if self.folded or self._columns is not None:
+            raise ValueError("blocks are read from a joint Fisher that keeps its rows: not from a folded one or a view")
+        check_columns(offset, shape, self.size)
+        view = Full(shape, device=self.device, **self.options())
+        view._buffer, view._columns = self._buffer, slice(offset, offset + view.size)
         view.counts = self.counts
         return view
 
@@ -96,7 +83,7 @@ class Full(Structure):
 
     def _extend(self, count: int) -> Tensor:
         if self._columns is not None:
-            raise RuntimeError("this Fisher reads a shared row buffer: extend that buffer and call written(counts)")
+            raise RuntimeError("this is a view of one block of a joint Fisher: update the joint Fisher instead")
         return self._buffer.extend(count)
 
     def _update(self, batch: TokenBatch) -> None:
@@ -124,14 +111,7 @@ class Full(Structure):
             self._matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
         self._matrix += matrix.to(self.device)
 
-    def _detach(self) -> None:
-        if self._columns is not None:
-            rows = self._waiting
-            self._buffer, self._columns = RowBuffer(self.size, self.device), None
-            self._buffer.append(rows)
-
     def _merge(self, other: Self) -> None:
-        self._detach()
         if other._matrix is not None:
             self._add_matrix(other._matrix)
         self.append(other._waiting)
@@ -140,13 +120,14 @@ class Full(Structure):
         """Concatenate the rows of all ranks in rank order, and add the folded matrices: exact."""
         import torch.distributed as dist
 
+        self._extend(0)
         gathered = gather_rows(self._waiting, group)
         folded = torch.tensor([int(self.folded)], device=self.device)
         dist.all_reduce(folded, group=group)
         if folded.item():
             self._add_matrix(torch.zeros((), dtype=torch.float64))
             dist.all_reduce(self._matrix, group=group)
-        self._buffer, self._columns = RowBuffer(self.size, self.device), None
+        self._buffer = RowBuffer(self.size, self.device)
         self.append(gathered)
         self._all_reduce_counts(group)
 

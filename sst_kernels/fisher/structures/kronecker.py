@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
-from sst_kernels.fisher.structures.algebra import kron_times, psd_eigh, symmetric
+from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh, symmetric
 
 
 def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, Tensor]:
@@ -114,12 +114,12 @@ class Kronecker(TwoSided):
         gram(x, spans, scale, self._right)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """G [p, p] and A [q, q], float64, with F = G ⊗ A."""
-        return symmetric(self._left) / self.normaliser, symmetric(self._right) / self._terms.clamp_min(1)
+        """G [p, p] and A [q, q], float64 and PSD, with F = G ⊗ A. One eigendecomposition each."""
+        left, right = nearest_psd(symmetric(self._left)), nearest_psd(symmetric(self._right))
+        return left / self.normaliser, right / self._terms.clamp_min(1)
 
     def eigenbases(self) -> tuple[Tensor, Tensor]:
-        left, right = self.factors()
-        return psd_eigh(left)[1], psd_eigh(right)[1]
+        return psd_eigh(symmetric(self._left))[1], psd_eigh(symmetric(self._right))[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"left": self._left, "right": self._right, "terms": self._terms}

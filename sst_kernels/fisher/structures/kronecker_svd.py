@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch
-from sst_kernels.fisher.structures.algebra import kron_times, psd_eigh
+from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh
 from sst_kernels.fisher.structures.lowrank import LowRank
 
 GAP = 1e-9  # eigenvalues of the rearrangement's Gram matrix closer than this, relatively, count as equal
@@ -139,19 +139,14 @@ def _leading_pair(b: Tensor) -> tuple[Tensor, Tensor]:
     leading = vectors[:, values >= values[0] * (1 - GAP)]
     kfac = (b @ b.mT).sum(0).reshape(-1)
     x = (leading @ (leading.mT @ kfac)).reshape(b.shape[1], -1)
-    x = _psd(x)
+    x = nearest_psd((x + x.mT) / 2)
     x = x / x.norm()
-    return x, _psd(_right(b, x))
-
-
-def _psd(matrix: Tensor) -> Tensor:
-    values, vectors = psd_eigh((matrix + matrix.mT) / 2)
-    return (vectors * values) @ vectors.mT
+    return x, nearest_psd(_right(b, x))
 
 
 def _positive_parts(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The PSD products X₊ ⊗ Y₊ and X₋ ⊗ Y₋ of an indefinite X ⊗ Y, left factors of unit norm."""
-    parts = [(_psd(x), _psd(y)), (_psd(-x), _psd(-y))]
+    parts = [(nearest_psd(x), nearest_psd(y)), (nearest_psd(-x), nearest_psd(-y))]
     return [(u / u.norm(), v) for u, v in parts if u.norm() > 0 and v.norm() > 0]
 
 

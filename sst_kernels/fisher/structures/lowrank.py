@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
-from sst_kernels.fisher.structures.rows import gather_rows
+from sst_kernels.fisher.structures.rows import check_columns, gather_rows
 
 UNIT = torch.finfo(torch.float32).eps / 2
 
@@ -38,6 +38,7 @@ class LowRank(Structure):
         self.rank = int(rank)
         self._buffer: Tensor | None = None
         self._used = 0
+        self._is_view = False
         self._shrinkage = torch.zeros((), dtype=torch.float64, device=self.device)
         self._rounding = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -61,6 +62,16 @@ class LowRank(Structure):
         """The part of `certificate` that stands for float32 rounding: F̃ ⪯ F + rounding·I."""
         return float(self._rounding) / self.normaliser
 
+    def block(self, offset: int, shape: tuple[int, int]) -> LowRank:
+        """The sketch of the coordinates [offset, offset + p·q) as a block of shape [p, q], with the same
+        certificate: a view, to be read until the next update of this one. ValueError when the columns do not exist."""
+        check_columns(offset, shape, self.size)
+        view = LowRank(shape, device=self.device, **self.options())
+        view._buffer = self.rows[:, offset : offset + view.size]
+        view._used, view._is_view, view.counts = self._used, True, self.counts
+        view._shrinkage, view._rounding = self._shrinkage, self._rounding
+        return view
+
     def append(self, rows: Tensor, counts: Counts | None = None) -> None:
         """Add per-sample gradients [M, n] (any float dtype), and their `counts` unless the caller keeps those."""
         done = 0
@@ -78,6 +89,8 @@ class LowRank(Structure):
 
     def _space(self, wanted: int) -> Tensor:
         """Up to `wanted` rows of the buffer for writing; at least one."""
+        if self._is_view:
+            raise RuntimeError("this is a view of one block of a joint Fisher: update the joint Fisher instead")
         if self._buffer is None:
             self._buffer = torch.empty(2 * self.rank, self.size, dtype=torch.float32, device=self.device)
         if self._used == len(self._buffer):

@@ -11,8 +11,7 @@ from torch import Tensor
 class RowBuffer:
     """A float32 [N, width] matrix that grows by doubling; its rows are the samples of one device, in arrival order.
 
-    One buffer may serve many blocks, each a range of its columns, so that one kernel launch writes the gradients of a
-    batch for all of them and the rows stay aligned across modules.
+    One buffer may serve many blocks, each a range of its columns: the rows stay aligned across modules.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
@@ -51,15 +50,12 @@ class RowBuffer:
         """Forget the rows, keep the memory."""
         self._used = 0
 
-    def all_gather(self, group: Any = None) -> None:
-        """Replace the rows by those of all ranks, in the order of the ranks."""
-        gathered = gather_rows(self.rows, group)
-        self._store, self._used = gathered, len(gathered)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the filled part."""
-        return 4 * self._used * self.width
+def check_columns(offset: int, shape: tuple[int, int], width: int) -> None:
+    """ValueError unless a block of shape [p, q] fits at column `offset` of rows of this width."""
+    end = offset + shape[0] * shape[1]
+    if not 0 <= offset <= end <= width:
+        raise ValueError(f"columns {offset}:{end} lie outside rows of width {width}")
 
 
 def gather_rows(rows: Tensor, group: Any = None) -> Tensor:

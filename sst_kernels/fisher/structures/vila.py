@@ -55,10 +55,6 @@ class Vila(Diagonal):
         total = batch.gradients().sum(0).reshape(self.shape)
         self._join(total, torch.zeros_like(total), labels)
 
-    def matvec(self, vectors: Tensor) -> Tensor:
-        v = vectors.to(self.device, torch.float64)
-        return (self.variance().reshape(-1) * v.T).T
-
     def diagonal(self) -> Tensor:
         """The diagonal of F, which here is the variance [p, q], float64; the normaliser is always the samples."""
         return self.variance()
