@@ -1,1 +1,16 @@
-"""Fast second-order merging of LoRA adapters: Fisher matrices in LoRA space, generalized eigenproblems, filters."""
+"""Fast second-order merging of LoRA adapters.
+
+`fisher_accumulate` gathers Fisher matrices in LoRA space from any training loop, `gevp` solves batches of symmetric-definite
+generalized eigenproblems, `subspace` finds and keeps the directions of a patch that buy most gain per cost.
+"""
+
+from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, sequence_nll
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fisher",
+    "declared_loss",
+    "fisher_accumulate",
+    "sequence_nll",
+]

@@ -75,7 +75,19 @@ def fisher_accumulate(
     backward pass was seen or a module's hook never fired.
     """
     return Accumulator(
-        model, adapter, space, structure, scope, point, sample, count, reduction, grad_scale, nonfinite, modules, options
+        model,
+        adapter,
+        space,
+        structure,
+        scope,
+        point,
+        sample,
+        count,
+        reduction,
+        grad_scale,
+        nonfinite,
+        modules,
+        options,
     )
 
 
@@ -163,7 +175,9 @@ class Accumulator:
                     "and loss (with reentrant checkpointing call model.enable_input_require_grads())"
                 )
         if self._waiting and self._batches > len(self._waiting):
-            warnings.warn(f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=2)
+            warnings.warn(
+                f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=2
+            )
         if self._batches == len(self._waiting):
             raise RuntimeError(
                 "no hook fired: run model(**batch) of the very model given to fisher_accumulate, with gradients enabled, and call "
@@ -189,11 +203,18 @@ class Accumulator:
                     "sequence_nll(model, batch), or compute your loss inside declared_loss(labels)"
                 )
         else:
-            labels, reduction, source, groups = declaration.labels, declaration.reduction, declaration.source, declaration.groups
+            labels, reduction, source, groups = (
+                declaration.labels,
+                declaration.reduction,
+                declaration.source,
+                declaration.groups,
+            )
         layout = read_layout(inputs, labels)
         divisor = float(inputs.get("num_items_in_batch") or layout.labels.sum()) if reduction == "mean" else 1.0
         if groups is not None and len(groups) != layout.samples:
-            raise ValueError(f"groups must hold one integer for each of the {layout.samples} samples of the batch, got {len(groups)}")
+            raise ValueError(
+                f"groups must hold one integer for each of the {layout.samples} samples of the batch, got {len(groups)}"
+            )
         self._forward = _Pass(self._batches, layout, divisor, self.grad_scale, source, groups)
         self._batches += 1
         self._waiting.append(self._forward)
@@ -229,14 +250,20 @@ class Accumulator:
         if current is None:
             open_passes = [p for p in self._waiting if not p.complete]
             if not open_passes:
-                raise RuntimeError(f"{site.name} ran outside a forward pass of the model given to fisher_accumulate: call that model itself")
+                raise RuntimeError(
+                    f"{site.name} ran outside a forward pass of the model given to fisher_accumulate: call that model itself"
+                )
             current = open_passes[-1]
             if (site.name, part) in current.claimed:
                 return None
             if len(open_passes) > 1:
-                raise RuntimeError("several forward passes wait for backward() under reentrant checkpointing: call backward() after each")
+                raise RuntimeError(
+                    "several forward passes wait for backward() under reentrant checkpointing: call backward() after each"
+                )
         elif (site.name, part) in current.claimed:
-            raise ValueError(f"{site.name} was called twice in one forward pass: shared (tied) modules are not supported")
+            raise ValueError(
+                f"{site.name} was called twice in one forward pass: shared (tied) modules are not supported"
+            )
         current.claimed.add((site.name, part))
         return current
 
@@ -251,7 +278,9 @@ class Accumulator:
     def _on_e(self, current: _Pass, site: LoraSite, h: Tensor, x: Tensor | None, e: Tensor) -> None:
         with self._lock, torch.no_grad():
             if site.name in current.done:
-                raise RuntimeError(f"batch {current.index}: backward() ran twice through the same forward pass, which would count it twice")
+                raise RuntimeError(
+                    f"batch {current.index}: backward() ran twice through the same forward pass, which would count it twice"
+                )
             e, h = (current.flat(site, t) for t in (e.detach(), h))
             if self.fisher.joint is not None:
                 current.done[site.name] = (e, h)
@@ -271,7 +300,9 @@ class Accumulator:
                 f"{site.name}.lora_B": (current.flat(site, g), h),
             }
         for name, (left, right) in sides.items():
-            self.fisher[name].update(TokenBatch(left, right, current.spans(e.device), current.scale(e.device), current.counts))
+            self.fisher[name].update(
+                TokenBatch(left, right, current.spans(e.device), current.scale(e.device), current.counts)
+            )
 
     def _finish(self, current: _Pass) -> None:
         current.complete = True
@@ -310,7 +341,11 @@ class Accumulator:
             parts[where] = core_outer(es, hs, current.spans(where), current.scale(where), out)
         if len(parts) == 1:
             return next(iter(parts.values())).to(device)
-        pieces = {s.name: p for where, sites in by_device.items() for s, p in zip(sites, parts[where].split([s.rank**2 for s in sites], 1))}
+        pieces = {
+            s.name: p
+            for where, sites in by_device.items()
+            for s, p in zip(sites, parts[where].split([s.rank**2 for s in sites], 1))
+        }
         return torch.cat([pieces[site.name].to(device) for site in self.sites], 1)
 
     def _read_flags(self) -> None:
@@ -329,7 +364,13 @@ class _Pass:
     """One forward pass and what its backward has brought so far."""
 
     def __init__(
-        self, index: int, layout: Layout, divisor: float, grad_scale: float | None, source: str, groups: Sequence[int] | None
+        self,
+        index: int,
+        layout: Layout,
+        divisor: float,
+        grad_scale: float | None,
+        source: str,
+        groups: Sequence[int] | None,
     ):
         self.index, self.layout, self.divisor, self.grad_scale = index, layout, divisor, grad_scale
         self.source, self.groups = source, groups
@@ -356,7 +397,7 @@ class _Pass:
                 f"{site.name} saw {len(flat)} tokens where the batch has {self.layout.batch} x {self.layout.length}: modules that see "
                 "routed or pooled tokens (mixture-of-experts, poolers) cannot be attributed to samples; leave them out with modules="
             )
-        return flat
+        return flat.float() if flat.dtype == torch.float64 else flat
 
     def spans(self, device: torch.device) -> Tensor:
         return self._on(device)[0]
@@ -419,7 +460,9 @@ def _bound(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     forward: Callable = getattr(model, "module", model).forward
     names = forward.__code__.co_varnames[1 : forward.__code__.co_argcount] if hasattr(forward, "__code__") else ()
     if len(names) < len(args):
-        raise ValueError("pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named")
+        raise ValueError(
+            "pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named"
+        )
     return dict(zip(names, args)) | kwargs
 
 

@@ -87,13 +87,17 @@ class Fisher(Mapping[str, Structure]):
             total = sum(b.size for b in blocks)
             joint = make_structure(structure, (total, 1), device=next(iter(devices.values())), **common)
         else:
-            structures = {b.name: make_structure(structure, b.shape, device=devices[b.module], **_for(b, common)) for b in blocks}
+            structures = {
+                b.name: make_structure(structure, b.shape, device=devices[b.module], **_for(b, common)) for b in blocks
+            }
         about = {**meta, "structure": structure, "scope": scope, "sample": sample, "count": count, "labels": None}
         return cls(blocks, structures, joint, metric, about)
 
     def __getitem__(self, name: str) -> Structure:
         if name not in self.blocks:
-            raise KeyError(f"{name!r} is no block of this Fisher; it has {len(self.blocks)}, such as {next(iter(self.blocks))!r}")
+            raise KeyError(
+                f"{name!r} is no block of this Fisher; it has {len(self.blocks)}, such as {next(iter(self.blocks))!r}"
+            )
         if self.joint is not None:
             return self.joint.block(self._offsets[name], self.blocks[name].shape)
         return self._structures[name]
@@ -122,7 +126,7 @@ class Fisher(Mapping[str, Structure]):
         holders = self._holders().values()
         if self.meta["structure"] != "full" or any(getattr(s, "folded", False) for s in holders):
             raise ValueError(
-                f'this Fisher (structure={self.meta["structure"]!r}, scope={self.meta["scope"]!r}) does not keep per-sample rows: '
+                f"this Fisher (structure={self.meta['structure']!r}, scope={self.meta['scope']!r}) does not keep per-sample rows: "
                 'accumulate with structure="full", scope="global"'
             )
         device = next(iter(holders)).device
@@ -169,7 +173,9 @@ class Fisher(Mapping[str, Structure]):
         """Write all state to one safetensors file, atomically (write, fsync, rename)."""
         holders = self._holders()
         tensors = {f"state/{name}/{key}": t for name, s in holders.items() for key, t in s.state_dict().items()}
-        tensors |= {f"metric/{name}/{side}": t for name, pair in self.metric.items() for side, t in zip(("left", "right"), pair)}
+        tensors |= {
+            f"metric/{name}/{side}": t for name, pair in self.metric.items() for side, t in zip(("left", "right"), pair)
+        }
         header = {
             "schema": SCHEMA,
             "meta": self.meta,
@@ -182,7 +188,11 @@ class Fisher(Mapping[str, Structure]):
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
             temporary = Path(handle.name)
         try:
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"sst_kernels": json.dumps(header)})
+            save_file(
+                {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
+                temporary,
+                {"sst_kernels": json.dumps(header)},
+            )
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
@@ -197,10 +207,14 @@ class Fisher(Mapping[str, Structure]):
                 header = json.loads((file.metadata() or {}).get("sst_kernels", "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): accumulate and save the Fisher again") from error
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}): accumulate and save the Fisher again"
+            ) from error
         if header is None or header.get("schema") != SCHEMA:
             found = None if header is None else header.get("schema")
-            raise ValueError(f"{path} is no Fisher of schema {SCHEMA} (found {found}): accumulate and save it with this version")
+            raise ValueError(
+                f"{path} is no Fisher of schema {SCHEMA} (found {found}): accumulate and save it with this version"
+            )
         blocks = [Block(b["name"], b["module"], tuple(b["shape"])) for b in header["blocks"]]
         shapes = {b.name: b.shape for b in blocks} | {"joint": (sum(b.size for b in blocks), 1)}
         holders = {}

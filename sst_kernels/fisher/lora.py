@@ -62,7 +62,9 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
         sites.append(site)
     if not sites:
         if adapter not in known:
-            raise ValueError(f"no module carries the adapter {adapter!r}; this model has {sorted(known) or 'no LoRA adapters'}")
+            raise ValueError(
+                f"no module carries the adapter {adapter!r}; this model has {sorted(known) or 'no LoRA adapters'}"
+            )
         raise ValueError(f"modules={modules!r} selects none of the modules that carry the adapter {adapter!r}")
     _check_dropout(model)
     return sites
@@ -87,9 +89,13 @@ def _selected(name: str, modules: str | Iterable[str] | None) -> bool:
 
 def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
     if getattr(layer, "merged", False):
-        raise ValueError(f"{name}: adapters {list(layer.merged_adapters)} are merged into the base weight; call model.unmerge_adapter() first")
+        raise ValueError(
+            f"{name}: adapters {list(layer.merged_adapters)} are merged into the base weight; call model.unmerge_adapter() first"
+        )
     if getattr(layer, "disable_adapters", False):
-        raise ValueError(f"{name}: adapters are disabled; leave the disable_adapter() context or call model.enable_adapter_layers()")
+        raise ValueError(
+            f"{name}: adapters are disabled; leave the disable_adapter() context or call model.enable_adapter_layers()"
+        )
     active = getattr(layer, "active_adapters", [adapter])
     if adapter not in active:
         raise ValueError(
@@ -99,21 +105,31 @@ def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
     if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(adapter, False):
         variant = type(getattr(layer, "lora_variant", {}).get(adapter, None)).__name__
         kind = "DoRA" if getattr(layer, "use_dora", {}).get(adapter, False) or "Dora" in variant else variant
-        raise ValueError(f"{name}: {kind} is not plain LoRA (ΔW = scaling · B A) and is not supported; retrain with plain LoRA")
+        raise ValueError(
+            f"{name}: {kind} is not plain LoRA (ΔW = scaling · B A) and is not supported; retrain with plain LoRA"
+        )
     if getattr(layer, "lora_bias", {}).get(adapter, False):
-        raise ValueError(f"{name}: lora_bias=True adds a bias to lora_B, which ΔW = scaling · B A does not hold; retrain without it")
+        raise ValueError(
+            f"{name}: lora_bias=True adds a bias to lora_B, which ΔW = scaling · B A does not hold; retrain without it"
+        )
     for part in ("lora_A", "lora_B"):
         weight = getattr(getattr(layer, part)[adapter], "weight", None)
         if weight is None or weight.ndim != 2:
             shape = None if weight is None else tuple(weight.shape)
-            raise ValueError(f"{name}: {part} must be a linear map with a 2-d weight, got {shape} (convolution LoRA is not supported)")
+            raise ValueError(
+                f"{name}: {part} must be a linear map with a 2-d weight, got {shape} (convolution LoRA is not supported)"
+            )
 
 
 def _check_dropout(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not module.training:
             continue
-        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0.0)
+        rate = (
+            module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0.0)
+        )
         rate = rate.p if isinstance(rate, nn.modules.dropout._DropoutNd) else rate
         if isinstance(rate, float) and rate > 0:
-            raise ValueError(f"{path}: dropout {rate} is active, so gradients would be those of a random subnetwork; call model.eval() first")
+            raise ValueError(
+                f"{path}: dropout {rate} is active, so gradients would be those of a random subnetwork; call model.eval() first"
+            )

@@ -87,7 +87,8 @@ def sequence_nll(
         if not mask.any():
             raise ValueError("every label of the batch is masked (-100): there is no loss to differentiate")
         mask = mask.to(logits.device)
-        picked = logits[:, :-1][mask].float()
+        picked = logits[:, :-1][mask]
+        picked = picked.float() if picked.dtype in (torch.float16, torch.bfloat16) else picked
         if labels == "model":
             with torch.no_grad():
                 answers = torch.multinomial(picked.softmax(-1), 1, generator=generator).squeeze(-1)
@@ -135,7 +136,9 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
     if packed is not None:
         spans = torch.stack([packed[:-1], packed[1:]], 1)
         if labelled.flatten()[packed[:-1]].any():
-            raise ValueError("a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100")
+            raise ValueError(
+                "a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100"
+            )
     else:
         spans = _mask_spans(inputs.get("attention_mask"), n, length)
     running = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.flatten().cumsum(0)])
@@ -144,7 +147,9 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
         raise ValueError("labels lie on padding tokens: mask them with -100")
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts")
+        raise ValueError(
+            f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts"
+        )
     return Layout(n, length, spans, counts)
 
 
@@ -153,7 +158,9 @@ def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | N
     if boundaries is not None:
         starts = boundaries.detach().cpu().to(torch.int64)
         if n != 1 or starts[0] != 0 or starts[-1] != length or (starts.diff() <= 0).any():
-            raise ValueError(f"cu_seq_lens_q must rise from 0 to the {length} packed tokens of a batch of 1, got {starts.tolist()} for a batch of {n}")
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the {length} packed tokens of a batch of 1, got {starts.tolist()} for a batch of {n}"
+            )
         return starts
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or n != 1 or positions.ndim != 2:
@@ -168,12 +175,16 @@ def _mask_spans(mask: Tensor | None, n: int, length: int) -> Tensor:
         return torch.stack([begin, begin + length], 1)
     kept = mask.detach().cpu() != 0
     if tuple(kept.shape) != (n, length):
-        raise ValueError(f"attention_mask must have the shape of the input tokens {(n, length)}, got {tuple(kept.shape)}")
+        raise ValueError(
+            f"attention_mask must have the shape of the input tokens {(n, length)}, got {tuple(kept.shape)}"
+        )
     lengths = kept.sum(1)
     first = kept.to(torch.int8).argmax(1)
     last = length - kept.flip(1).to(torch.int8).argmax(1)
     holes = ((lengths > 0) & (last - first != lengths)).nonzero().flatten().tolist()
     if holes:
-        raise ValueError(f"attention_mask of samples {holes} has holes: pad on one side only, or pack with cu_seq_lens_q")
+        raise ValueError(
+            f"attention_mask of samples {holes} has holes: pad on one side only, or pack with cu_seq_lens_q"
+        )
     first = torch.where(lengths > 0, first, 0)
     return torch.stack([begin + first, begin + first + lengths], 1)

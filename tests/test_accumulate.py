@@ -1,0 +1,451 @@
+"""`fisher_accumulate` against one backward per sample, for every way of running the same samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from sst_kernels import Fisher, declared_loss, fisher_accumulate, sequence_nll
+from tests.models import (
+    TARGETS,
+    core_rows_by_definition,
+    lora_layers,
+    one_by_one,
+    summed_loss,
+    tiny_batch,
+    tiny_lora,
+    tiny_model,
+)
+
+# Rows are stored as float32; the models of these tests compute in float64 unless a test says otherwise.
+ROUNDING = 2e-6
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def position_ids(batch: dict) -> torch.Tensor:
+    return (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+
+
+@pytest.mark.parametrize("point,core", [("patched", 1.0), ("reference", 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_rows_are_the_gradients_of_single_samples(kind, padding, point, core):
+    model = tiny_lora(kind, adapters=("task", "safety")).double()
+    batch = tiny_batch(5, padding=padding)
+    with fisher_accumulate(model, "safety", point=point) as pass_:
+        model(**batch, position_ids=position_ids(batch)).loss.backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety", core)) < ROUNDING
+    assert pass_.fisher.counts.sequences == 5
+    assert pass_.fisher.counts.labels == (batch["labels"][:, 1:] != -100).sum()
+    assert pass_.fisher.counts.tokens == batch["attention_mask"].sum()
+
+
+def test_rows_agree_with_finite_differences():
+    model, batch = tiny_lora("gpt2").double(), tiny_batch(2)  # Llama's RMSNorm narrows double to float
+    with fisher_accumulate(model, "safety") as pass_:
+        model(**batch).loss.backward()
+    name, layer = next(iter(lora_layers(model, "safety").items()))
+    core, step = torch.eye(3, dtype=torch.float64), 1e-5
+    numeric = torch.zeros(2, 3, 3, dtype=torch.float64)
+    handle = layer.lora_A["safety"].register_forward_hook(lambda _m, _i, h: h @ core.T)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(3):
+                for sign in (1, -1):
+                    core[i, j] += sign * step
+                    losses = torch.stack([summed_loss(model, sample) for sample in one_by_one(batch)])
+                    numeric[:, i, j] += sign * losses / (2 * step)
+                    core[i, j] -= sign * step
+    handle.remove()
+    assert error(pass_.fisher[name].rows, numeric.flatten(1)) < 1e-6
+
+
+def test_single_precision_models_agree_to_their_own_rounding():
+    model, batch = tiny_lora(), tiny_batch(5)
+    with fisher_accumulate(model, "safety") as pass_:
+        model(**batch).loss.backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety")) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_agree_with_double_within_their_ulp(dtype):
+    model, batch = tiny_lora().to(dtype), tiny_batch(5)
+    with fisher_accumulate(model, "safety") as pass_:
+        model(**batch).loss.backward()
+    assert pass_.fisher.rows().dtype == torch.float32
+    assert (
+        error(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety"))
+        < 64 * torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.parametrize("split", [(5,), (1, 1, 1, 1, 1), (2, 3)])
+def test_batch_composition_does_not_matter(split):
+    model, batch = tiny_lora().double(), tiny_batch(5)
+    expected = core_rows_by_definition(model, batch, "safety")
+    with fisher_accumulate(model, "safety") as pass_:
+        start = 0
+        for n in split:
+            model(**{k: v[start : start + n] for k, v in batch.items()}).loss.backward()
+            start += n
+    assert error(pass_.fisher.rows(), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("point", ["patched", "reference"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant, point, frozen):
+    model, batch = tiny_lora().double(), tiny_batch(4)
+    if frozen:
+        model.requires_grad_(False)
+    expected = core_rows_by_definition(model, batch, "safety", 1.0 if point == "patched" else 0.0)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with fisher_accumulate(model, "safety", point=point) as pass_:
+        for start in (0, 2):
+            model(**{k: v[start : start + 2] for k, v in batch.items()}).loss.backward()
+    assert error(pass_.fisher.rows(), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
+def test_factors_on_the_loss_are_measured(factor):
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    with fisher_accumulate(model, "safety") as pass_:
+        (model(**batch).loss * factor).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_losses_of_several_forwards_in_one_backward():
+    model, batch = tiny_lora().double(), tiny_batch(4)
+    halves = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
+    with fisher_accumulate(model, "safety") as pass_:
+        (sum(model(**half).loss for half in halves) / 2).backward()
+    expected = core_rows_by_definition(model, batch, "safety")
+    rows = pass_.fisher.rows()
+    order = [2, 3, 0, 1] if error(rows, expected) > 0.1 else [0, 1, 2, 3]
+    assert error(rows, expected[order]) < ROUNDING
+
+
+def test_own_losses_are_declared():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with fisher_accumulate(model, "safety") as pass_, declared_loss(batch["labels"], reduction="mean") as declared:
+        logits = model(**inputs).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        declared.loss(loss).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_reduction_sum_and_stated_scale():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with fisher_accumulate(model, "safety", grad_scale=8.0) as pass_, declared_loss(batch["labels"], reduction="sum"):
+        logits = model(**inputs).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        (8.0 * loss).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_sequence_nll_with_data_labels():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    with fisher_accumulate(model, "safety") as pass_:
+        sequence_nll(model, batch).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+    assert pass_.fisher.meta["labels"] == "data"
+
+
+def test_model_labels_give_the_curvature_of_the_kl_divergence():
+    """½ φᵀFφ with sampled labels ≈ KL(p_ref ‖ p_φ), so F from many draws is the Hessian of the KL, up to Monte-Carlo error."""
+    model, batch = tiny_lora(attention="eager").double(), tiny_batch(1, longest=6)
+    name, layer = next(iter(lora_layers(model, "safety").items()))
+    generator = torch.Generator().manual_seed(0)
+    draws = 3000
+    repeated = {k: v.repeat(100, 1) for k, v in batch.items()}
+    with fisher_accumulate(model, "safety", point="reference", modules=name) as pass_:
+        for _ in range(draws // 100):
+            sequence_nll(model, repeated, "model", generator=generator).backward()
+    core = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    mask = batch["labels"][0, 1:] != -100
+    handle = layer.lora_A["safety"].register_forward_hook(lambda _m, _i, h: h @ core.T)
+
+    def log_probabilities() -> torch.Tensor:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        return logits[0, :-1][mask].log_softmax(-1)
+
+    reference = log_probabilities().detach()
+    kl = (reference.exp() * (reference - log_probabilities())).sum()
+    gradient = torch.autograd.grad(kl, core, create_graph=True)[0].flatten()
+    hessian = torch.stack([torch.autograd.grad(g, core, retain_graph=True)[0].flatten() for g in gradient])
+    handle.remove()
+    assert pass_.fisher.meta["labels"] == "model"
+    assert error(pass_.fisher[name].dense(), hessian) < 5 / draws**0.5
+
+
+@pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens_q"])
+def test_packed_batches(by):
+    model, batch = tiny_lora(attention="eager" if by == "position_ids" else "sdpa").double(), tiny_batch(4)
+    samples = one_by_one(batch)
+    labels = torch.cat([s["labels"].clone() for s in samples], 1)
+    lengths = torch.tensor([s["input_ids"].shape[1] for s in samples])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    packed = {
+        "input_ids": torch.cat([s["input_ids"] for s in samples], 1),
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+        "use_cache": False,
+    }
+    if by == "cu_seq_lens_q":
+        packed["cu_seq_lens_q"] = starts.to(torch.int32)
+    with fisher_accumulate(model, "safety") as pass_:
+        model(**packed).loss.backward()
+    assert pass_.fisher.counts.sequences == 4
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_parameters_and_their_gradients_are_untouched():
+    model, batch = tiny_lora(), tiny_batch(3)
+    model(**batch).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with fisher_accumulate(model, "safety"):
+        model(**batch).loss.backward()
+    assert expected
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_forwards_without_gradients_do_not_count_and_see_the_point():
+    model, batch = tiny_lora().double(), tiny_batch(2)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with fisher_accumulate(model, "safety", point="reference") as pass_:
+        with torch.no_grad():
+            inside = model(**inputs).logits
+        model(**batch).loss.backward()
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(inside, model(**inputs).logits)
+    assert pass_.fisher.counts.sequences == 2
+
+
+def test_a_forward_without_backward_is_reported():
+    model, batch = tiny_lora(), tiny_batch(2)
+    with (
+        pytest.warns(UserWarning, match="1 forward passes were never followed"),
+        fisher_accumulate(model, "safety") as pass_,
+    ):
+        model(**batch)
+        model(**batch).loss.backward()
+    assert pass_.fisher.counts.sequences == 2
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_factor_space_rows(structure):
+    model, batch = tiny_lora().double(), tiny_batch(4)
+    expected = {}
+    for sample in one_by_one(batch):
+        model.zero_grad()
+        summed_loss(model, sample).backward()
+        for name, layer in lora_layers(model, "safety").items():
+            for part, weight in (("lora_A", layer.lora_A["safety"].weight), ("lora_B", layer.lora_B["safety"].weight)):
+                expected.setdefault(f"{name}.{part}", []).append(weight.grad.flatten().clone())
+    model.zero_grad()
+    with fisher_accumulate(model, "safety", space="factor", structure=structure) as pass_:
+        model(**batch).loss.backward()
+    assert list(pass_.fisher) == list(expected)
+    for name, rows in expected.items():
+        rows = torch.stack(rows)
+        fisher = pass_.fisher[name].dense()
+        dense = rows.T @ rows / 4
+        assert error(fisher, dense if structure == "full" else dense.diag().diag()) < ROUNDING
+
+
+def test_module_scope_folds_rows_and_agrees():
+    model, batch = tiny_lora().double(), tiny_batch(20)
+    with fisher_accumulate(model, "safety") as aligned:
+        model(**batch).loss.backward()
+    with fisher_accumulate(model, "safety", scope="module") as folded:
+        model(**batch).loss.backward()
+    for name in aligned.fisher:
+        assert folded.fisher[name].folded
+        assert error(folded.fisher[name].dense(), aligned.fisher[name].dense()) < ROUNDING
+    with pytest.raises(ValueError, match="does not keep per-sample rows"):
+        folded.fisher.rows()
+
+
+def poisoned(sample: int):
+    """Makes the output gradient of one sample non-finite at the last LoRA layer."""
+
+    def hook(_module, _inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda g: g.index_fill(0, torch.tensor([sample]), float("nan")))
+
+    return hook
+
+
+def test_non_finite_samples_are_named_or_skipped():
+    model, batch = tiny_lora().double(), tiny_batch(4)
+    handle = model.base_model.model.model.norm.register_forward_hook(poisoned(2))
+    with (
+        pytest.raises(FloatingPointError, match=r"batch 0: the gradients of samples \[2\]"),
+        fisher_accumulate(model, "safety"),
+    ):
+        model(**batch).loss.backward()
+    with fisher_accumulate(model, "safety", nonfinite="skip") as pass_:
+        model(**batch).loss.backward()
+    handle.remove()
+    kept = [0, 1, 3]
+    assert pass_.skipped == [(0, 2)]
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")[kept]) < ROUNDING
+    assert pass_.fisher.counts.labels == (batch["labels"][kept, 1:] != -100).sum()
+    assert len(pass_.fisher.groups) == 3
+
+
+def test_non_finite_samples_are_named_by_streaming_structures():
+    model, batch = tiny_lora().double(), tiny_batch(4)
+    handle = model.base_model.model.model.norm.register_forward_hook(poisoned(1))
+    with (
+        pytest.raises(FloatingPointError, match=r"samples \[1\]"),
+        fisher_accumulate(model, "safety", space="factor", structure="diagonal"),
+    ):
+        model(**batch).loss.backward()
+    handle.remove()
+    with pytest.raises(ValueError, match="cannot take a sample back"):
+        fisher_accumulate(model, "safety", space="factor", structure="diagonal", nonfinite="skip")
+
+
+def test_save_load_and_merge(tmp_path):
+    model, batch = tiny_lora().double(), tiny_batch(6)
+    halves = [{k: v[i : i + 3] for k, v in batch.items()} for i in (0, 3)]
+    passes = []
+    for half in halves:
+        with fisher_accumulate(model, "safety", point="reference") as pass_:
+            sequence_nll(model, half, groups=[0, 0, 1]).backward()
+        passes.append(pass_)
+    passes[0].save(tmp_path / "first.safetensors")
+    loaded = Fisher.load(tmp_path / "first.safetensors")
+    assert torch.equal(loaded.rows(), passes[0].fisher.rows())
+    assert loaded.meta == passes[0].fisher.meta
+    assert loaded.counts == passes[0].fisher.counts
+    loaded.merge(passes[1].fisher)
+    assert loaded.groups == [0, 0, 1, 2, 2, 3]
+    assert error(loaded.rows(), core_rows_by_definition(model, batch, "safety", 0.0)) < ROUNDING
+    with fisher_accumulate(model, "safety", point="patched") as other:
+        sequence_nll(model, halves[0]).backward()
+    with pytest.raises(ValueError, match="point differs"):
+        loaded.merge(other.fisher)
+    assert list(tmp_path.iterdir()) == [tmp_path / "first.safetensors"]
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all!")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Fisher.load(path)
+
+
+def refusals():
+    def variant(**options):
+        return get_peft_model(
+            tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], **options), adapter_name="safety"
+        ).eval()
+
+    def inactive():
+        model = tiny_lora(adapters=("task", "safety"))
+        model.set_adapter("task")
+        return model
+
+    def merged():
+        model = tiny_lora()
+        model.merge_adapter()
+        return model
+
+    def tied():
+        model = tiny_lora()
+        layers = list(lora_layers(model, "safety").values())
+        layers[0].lora_A["safety"].weight = layers[1].lora_A["safety"].weight
+        return model
+
+    def disabled():
+        model = tiny_lora()
+        model.base_model.disable_adapter_layers()
+        return model
+
+    yield (
+        "unknown",
+        lambda: tiny_lora(adapters=("other",)),
+        r"no module carries the adapter 'safety'; this model has \['other'\]",
+    )
+    yield "inactive", inactive, "is not active"
+    yield "merged", merged, "are merged into the base weight"
+    yield "disabled", disabled, "adapters are disabled"
+    yield "dora", lambda: variant(use_dora=True), "DoRA is not plain LoRA"
+    yield "bias", lambda: variant(lora_bias=True, init_lora_weights=True), "lora_bias=True"
+    yield "dropout", lambda: variant(lora_dropout=0.1).train(), "dropout 0.1 is active"
+    yield "tied", tied, "shares its LoRA weights"
+    yield (
+        "embedding",
+        lambda: get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["embed_tokens"]), adapter_name="safety"),
+        "LoRA on an embedding",
+    )
+
+
+@pytest.mark.parametrize("make,message", [pytest.param(m, t, id=n) for n, m, t in refusals()])
+def test_models_that_would_give_wrong_statistics_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        fisher_accumulate(make(), "safety")
+
+
+def test_loops_that_would_give_wrong_statistics_are_refused():
+    model, batch = tiny_lora(), tiny_batch(3)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with pytest.raises(RuntimeError, match="no hook fired"), fisher_accumulate(model, "safety"):
+        pass
+    with pytest.raises(ValueError, match="the forward pass has no labels"), fisher_accumulate(model, "safety"):
+        model(**inputs).logits.sum().backward()
+    with pytest.raises(RuntimeError, match="its scale is unknown"), fisher_accumulate(model, "safety"):
+        model(**batch).logits.sum().backward()
+    with pytest.raises(RuntimeError, match="ran twice through the same forward"), fisher_accumulate(model, "safety"):
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+    with pytest.raises(RuntimeError, match="call that model itself"), fisher_accumulate(model, "safety"):
+        model.base_model(**batch).loss.backward()
+    masked = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    with (
+        pytest.raises(ValueError, match=r"samples \[0, 1, 2\] of this batch have no labels"),
+        fisher_accumulate(model, "safety"),
+    ):
+        model(**masked).loss.backward()
+    holes = batch | {"attention_mask": batch["attention_mask"].index_fill(1, torch.tensor([2]), 0)}
+    with pytest.raises(ValueError, match="has holes"), fisher_accumulate(model, "safety"):
+        model(**holes).loss.backward()
+    with pytest.raises(ValueError, match="must not be mixed"), fisher_accumulate(model, "safety"):
+        sequence_nll(model, batch, "model").backward()
+        sequence_nll(model, batch, "data").backward()
+
+
+def test_a_module_without_gradient_is_named():
+    model, batch = tiny_lora(), tiny_batch(2)
+    target = model.base_model.model.model.layers[1].mlp.down_proj
+    handle = target.register_forward_hook(lambda _m, _i, y: y.detach())
+    with (
+        pytest.raises(RuntimeError, match=r"no gradient arrived at .*layers\.1\.mlp"),
+        fisher_accumulate(model, "safety"),
+    ):
+        model(**batch).loss.backward()
+    handle.remove()
+
+
+def test_a_module_used_twice_is_named():
+    model, batch = tiny_lora(), tiny_batch(2)
+    layers = model.base_model.model.model.layers
+    layers[1].mlp.gate_proj = layers[0].mlp.gate_proj
+    with pytest.raises(ValueError, match=r"gate_proj was called twice"), fisher_accumulate(model, "safety"):
+        model(**batch).loss.backward()
