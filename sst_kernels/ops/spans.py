@@ -54,13 +54,23 @@ def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
     return torch.stack([cu[:-1], cu[1:]], 1)
 
 
-def token_weights(S: int, spans: Tensor | None, scale: Tensor | None, power: int = 1) -> Tensor | None:
-    """Weight [S] of every token, Σ over the spans that hold it of scale^power; None when all are 1."""
+def weigh(x: Tensor, spans: Tensor | None, scale: Tensor | None, power: int) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """CPU form of a sum over tokens: (x_t, w_t · x_t, which t) in float32 for the tokens that some span holds.
+
+    w_t = Σ over the spans that hold t of scale^power. Padding is left out rather than multiplied by zero: it may be NaN.
+    """
     if spans is None:
-        return None
-    owner, tokens = _members(spans)
-    weight = torch.ones(len(spans), device=spans.device) if scale is None else scale.float() ** power
-    return torch.zeros(S, device=spans.device).index_add_(0, tokens, weight[owner])
+        x = x.float()
+        return x, x, slice(None)
+    lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
+    owner = torch.repeat_interleave(torch.arange(len(spans)), lengths)
+    first = torch.cumsum(lengths, 0) - lengths
+    tokens = spans[owner, 0] + torch.arange(len(owner)) - first[owner]
+    weight = torch.ones(len(spans)) if scale is None else scale**power
+    weight = torch.zeros(len(x)).index_add_(0, tokens, weight[owner])
+    held = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, tokens, True).nonzero().flatten()
+    x = x[held].float()
+    return x, x * weight[held, None], held
 
 
 def by_length(spans: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,11 +97,3 @@ def sample_sums(
             s = scale[samples].float()[:, None, None]
             a, b = (a * s, b) if p <= q else (a, b * s)
         yield samples, a.mT @ b
-
-
-def _members(spans: Tensor) -> tuple[Tensor, Tensor]:
-    """(sample, token) of every covered token, one entry for each span that holds it."""
-    lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
-    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
-    first = torch.cumsum(lengths, 0) - lengths
-    return owner, spans[owner, 0] + torch.arange(len(owner), device=spans.device) - first[owner]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import sample_sums, token_weights
+from sst_kernels.ops.spans import sample_sums, weigh
 
 
 def factor_moments(
@@ -49,14 +49,14 @@ def factor_moments(
     device_types="cpu",
 )
 def _factor_moments(left, right, spans, scale, sum, sumsq, precision):
-    S = left.shape[0]
-    checks.span_values(spans, S)
+    checks.span_values(spans, left.shape[0])
     if sum is not None:
-        sum.addmm_((left.float() * token_weights(S, spans, scale)[:, None]).T, right.float())
+        _, weighted, held = weigh(left, spans, scale, power=1)
+        sum.addmm_(weighted.T, right[held].float())
     longest = int((spans[:, 1] - spans[:, 0]).max())
     if longest <= 1:  # rank-one samples: (s l rᵀ)² = s² l² (r²)ᵀ
-        weighted = left.float().square() * token_weights(S, spans, scale, power=2)[:, None]
-        sumsq.addmm_(weighted.T, right.float().square())
+        _, weighted, held = weigh(left.float().square(), spans, scale, power=2)
+        sumsq.addmm_(weighted.T, right[held].float().square())
         return
     batch = torch.zeros_like(sumsq)
     for _, G in sample_sums(left, right, spans, scale):

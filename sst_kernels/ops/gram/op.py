@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import token_weights
+from sst_kernels.ops.spans import weigh
 
 _TILE = 512
 
@@ -48,11 +48,9 @@ def symmetrize_(out: Tensor) -> Tensor:
     device_types="cpu",
 )
 def _gram(x, spans, scale, out, precision):
-    S, d = x.shape
-    checks.span_values(spans, S)
-    x = x.float()
-    weight = token_weights(S, spans, scale, power=2)
-    weighted = x if weight is None else x * weight[:, None]
+    checks.span_values(spans, x.shape[0])
+    d = x.shape[1]
+    x, weighted, _ = weigh(x, spans, scale, power=2)
     for i in range(0, d, _TILE):
         rows = weighted[:, i : i + _TILE].T
         out[i : i + _TILE, :i].addmm_(rows, x[:, :i])

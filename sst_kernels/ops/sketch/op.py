@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import token_weights
-
-_ROWS = 4096
+from sst_kernels.ops.spans import weigh
 
 
 def sketch(
@@ -50,18 +48,9 @@ def sketch(
     device_types="cpu",
 )
 def _sketch(x, omega, spans, scale, out, precision):
-    S = x.shape[0]
-    checks.span_values(spans, S)
-    omega = omega.float()
-    weight = token_weights(S, spans, scale, power=2)
-    batch = torch.zeros_like(out)
-    for t in range(0, S, _ROWS):
-        rows = x[t : t + _ROWS].float()
-        z = rows @ omega
-        if weight is not None:
-            z *= weight[t : t + _ROWS, None]
-        batch.addmm_(rows.T, z)
-    out += batch
+    checks.span_values(spans, x.shape[0])
+    x, weighted, _ = weigh(x, spans, scale, power=2)
+    out.addmm_(weighted.T, x @ omega.float())
 
 
 @_sketch.register_kernel("cuda")

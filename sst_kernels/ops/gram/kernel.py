@@ -1,0 +1,101 @@
+"""Triton: one program per lower-triangle tile, XᵀX on tensor cores, added to `out` in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sst_kernels.ops.tiles import count_blocks, dot, launch, load_span, load_tile, next_block, rows_contiguous
+
+
+@triton.jit
+def gram_kernel(
+    x,
+    spans,
+    scale,
+    out,
+    S,
+    N,
+    d,
+    x_stride,
+    out_stride,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Tiles (i, j), j ≤ i, numbered row by row; the float root is corrected to the exact integer one.
+    tile = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    j = tile - i * (i + 1) // 2
+    o_i = i * BD + tl.arange(0, BD)
+    o_j = j * BD + tl.arange(0, BD)
+
+    acc = tl.zeros([BD, BD], tl.float32)
+    if HAS_SCALE:
+        for n in range(N):
+            begin, end = load_span(spans, n, S)
+            G = tl.zeros([BD, BD], tl.float32)
+            for t in range(begin, end, BT):
+                o_t = t + tl.arange(0, BT)
+                b_i = load_tile(x, o_t, o_i, x_stride, end, d)
+                b_j = load_tile(x, o_t, o_j, x_stride, end, d)
+                G = dot(tl.trans(b_i), b_j, G, PRECISION)
+            s = tl.load(scale + n)
+            acc += s * s * G
+    elif HAS_SPANS:
+        n = tl.zeros([], tl.int64)
+        t, end = load_span(spans, n, S)
+        for _ in range(count_blocks(spans, 0, N, S, BT)):
+            o_t = t + tl.arange(0, BT)
+            b_i = load_tile(x, o_t, o_i, x_stride, end, d)
+            b_j = load_tile(x, o_t, o_j, x_stride, end, d)
+            acc = dot(tl.trans(b_i), b_j, acc, PRECISION)
+            n, t, end = next_block(spans, n, t, end, N, S, BT)
+    else:
+        for t in range(0, S, BT):
+            o_t = (t + tl.arange(0, BT)).to(tl.int64)
+            b_i = load_tile(x, o_t, o_i, x_stride, S, d)
+            b_j = load_tile(x, o_t, o_j, x_stride, S, d)
+            acc = dot(tl.trans(b_i), b_j, acc, PRECISION)
+
+    p_out = out + o_i.to(tl.int64)[:, None] * out_stride + o_j[None, :]
+    mask = (o_i < d)[:, None] & (o_i[:, None] >= o_j[None, :])
+    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + acc, mask=mask)
+
+
+def plan(d: int, dtype: torch.dtype, scaled: bool) -> dict:
+    """Tile and launch options: a 128-wide tile fills the tensor cores, a scaled one keeps two accumulators."""
+    if dtype == torch.float32:
+        return {"BT": 16, "BD": 64, "num_warps": 4, "num_stages": 2}
+    if d <= 1024:
+        return {"BT": 64, "BD": 64, "num_warps": 4, "num_stages": 4}
+    return {"BT": 64, "BD": 128, "num_warps": 8, "num_stages": 4}
+
+
+def gram(x, spans, scale, out, precision, **override):
+    x = rows_contiguous(x)
+    S, d = x.shape
+    meta = plan(d, x.dtype, scale is not None) | override
+    tiles = triton.cdiv(d, meta["BD"])
+    launch(
+        gram_kernel,
+        (tiles * (tiles + 1) // 2,),
+        x,
+        None if spans is None else spans.contiguous(),
+        scale,
+        out,
+        S,
+        0 if spans is None else len(spans),
+        d,
+        x.stride(0),
+        out.stride(0),
+        HAS_SPANS=spans is not None,
+        HAS_SCALE=scale is not None,
+        PRECISION=precision,
+        **meta,
+    )

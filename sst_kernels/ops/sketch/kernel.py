@@ -1,0 +1,179 @@
+"""Triton: Z = XΩ, then Y += XᵀZ, over chunks of tokens small enough that the second read of X comes from the L2 cache.
+
+Holding a block of rows on chip would need a d-wide tile and a d×l accumulator per program; the two stages instead
+exchange Z, which is d/l times smaller than X. Both split their sum where parallelism demands it and add the parts in
+order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sst_kernels.ops.tiles import add_partials, block, dot, launch, load_span, load_tile, processors, rows_contiguous
+
+# Bytes of X per chunk: what an H100's 50 MiB second-level cache still holds when the second stage reads it.
+CHUNK_BYTES = 24 << 20
+
+
+@triton.jit
+def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Σ over the spans that hold a token of scale²."""
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    total = tl.zeros([BT], tl.float32)
+    for n in range(N):
+        begin, end = load_span(spans, n, S)
+        s = 1.0
+        if HAS_SCALE:
+            s = tl.load(scale + n)
+        total += tl.where((o_t >= begin) & (o_t < end), s * s, 0.0)
+    tl.store(weights + o_t, total, mask=o_t < S)
+
+
+@triton.jit
+def project_kernel(
+    x,
+    u,
+    z,
+    S,
+    d,
+    l,
+    part,
+    x_stride,
+    u_stride,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    BL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z[k] = x[:, slice k] u[slice k, :], slices of `part` columns."""
+    o_t = (tl.program_id(0).to(tl.int64)) * BT + tl.arange(0, BT)
+    o_l = tl.program_id(1) * BL + tl.arange(0, BL)
+    k = tl.program_id(2)
+    last = tl.minimum((k + 1) * part, d)
+    acc = tl.zeros([BT, BL], tl.float32)
+    for c in range(k * part, last, BD):
+        o_d = c + tl.arange(0, BD)
+        b_x = load_tile(x, o_t, o_d, x_stride, S, last)
+        b_u = load_tile(u, o_d.to(tl.int64), o_l, u_stride, last, l)
+        acc = dot(b_x, b_u, acc, PRECISION)
+    p_z = z + (k.to(tl.int64) * S + o_t[:, None]) * l + o_l[None, :]
+    tl.store(p_z, acc, mask=(o_t < S)[:, None] & (o_l < l)[None, :])
+
+
+@triton.jit
+def back_kernel(
+    x,
+    z,
+    weights,
+    y,
+    S,
+    d,
+    l,
+    part,
+    x_stride,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    BL: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y[k] += x[slice k, :]ᵀ diag(weights) z[slice k, :], slices of `part` tokens."""
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    o_l = tl.program_id(1) * BL + tl.arange(0, BL)
+    k = tl.program_id(2)
+    last = tl.minimum((k + 1) * part, S)
+    acc = tl.zeros([BD, BL], tl.float32)
+    for t in range(k * part, last, BT):
+        o_t = (t + tl.arange(0, BT)).to(tl.int64)
+        b_x = load_tile(x, o_t, o_d, x_stride, last, d)
+        b_z = load_tile(z, o_t, o_l, l, last, l)
+        if HAS_WEIGHTS:
+            w = tl.load(weights + o_t, mask=o_t < last, other=0.0)
+            # A padding token may hold anything, NaN included: it is dropped, not multiplied by zero.
+            b_x = tl.where((w != 0.0)[:, None], b_x, 0.0)
+            b_z = tl.where((w != 0.0)[:, None], b_z * w[:, None], 0.0)
+        acc = dot(tl.trans(b_x), b_z, acc, PRECISION)
+    p_y = y + (k.to(tl.int64) * d + o_d[:, None]) * l + o_l[None, :]
+    mask = (o_d < d)[:, None] & (o_l < l)[None, :]
+    tl.store(p_y, tl.load(p_y, mask=mask, other=0.0) + acc, mask=mask)
+
+
+def plan_project(S: int, d: int, l: int, wide: bool, processors: int) -> dict:
+    """Tile and launch options; `parts` slices of d keep every processor busy when there are few tokens."""
+    BT, BL = (64, block(l, 64)) if wide else (block(S, 128), block(l, 64))
+    tiles = triton.cdiv(S, BT) * triton.cdiv(l, BL)
+    parts = min(max(1, processors // tiles), triton.cdiv(d, 512))
+    return {"parts": parts, "BT": BT, "BD": 32 if wide else 64, "BL": BL, "num_warps": 4, "num_stages": 3}
+
+
+def plan_back(S: int, d: int, l: int, wide: bool, processors: int) -> dict:
+    """Tile and launch options; `parts` slices of the tokens keep every processor busy."""
+    BD, BL = (64, block(l, 64)) if wide else (128, block(l, 64))
+    tiles = triton.cdiv(d, BD) * triton.cdiv(l, BL)
+    parts = min(max(1, processors // tiles), triton.cdiv(S, 256))
+    return {"parts": parts, "BT": 32 if wide else 64, "BD": BD, "BL": BL, "num_warps": 4, "num_stages": 3}
+
+
+def project(x, u, precision, **override):
+    """x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
+    x, u = rows_contiguous(x), rows_contiguous(u)
+    (S, d), l = x.shape, u.shape[1]
+    meta = plan_project(S, d, l, x.element_size() == 4, processors(x.device)) | override
+    parts = meta.pop("parts")
+    part = triton.cdiv(triton.cdiv(d, parts), meta["BD"]) * meta["BD"]
+    parts = triton.cdiv(d, part)
+    z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
+    launch(project_kernel, grid, x, u, z, S, d, l, part, x.stride(0), u.stride(0), PRECISION=precision, **meta)
+    return z[0] if parts == 1 else _reduced(z)
+
+
+def _reduced(parts):
+    add_partials(parts[1:], parts[0])
+    return parts[0]
+
+
+def sketch(x, omega, spans, scale, out, precision, **override):
+    x = rows_contiguous(x)
+    (S, d), l, device = x.shape, omega.shape[1], x.device
+    weights = None
+    if spans is not None:
+        weights = torch.empty(S, dtype=torch.float32, device=device)
+        launch(
+            token_weights_kernel,
+            (triton.cdiv(S, 128),),
+            weights,
+            spans.contiguous(),
+            scale,
+            S,
+            len(spans),
+            BT=128,
+            HAS_SCALE=scale is not None,
+            num_warps=4,
+        )
+    step = min(S, max(512, CHUNK_BYTES // (d * x.element_size())))
+    meta = plan_back(step, d, l, x.element_size() == 4, processors(device)) | override
+    parts = meta.pop("parts")
+    part = triton.cdiv(triton.cdiv(step, parts), meta["BT"]) * meta["BT"]
+    y = torch.zeros(triton.cdiv(step, part), d, l, dtype=torch.float32, device=device)
+    for t in range(0, S, step):
+        rows = x[t : t + step]
+        launch(
+            back_kernel,
+            (triton.cdiv(d, meta["BD"]), triton.cdiv(l, meta["BL"]), triton.cdiv(len(rows), part)),
+            rows,
+            project(rows, omega, precision),
+            None if weights is None else weights[t : t + step],
+            y,
+            len(rows),
+            d,
+            l,
+            part,
+            x.stride(0),
+            HAS_WEIGHTS=weights is not None,
+            PRECISION=precision,
+            **meta,
+        )
+    add_partials(y, out)

@@ -1,0 +1,133 @@
+"""What the kernels share: one dot product, one walk over the tokens of all samples, one launch.
+
+`dot` never rounds an operand. Two 16-bit tiles of a type multiply exactly on tensor cores; bfloat16 against float32 splits
+the float32 tile into three bfloat16 terms (8 bits each, 24 together); everything else is float32 at `PRECISION`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# The interpreter keeps bfloat16 as raw uint16, so tiles are widened there before any arithmetic.
+INTERPRET = tl.constexpr(not isinstance(_probe, triton.JITFunction))
+
+
+@triton.jit
+def _mma(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32, exact in the operands (see the module docstring)."""
+    if a.dtype == b.dtype:
+        acc = _mma(a, b, acc, PRECISION)
+    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        for _ in tl.static_range(3):
+            term = b.to(tl.bfloat16)
+            acc = _mma(a, term, acc, PRECISION)
+            b -= term.to(tl.float32)
+    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        for _ in tl.static_range(3):
+            term = a.to(tl.bfloat16)
+            acc = _mma(term, b, acc, PRECISION)
+            a -= term.to(tl.float32)
+    else:
+        acc = _mma(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def load_tile(x, rows, columns, stride, end, width):
+    """x[rows, columns] of a row-major [·, width] matrix, zero from row `end` and column `width` on."""
+    mask = (rows < end)[:, None] & (columns < width)[None, :]
+    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_span(spans, n, S):
+    """Token range of sample n, clamped to the tokens there are: a bad span must not read outside."""
+    begin = tl.maximum(tl.load(spans + 2 * n), 0)
+    return begin, tl.minimum(tl.load(spans + 2 * n + 1), S)
+
+
+@triton.jit
+def count_blocks(spans, first, last, S, BT: tl.constexpr):
+    """Token blocks of samples first..last-1; an empty sample counts one block, which loads nothing."""
+    total = tl.zeros([], tl.int64)
+    for n in range(first, last):
+        begin, end = load_span(spans, n, S)
+        total += tl.maximum((end - begin + BT - 1) // BT, 1)
+    return total
+
+
+@triton.jit
+def next_block(spans, n, t, end, last, S, BT: tl.constexpr):
+    """The block after token t: in the same sample, or the first of the next one.
+
+    A single loop over the blocks of all samples keeps loads in flight across sample boundaries, which a loop per sample
+    would drain.
+    """
+    done = t + BT >= end
+    n = tl.where(done, tl.minimum(n + 1, last - 1), n)
+    begin, end = load_span(spans, n, S)
+    return n, tl.where(done, begin, t + BT), end
+
+
+@triton.jit
+def _add_partials(partials, out, size, width, stride, parts, BLOCK: tl.constexpr):
+    """out[i] += Σ_k partials[k, i], k ascending: the fixed-order second stage of every split sum."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(parts):
+        total += tl.load(partials + k * size + o, mask=mask, other=0.0)
+    p_out = out + (o // width) * stride + o % width
+    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + total, mask=mask)
+
+
+def add_partials(partials: Tensor, out: Tensor) -> None:
+    """out [m, width] += partials [k, m, width] summed over k in ascending order."""
+    size = out.numel()
+    grid = (triton.cdiv(size, 1024),)
+    launch(
+        _add_partials, grid, partials, out, size, out.shape[1], out.stride(0), len(partials), BLOCK=1024, num_warps=4
+    )
+
+
+def launch(kernel, grid, *args, **meta) -> None:
+    """Run `kernel` on the device of its first tensor; fusion of multiply and add is on, and said so."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; an H100's 132 when there is none to ask (interpreter, ahead-of-time compilation)."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous; a copy only when it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def block(n: int, most: int) -> int:
+    """Power-of-two block for n elements: at least 16, the least a tensor core takes, at most `most`."""
+    return min(max(16, triton.next_power_of_2(n)), most)

@@ -1,0 +1,188 @@
+"""Every op against its fp64 definition, in three forms: the CPU form, the kernel interpreted, the kernel on a GPU."""
+
+import functools
+import importlib
+import os
+
+import pytest
+import torch
+
+from sst_kernels import ops
+from sst_kernels.testing import assert_close, poisoned, tolerance
+
+OPS = ("core_outer", "factor_rows", "factor_moments", "gram", "sketch", "eigen_moments")
+FORMS = ("cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+reference = {op: getattr(importlib.import_module(f"sst_kernels.ops.{op}.reference"), op) for op in OPS}
+
+
+def run(op, form, *args):
+    """The op on its arguments, results on the CPU in place; `interpreter` calls the launcher on CPU tensors."""
+    if form == "interpreter":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("triton was imported to compile; set TRITON_INTERPRET=1")
+        launcher = getattr(importlib.import_module(f"sst_kernels.ops.{op}.kernel"), op)
+        launcher(*args, "ieee")
+    elif form == "cpu":
+        getattr(ops, op)(*args)
+    else:
+        move = lambda a: [t.cuda() for t in a] if isinstance(a, list) else a.cuda() if torch.is_tensor(a) else a  # noqa: E731
+        moved = [move(a) for a in args]
+        getattr(ops, op)(*moved, precision="ieee")
+        for a, b in zip(args, moved):
+            if torch.is_tensor(a):
+                a.copy_(b)
+
+
+def spans_of(layout):
+    """(S, spans): boundaries fall inside token blocks, samples are empty, one token long, or longer than a block."""
+    if layout == "dense":
+        return 60, ops.spans_from_lengths(3, 20)
+    if layout == "right":
+        return 120, ops.spans_from_lengths(3, 40, torch.tensor([40, 0, 33]))
+    if layout == "left":
+        return 120, ops.spans_from_lengths(3, 40, torch.tensor([1, 39, 35]), padding="left")
+    return 150, ops.spans_from_cu_seqlens(torch.tensor([0, 5, 5, 6, 75, 150]))
+
+
+def data(seed, S, *widths, dtype, spans=None, strided=False):
+    """Token matrices [S, w]; padding tokens are NaN, so that reading one shows; `strided` takes views of wider ones."""
+    g = torch.Generator().manual_seed(seed)
+    covered = torch.zeros(S, dtype=torch.bool)
+    for begin, end in [(0, S)] if spans is None else spans.tolist():
+        covered[begin:end] = True
+    out = []
+    for w in widths:
+        x = torch.randn(S, w + 3 * strided, generator=g)
+        x[~covered] = float("nan")
+        out.append(x.to(dtype)[:, 2 * strided : w + 2 * strided])
+    return out
+
+
+def scales(n):
+    return torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.5
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    """Workspace that a launcher allocates starts as NaN: what a kernel reads, a kernel must have written."""
+    empty = torch.empty
+
+    @functools.wraps(empty)
+    def filled(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["dense", "right", "left", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestAgainstDefinition:
+    def test_core_outer(self, form, layout, dtype):
+        S, spans = spans_of(layout)
+        shapes = [(4, 4), (8, 5), (4, 4), (17, 33)]
+        lefts = data(0, S, *(p for p, _ in shapes), dtype=dtype, spans=spans)
+        rights = data(1, S, *(q for _, q in shapes), dtype=dtype, spans=spans)
+        scale = scales(len(spans))
+        wide = poisoned(len(spans), sum(p * q for p, q in shapes) + 7)
+        out = wide[:, :-7]
+        run("core_outer", form, lefts, rights, spans, scale, out)
+        assert_close("core_outer", out, reference["core_outer"](lefts, rights, spans, scale), tolerance(S))
+        assert wide[:, -7:].isnan().all()
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+    def test_factor_rows(self, form, layout, dtype, stored):
+        S, spans = spans_of(layout)
+        left, right = data(2, S, 5, 67, dtype=dtype, spans=spans, strided=layout == "left")
+        out = poisoned(len(spans), 5 * 67, dtype=stored)
+        run("factor_rows", form, left, right, spans, scales(len(spans)), out)
+        expected = reference["factor_rows"](left, right, spans, scales(len(spans)))
+        assert_close("factor_rows", out, expected, tolerance(S, stored=stored))
+
+    @pytest.mark.parametrize("shape", [(6, 81), (81, 6)])
+    def test_factor_moments(self, form, layout, dtype, shape):
+        S, spans = spans_of(layout)
+        left, right = data(3, S, *shape, dtype=dtype, spans=spans, strided=layout == "packed")
+        start = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+        total, square = start.clone()
+        run("factor_moments", form, left, right, spans, scales(len(spans)), total, square)
+        expected = reference["factor_moments"](left, right, spans, scales(len(spans)))
+        assert_close("factor_moments sum", total, start[0] + expected[0], tolerance(S))
+        assert_close("factor_moments sumsq", square, start[1] + expected[1], tolerance(S))
+        alone = start[1].clone()
+        run("factor_moments", form, left, right, spans, None, None, alone)
+        expected = reference["factor_moments"](left, right, spans)
+        assert_close("factor_moments sumsq alone", alone, start[1] + expected[1], tolerance(S))
+
+    @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+    def test_gram(self, form, layout, dtype, scaled):
+        S, spans = spans_of(layout)
+        (x,) = data(4, S, 141, dtype=dtype, spans=spans, strided=layout == "right")
+        scale = scales(len(spans)) if scaled else None
+        start = torch.randn(141, 141, generator=torch.Generator().manual_seed(6))
+        out = start.tril() + poisoned(141, 141).triu(1)
+        run("gram", form, x, spans, scale, out)
+        assert_close("gram", out.tril(), start.tril() + reference["gram"](x, spans, scale), tolerance(S))
+        assert out[torch.ones(141, 141, dtype=torch.bool).triu(1)].isnan().all()
+
+    @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+    def test_sketch(self, form, layout, dtype, scaled):
+        S, spans = spans_of(layout)
+        (x,) = data(7, S, 141, dtype=dtype, spans=spans, strided=layout == "right")
+        omega = torch.randn(141, 11, generator=torch.Generator().manual_seed(8))
+        scale = scales(len(spans)) if scaled else None
+        for test in (omega, omega.to(dtype)):
+            out = torch.ones(141, 11)
+            run("sketch", form, x, test, spans, scale, out)
+            assert_close("sketch", out, 1 + reference["sketch"](x, test, spans, scale), tolerance(S + 141))
+
+    @pytest.mark.parametrize("shape", [(6, 37), (37, 6)])
+    def test_eigen_moments(self, form, layout, dtype, shape):
+        S, spans = spans_of(layout)
+        left, right = data(9, S, *shape, dtype=dtype, spans=spans)
+        g = torch.Generator().manual_seed(10)
+        u_left, u_right = torch.randn(shape[0], 6, generator=g), torch.randn(shape[1], 5, generator=g)
+        out = torch.ones(6, 5)
+        run("eigen_moments", form, left, right, spans, scales(len(spans)), u_left, u_right, out)
+        expected = 1 + reference["eigen_moments"](left, right, spans, scales(len(spans)), u_left, u_right)
+        assert_close("eigen_moments", out, expected, tolerance(S + sum(shape)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_spans_none_means_every_token(form):
+    (x,) = data(11, 77, 45, dtype=torch.bfloat16)
+    out = torch.zeros(45, 45)
+    run("gram", form, x, None, None, out)
+    assert_close("gram of all tokens", out, reference["gram"](x), tolerance(77))
+    omega, y = torch.randn(45, 4, generator=torch.Generator().manual_seed(12)), torch.zeros(45, 4)
+    run("sketch", form, x, omega, None, None, y)
+    assert_close("sketch of all tokens", y, reference["sketch"](x, omega), tolerance(77))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_token_samples(form):
+    """Samples of one token: rank-one gradients, more samples than a block holds, rotated token by token."""
+    left, right = data(13, 40, 5, 19, dtype=torch.bfloat16)
+    spans = torch.stack([torch.arange(40), torch.arange(40) + 1], 1)
+    total, square = torch.zeros(2, 5, 19)
+    run("factor_moments", form, left, right, spans, scales(40), total, square)
+    expected = reference["factor_moments"](left, right, spans, scales(40))
+    assert_close("token sum", total, expected[0], tolerance(40))
+    assert_close("token sumsq", square, expected[1], tolerance(40))
+    u_left, u_right = torch.eye(5), torch.eye(19).flip(0)
+    out = torch.zeros(5, 19)
+    run("eigen_moments", form, left, right, spans, scales(40), u_left, u_right, out)
+    assert_close("token eigen moments", out, expected[1].flip(1), tolerance(40))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_every_time(form):
+    left, right = data(14, 150, 8, 70, dtype=torch.bfloat16)
+    _, spans = spans_of("packed")
+    first, second = torch.zeros(2, 8, 70), torch.zeros(2, 8, 70)
+    for out in (first, second):
+        run("factor_moments", form, left, right, spans, None, *out)
+    assert torch.equal(first, second)
