@@ -5,12 +5,20 @@ generalized eigenproblems, `subspace` finds and keeps the directions of a patch 
 """
 
 from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, sequence_nll
+from sst_kernels.gevp import GEVPResult, GEVPStatus, gevp
+from sst_kernels.subspace import Patch, Subspace, subspace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Fisher",
+    "GEVPResult",
+    "GEVPStatus",
+    "Patch",
+    "Subspace",
     "declared_loss",
     "fisher_accumulate",
+    "gevp",
     "sequence_nll",
+    "subspace",
 ]

@@ -1,0 +1,342 @@
+"""`subspace`: which directions of a patch buy most gain per cost, and the filters that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.fisher import Fisher
+from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.spectrum import Spectrum, block_grams, dense_blocks, global_spectrum, module_spectra
+
+Weights = Callable[[Tensor, float], Tensor]
+_PATH = 161
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the filtered patch is expected to cost and to keep. KL divergences are in nats, ½ zᵀ F_cost z.
+
+    held_out: rows of the prediction were in no pencil that chose the patch they judge (cross-fitting); False when the
+    structures keep no rows to hold out, and then the figures are optimistic, by orders of magnitude for few rows.
+    cost_per_label, cost_per_sequence: of the filtered patch. in_sample_cost_per_label: the same on the pencil's own rows.
+    plain_cost_per_label: of the whole patch, by the same quadratic. gain_kept: zᵀF_gain z of the filtered patch over that of
+    the whole patch.
+    """
+
+    held_out: bool
+    cost_per_label: float
+    cost_per_sequence: float
+    in_sample_cost_per_label: float
+    plain_cost_per_label: float
+    gain_kept: float
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A filtered patch: ΔW' = scaling · B S' A with S' = coordinates[module] [r, r] (float64; I would be the whole patch).
+
+    filter: "soft", "top_k" or "threshold"; parameter: its μ or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F.
+    """
+
+    coordinates: dict[str, Tensor]
+    filter: str
+    parameter: float
+    prediction: Prediction
+    kept: dict[str, float]
+    scope: str
+    points: tuple[str, str]
+
+
+def subspace(
+    gain: Fisher,
+    cost: Fisher,
+    *,
+    scope: str = "global",
+    damping: float = 3.0,
+    folds: int = 4,
+    mix_points: bool = False,
+) -> Subspace:
+    """Solve F_gain v = λ (F_cost + ε M) v for the adapter that both Fishers describe.
+
+    M is the Frobenius metric of ΔW, so nothing depends on the gauge of the adapter, and ε = damping · tr(F_cost)/n in its
+    coordinates. λ is the gain per unit of cost along v.
+
+    Args:
+        gain, cost: core-space Fishers of the same adapter weights (for a safety patch: refusals, benign answers).
+        scope: "global" solves one pencil over all modules, exactly from the aligned rows (structure "full") or from the sketches
+            ("lowrank"); "module" one per module (any structure), ranked on one λ scale.
+        damping: relative damping, positive.
+        folds: cross-fitting folds for held-out predictions (at least 2); groups of samples stay together.
+        mix_points: allow Fishers taken at different evaluation points. Points that were both given explicitly to
+            `fisher_accumulate` count as asked for.
+
+    Raises ValueError when the Fishers do not describe one adapter, are in factor space, lie at different points without being
+    asked for, or hold too little data for the folds.
+    """
+    if scope not in ("global", "module"):
+        raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
+    if not damping > 0:
+        raise ValueError(f"damping must be positive (the cost Fisher alone is singular), got {damping}")
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    gain.check_same(cost, what="solve the pencil of two Fishers")
+    if gain.meta["space"] != "core":
+        raise ValueError(
+            f"subspace works in core space, these Fishers are in {gain.meta['space']} space: accumulate with space='core'"
+        )
+    points = (str(gain.meta["point"]), str(cost.meta["point"]))
+    asked = mix_points or (gain.meta["point_given"] and cost.meta["point_given"])
+    if points[0] != points[1] and not asked:
+        raise ValueError(
+            f"the Fishers lie at different points {points}: give point= to both passes, or mix_points=True, to ask for that"
+        )
+    return Subspace(gain, cost, scope, damping, folds)
+
+
+@dataclass
+class _Fold:
+    """Spectra of the pencil without this fold's rows, and the rows held out (unnormalised weights)."""
+
+    spectra: list[Spectrum]
+    gain: Tensor
+    cost: Tensor
+
+
+@dataclass
+class Subspace:
+    """The solved pencil. `values` are the λ of all directions, descending; filters return a `Patch`."""
+
+    gain: Fisher = field(repr=False)
+    cost: Fisher = field(repr=False)
+    scope: str
+    damping: float
+    folds: int
+
+    def __post_init__(self) -> None:
+        self._has_rows = all(f.meta["structure"] == "full" and not _folded(f) for f in (self.gain, self.cost))
+        device = next(iter(self.gain.values())).device
+        self._z = FrobeniusCoordinates(list(self.gain.blocks.values()), self.gain.metric, device)
+        self._patch = self._z.patch().to(device)
+        self._labels = self.cost.counts.labels / self.cost.counts.sequences
+        slices = list(self._z.slices.values())
+        if self._has_rows:
+            gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
+            self._epsilon = self.damping * float(cost.square().sum()) / len(cost) / self._z.size
+            self._spectra = self._solve(gain, cost)
+            assigned = [_folds_of(f.groups, self.folds, name) for f, name in ((self.gain, "gain"), (self.cost, "cost"))]
+            self._folds = [
+                _Fold(
+                    self._solve(gain[assigned[0] != i], cost[assigned[1] != i]),
+                    gain[assigned[0] == i],
+                    cost[assigned[1] == i],
+                )
+                for i in range(self.folds)
+            ]
+            self._rows = (gain, cost)
+        elif self.scope == "module":
+            gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
+            self._epsilon = self.damping * sum(float(b.trace()) for b in cost_blocks) / self._z.size
+            self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices)
+            self._folds, self._rows = [], None
+            self._blocks = (gain_blocks, cost_blocks)
+        else:
+            gain, cost = (self._sketch(f).to(device) for f in (self.gain, self.cost))
+            self._epsilon = self.damping * float(cost.square().sum()) / self._z.size
+            self._spectra = global_spectrum(gain, cost, self._epsilon, self._patch)
+            self._folds, self._rows = [], (gain * len(gain) ** 0.5, cost * len(cost) ** 0.5)
+
+    @property
+    def values(self) -> Tensor:
+        """All stored λ, descending, float64."""
+        return torch.cat([s.values for s in self._spectra]).sort(descending=True).values
+
+    @property
+    def epsilon(self) -> float:
+        """The absolute damping ε that was added, in units of F_cost per ‖ΔW‖²_F."""
+        return self._epsilon
+
+    @property
+    def route(self) -> str:
+        """How the eigenproblem was solved, and why."""
+        return self._spectra[0].route
+
+    def soft(self, mu: float | None = None, *, kl_budget: float | None = None) -> Patch:
+        """w = λ/(λ+μ): the exact minimiser of (s'−s)ᵀF_gain(s'−s) + μ s'ᵀ(F_cost+εM)s'.
+
+        Give μ, or `kl_budget` in nats per label token: the smallest μ whose predicted cost stays within it.
+        """
+        return self._choose("soft", _soft, mu, kl_budget)
+
+    def threshold(self, mu: float | None = None, *, kl_budget: float | None = None) -> Patch:
+        """w = 1 where λ > μ, else 0."""
+        return self._choose("threshold", _threshold, mu, kl_budget)
+
+    def top_k(self, k: int | None = None, *, kl_budget: float | None = None) -> Patch:
+        """w = 1 for the k directions of largest λ over the whole model, else 0; or the largest k within `kl_budget`."""
+        if k is not None and not 0 <= k <= len(self.values):
+            raise ValueError(f"k must lie in 0 … {len(self.values)} (directions with a stored λ), got {k}")
+        return self._choose("top_k", _top_k(len(self.values)), k, kl_budget)
+
+    def predict_cost(self, coordinates: Mapping[str, Tensor]) -> float:
+        """½ zᵀ F_cost z in nats per label token for any S [r, r] per module (all rows, no holding out)."""
+        return self._cost(self._z.from_cores(coordinates)[:, None]).item() / self._labels
+
+    def cost_path(self, filter: str, parameters: Tensor) -> Tensor:
+        """Held-out predicted cost in nats per label token of `filter` at each of `parameters` [G]."""
+        weights = {"soft": _soft, "threshold": _threshold, "top_k": _top_k(len(self.values))}[filter]
+        return self._predicted(weights, parameters)[0] / self._labels
+
+    def _solve(self, gain: Tensor, cost: Tensor) -> list[Spectrum]:
+        u, w = gain / len(gain) ** 0.5, cost / len(cost) ** 0.5
+        if self.scope == "global":
+            return global_spectrum(u, w, self._epsilon, self._patch)
+        slices = list(self._z.slices.values())
+        return module_spectra(block_grams(u, slices), block_grams(w, slices), self._epsilon, self._patch, slices)
+
+    def _sketch(self, fisher: Fisher) -> Tensor:
+        operator = getattr(fisher.joint, "operator", None)
+        if operator is None:
+            raise ValueError(
+                f"scope='global' needs cross-module statistics, which structure {fisher.meta['structure']!r} (scope={fisher.meta['scope']!r}) "
+                "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
+            )
+        return self._z.gradients(operator().rows)
+
+    def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
+        if (parameter is None) == (kl_budget is None):
+            raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
+        if parameter is None:
+            if kl_budget < 0:
+                raise ValueError(f"kl_budget must not be negative, got {kl_budget}")
+            parameter = self._within(name, weights, kl_budget)
+        elif parameter < 0:
+            raise ValueError(f"{name}: the parameter must not be negative, got {parameter}")
+        z = self._assemble(self._spectra, weights, torch.tensor([float(parameter)], dtype=torch.float64))
+        cost, kept = self._predicted(weights, torch.tensor([float(parameter)], dtype=torch.float64))
+        prediction = Prediction(
+            held_out=bool(self._folds),
+            cost_per_label=cost.item() / self._labels,
+            cost_per_sequence=cost.item(),
+            in_sample_cost_per_label=self._cost(z).item() / self._labels,
+            plain_cost_per_label=self._cost(self._patch[:, None]).item() / self._labels,
+            gain_kept=kept.item(),
+        )
+        energy = {
+            m: (float(z[s].square().sum()), float(self._patch[s].square().sum())) for m, s in self._z.slices.items()
+        }
+        return Patch(
+            self._z.to_cores(z[:, 0]),
+            name,
+            float(parameter),
+            prediction,
+            {m: part / whole if whole else 0.0 for m, (part, whole) in energy.items()},
+            self.scope,
+            (str(self.gain.meta["point"]), str(self.cost.meta["point"])),
+        )
+
+    def _within(self, name: str, weights: Weights, kl_budget: float) -> float:
+        """The parameter nearest to keeping everything whose path, walked from keeping nothing, never exceeds the budget.
+
+        Demanding it of the whole path makes the kept part grow with the budget and the prediction stay below it.
+        """
+        path, between = self._path(name)
+        for _ in range(2):
+            allowed = self._predicted(weights, path)[0] / self._labels <= kl_budget
+            last = int(allowed.to(torch.int8).cummin(0).values.sum()) - 1
+            if last < 0:
+                return 0.0 if name == "top_k" else float("inf")
+            if last == len(path) - 1:
+                break
+            path = between(path[last], path[last + 1])
+        return float(path[last])
+
+    def _path(self, name: str) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Parameters from keeping nothing to keeping everything, and how to refine between two of them."""
+        values = self.values
+        if name == "top_k":
+
+            def counts(low: float | Tensor, high: float | Tensor) -> Tensor:
+                steps = min(int(high) - int(low) + 1, _PATH)
+                return torch.linspace(float(low), float(high), steps, dtype=torch.float64).round()
+
+            return counts(0, len(values)), counts
+        positive = values[values > 0]
+        if not len(positive):
+            raise ValueError("the gain Fisher is zero: there is no direction to keep")
+        top, bottom = positive[0].log10() + 4, positive[-1].log10() - 4
+
+        def between(low: Tensor, high: Tensor) -> Tensor:
+            return torch.logspace(float(low.log10()), float(high.log10()), 33, dtype=torch.float64)
+
+        return torch.logspace(float(top), float(bottom), _PATH, dtype=torch.float64), between
+
+    def _predicted(self, weights: Weights, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost per sequence and kept gain, [G] each, held out where there are rows to hold out."""
+        if not self._folds:
+            z = self._assemble(self._spectra, weights, parameters)
+            return self._cost(z), self._gain(z) / self._gain(self._patch[:, None])
+        cost = gain = whole = torch.zeros(())
+        for fold in self._folds:
+            z = self._assemble(fold.spectra, weights, parameters)
+            cost = cost + 0.5 * (fold.cost @ z).square().sum(0).cpu()
+            gain = gain + (fold.gain @ z).square().sum(0).cpu()
+            whole = whole + (fold.gain @ self._patch).square().sum().cpu()
+        return cost / len(self._rows[1]), gain / whole
+
+    def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
+        """Filtered patches [n, G], one column per parameter; top-k ranks all spectra together."""
+        values = torch.cat([s.values for s in spectra])
+        table = torch.stack([weights(values, float(p)) for p in parameters], 1)
+        out = torch.empty(self._z.size, len(parameters), dtype=torch.float64, device=self._patch.device)
+        for spectrum, part in zip(spectra, table.split([len(s.values) for s in spectra])):
+            out[spectrum.where] = spectrum.filtered(part)
+        return out
+
+    def _cost(self, z: Tensor) -> Tensor:
+        return 0.5 * self._form(1, z)
+
+    def _gain(self, z: Tensor) -> Tensor:
+        return self._form(0, z)
+
+    def _form(self, side: int, z: Tensor) -> Tensor:
+        """zᵀ F z per column, on the pencil's own data."""
+        if self._rows is not None:
+            rows = self._rows[side]
+            return (rows @ z).square().sum(0).cpu() / len(rows)
+        blocks = self._blocks[side]
+        return sum((z[s] * (m @ z[s])).sum(0) for s, m in zip(self._z.slices.values(), blocks)).cpu()
+
+
+def _soft(values: Tensor, mu: float) -> Tensor:
+    return values / (values + mu) if mu > 0 else (values > 0).to(values)
+
+
+def _threshold(values: Tensor, mu: float) -> Tensor:
+    return (values > mu).to(values)
+
+
+def _top_k(total: int) -> Weights:
+    def weights(values: Tensor, k: float) -> Tensor:
+        chosen = torch.zeros_like(values)
+        chosen[values.topk(min(int(k), len(values))).indices] = 1
+        return chosen
+
+    return weights
+
+
+def _folded(fisher: Fisher) -> bool:
+    return any(getattr(s, "folded", False) for s in ([fisher.joint] if fisher.joint is not None else fisher.values()))
+
+
+def _folds_of(groups: list[int], folds: int, name: str) -> Tensor:
+    """Fold of each row, groups kept whole and dealt out in order of appearance."""
+    order = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    if len(order) < folds:
+        raise ValueError(
+            f"the {name} Fisher holds {len(order)} groups of samples, fewer than folds={folds}: accumulate more or use fewer folds"
+        )
+    return torch.tensor([order[g] % folds for g in groups])
