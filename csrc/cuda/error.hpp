@@ -1,7 +1,6 @@
-// Every CUDA, cuBLAS and cuSOLVER call goes through SST_TRY: a failure quotes the call, its status and its place.
+// Every CUDA and cuSOLVER call goes through SST_TRY: a failure quotes the call, its status and its place.
 #pragma once
 
-#include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <cusolverDn.h>
 
@@ -13,8 +12,6 @@ namespace sst::cuda {
 inline std::string describe(cudaError_t status) {
   return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
-
-inline std::string describe(cublasStatus_t status) { return cublasGetStatusName(status); }
 
 inline std::string describe(cusolverStatus_t status) {
   switch (status) {
@@ -31,7 +28,7 @@ inline std::string describe(cusolverStatus_t status) {
 
 template <class Status>
 void require(Status status, const char* call, const char* file, int line) {
-  if (status == Status{}) return;  // all three libraries count success as zero
+  if (status == Status{}) return;  // both libraries count success as zero
   throw std::runtime_error(std::string(call) + " failed: " + describe(status) + " (" + file + ":" +
                            std::to_string(line) + ")");
 }

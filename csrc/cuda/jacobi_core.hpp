@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "portable.hpp"
+#include "sst/views.h"
 
 namespace sst::cuda::jacobi {
 
@@ -26,7 +26,7 @@ struct Rotation {
 };
 
 /// The pair at `seat` (0 <= seat < order / 2) in `round` (0 <= round < order - 1).
-SST_HD Pair pair_at(int order, int round, int seat) {
+SST_HD inline Pair pair_at(int order, int round, int seat) {
   const int ring = order - 1;
   if (seat == 0) return {ring, round};
   const int p = round + seat, q = round - seat;
@@ -34,13 +34,13 @@ SST_HD Pair pair_at(int order, int round, int seat) {
 }
 
 /// The t-th of the H(H-1)/2 unordered pairs of seats; neighbours in t are neighbours in both seats.
-SST_HD Pair seats_at(int half, int t) {
+SST_HD inline Pair seats_at(int half, int t) {
   const int first = t % half, second = first + t / half + 1;
   return {first, second < half ? second : second - half};
 }
 
 /// Phase 1. Returns whether the pair was rotated.
-SST_HD bool rotate_pair(double* a, int order, Pair pair, double threshold, Rotation& rotation) {
+SST_HD inline bool rotate_pair(double* a, int order, Pair pair, double threshold, Rotation& rotation) {
   const auto [p, q] = pair;
   const double app = a[p + order * p], aqq = a[q + order * q], apq = a[p + order * q];
   rotation = {1.0, 0.0};
@@ -56,7 +56,7 @@ SST_HD bool rotate_pair(double* a, int order, Pair pair, double threshold, Rotat
 }
 
 /// Phase 2, matrix: the 2x2 block at the crossing of the row pair `left` and the column pair `right`.
-SST_HD void rotate_block(double* a, int order, Pair left, Rotation rl, Pair right, Rotation rr) {
+SST_HD inline void rotate_block(double* a, int order, Pair left, Rotation rl, Pair right, Rotation rr) {
   const double pp = a[left.p + order * right.p], pq = a[left.p + order * right.q];
   const double qp = a[left.q + order * right.p], qq = a[left.q + order * right.q];
   const double pp1 = rr.c * pp - rr.s * pq, pq1 = rr.s * pp + rr.c * pq;
@@ -70,7 +70,7 @@ SST_HD void rotate_block(double* a, int order, Pair left, Rotation rl, Pair righ
 }
 
 /// Phase 2, vectors: one row of V.
-SST_HD void rotate_row(double* v, int order, int row, Pair pair, Rotation rotation) {
+SST_HD inline void rotate_row(double* v, int order, int row, Pair pair, Rotation rotation) {
   double& vp = v[row + order * pair.p];
   double& vq = v[row + order * pair.q];
   const double p = vp, q = vq;
@@ -78,13 +78,13 @@ SST_HD void rotate_row(double* v, int order, int row, Pair pair, Rotation rotati
   vq = rotation.s * p + rotation.c * q;
 }
 
-/// Place of eigenvalue i among the `m` diagonal entries; ties go by index, so that the order is a function of the data.
-SST_HD int rank_of(const double* a, int order, int m, int i, bool descending) {
+/// Place of eigenvalue i among the `m` diagonal entries, largest first; ties go by index, so that the order is a function of the data.
+SST_HD inline int rank_of(const double* a, int order, int m, int i) {
   const double mine = a[i + order * i];
   int rank = 0;
   for (int j = 0; j < m; ++j) {
     const double other = a[j + order * j];
-    rank += (descending ? other > mine : other < mine) || (other == mine && j < i);
+    rank += other > mine || (other == mine && j < i);
   }
   return rank;
 }

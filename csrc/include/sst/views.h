@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SST_HD __host__ __device__
@@ -35,7 +36,10 @@ struct Batch {
     SST_HD Batch block(int64_t row, int64_t col, int64_t height, int64_t width) const {
         return {data + col * ld + row, height, width, ld, stride};
     }
-    operator Batch<const T>() const { return {data, rows, cols, ld, stride}; }
+    template <class U, class = std::enable_if_t<std::is_same_v<U, const T> && !std::is_const_v<T>>>
+    operator Batch<U>() const {
+        return {data, rows, cols, ld, stride};
+    }
 };
 
 /// The problems that an operation touches: `index[0..count)` in device memory, or all of 0..count when `index` is null.
