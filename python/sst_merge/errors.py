@@ -1,0 +1,27 @@
+"""The one family of errors that a user's input can cause; the CLI prints their text and nothing else."""
+
+from __future__ import annotations
+
+
+class MergeError(ValueError):
+    """Something the user gave cannot be used. The text says what was expected, what came, and what to do."""
+
+
+class AdapterError(MergeError):
+    """An adapter folder that cannot be read, or that no exact merge exists for."""
+
+
+class DataError(MergeError):
+    """A data file or one of its lines; the text names the file and the line."""
+
+
+class ModelError(MergeError):
+    """A model that is not there, or that an adapter does not fit."""
+
+
+class RecipeError(MergeError):
+    """A recipe with unknown, missing or contradictory entries."""
+
+
+class OutputError(MergeError):
+    """An output folder that exists already or cannot be written."""

@@ -1,0 +1,353 @@
+"""The merge itself, and the only module that calls sst_kernels: Fisher passes → subspace → filtered patch → adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sst_kernels as sst
+
+from .adapters import Adapter, load_adapter, write_adapter
+from .algebra import concatenate, recompress, transform
+from .data import Dataset, batches, load_dataset
+from .errors import MergeError
+from .evaluate import Evaluation, Evaluator, write_prompts
+from .models import attach, check_fit, load_model
+from .output import output_file, output_folder
+from .progress import Reporter, batch_tokens
+from .recipe import Recipe
+from .report import write_report
+
+TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
+
+
+@dataclass
+class Session:
+    """A model with the task and the safety adapter on it; the reference is base + task, the patch absent."""
+
+    model: Any
+    tokenizer: Any
+    safety: Adapter
+    task: Adapter | None
+    reporter: Reporter
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str | None:
+        return TASK if self.task is not None else None
+
+    def merged(self, coordinates: Mapping[str, Tensor]) -> Adapter:
+        """task + the patch at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
+        return self._with_task(1.0, transform(self.safety, coordinates))
+
+    def plain(self, alpha: float) -> Adapter:
+        """task + α · safety: task arithmetic, the baseline."""
+        return self._with_task(alpha, self.safety)
+
+    def measure(self, evaluator: Evaluator, adapter: Adapter, label: str, **options: Any) -> Evaluation:
+        """Put an adapter on the model, evaluate it, take it off again."""
+        attach(self.model, CANDIDATE, adapter)
+        try:
+            return evaluator(CANDIDATE, label=label, **options)
+        finally:
+            self.model.delete_adapter(CANDIDATE)
+
+    def _with_task(self, weight: float, patch: Adapter) -> Adapter:
+        return concatenate([*([(1.0, self.task)] if self.task is not None else []), (weight, patch)])
+
+
+def open_session(
+    model: str,
+    safety: Path,
+    task: Path | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    reporter: Reporter,
+) -> Session:
+    """Load a model with its adapters. Raises ModelError or AdapterError."""
+    start = time.monotonic()
+    patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    for adapter in filter(None, (patch, base_task)):
+        for warning in check_fit(network, adapter):
+            reporter.say(f"[yellow]{adapter.path}: {warning}")
+    network = attach(network, SAFETY, patch)
+    if base_task is not None:
+        network = attach(network, TASK, base_task)
+    return Session(network, tokenizer, patch, base_task, reporter, {"load": time.monotonic() - start})
+
+
+def fisher_pass(
+    session: Session,
+    data: Dataset,
+    *,
+    name: str,
+    point: str,
+    labels: str = "data",
+    draws: int = 1,
+    structure: str = "full",
+    structure_options: Mapping[str, Any] | None = None,
+    space: str = "core",
+    scope: str = "global",
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+) -> sst.Fisher:
+    """One Fisher of the safety adapter over a dataset, task adapter on: labels from the data, or drawn from the model.
+
+    The draws of one prompt share a group, so that cross-fitting never predicts a prompt from itself.
+    """
+    model, start = session.model, time.monotonic()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
+    model.requires_grad_(False)
+    steps = batches(data, tokens_per_batch) * draws
+    with sst.fisher_accumulate(
+        model, adapter=SAFETY, space=space, structure=structure, scope=scope, point=point, **(structure_options or {})
+    ) as accumulator:
+        for batch in session.reporter.track(steps, f"Fisher: {name}", size=batch_tokens):
+            sst.sequence_nll(
+                model, batch.inputs(device), labels=labels, generator=generator, groups=batch.rows
+            ).backward()
+    session.seconds[f"fisher_{name}"] = time.monotonic() - start
+    return accumulator.fisher
+
+
+def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset) -> tuple[sst.Fisher, sst.Fisher]:
+    """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe."""
+    common = {
+        "structure": recipe.structure,
+        "structure_options": recipe.structure_options,
+        "space": recipe.space,
+        "scope": recipe.scope,
+        "tokens_per_batch": recipe.tokens_per_batch,
+        "seed": recipe.seed,
+    }
+    gain = fisher_pass(session, harm, name="harm", point=recipe.harm_point, **common)
+    cost = fisher_pass(
+        session,
+        benign,
+        name="benign",
+        point=recipe.benign_point,
+        labels=recipe.benign_labels,
+        draws=recipe.label_draws,
+        **common,
+    )
+    return gain, cost
+
+
+def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) -> sst.Subspace:
+    """The safety subspace: F_harm v = λ (F_benign + εM) v, with cross-fitted folds for predictions."""
+    start = time.monotonic()
+    try:
+        space = sst.subspace(
+            gain, cost, scope=recipe.scope, damping=recipe.damping, folds=recipe.folds, mix_points=True
+        )
+    except ValueError as error:
+        raise MergeError(f"the pencil cannot be solved: {error}") from error
+    session.seconds["subspace"] = time.monotonic() - start
+    return space
+
+
+def filtered(space: sst.Subspace, recipe: Recipe) -> sst.Patch:
+    """The patch that the recipe's filter and strength keep."""
+    if recipe.kl_budget is not None:
+        return getattr(space, recipe.filter)(kl_budget=recipe.kl_budget)
+    return space.top_k(recipe.k) if recipe.filter == "top_k" else getattr(space, recipe.filter)(recipe.mu)
+
+
+def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
+    """The recipe's data files, tokenised; evaluation data only where given. Raises DataError."""
+    paths = {
+        "harm": recipe.harm_data,
+        "benign": recipe.benign_data,
+        "eval_harm": recipe.eval_harm_data,
+        "eval_benign": recipe.eval_benign_data,
+    }
+    options = {"max_length": recipe.max_length, "limit": recipe.limit}
+    return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
+
+
+def merge(recipe: Recipe, *, force: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Run a recipe: write the merged adapter with report, plots, model card and recipe; return the report.
+
+    Raises MergeError (with what to do) for unusable inputs; nothing is left under the output's name unless all went well.
+    """
+    reporter = reporter or Reporter()
+    with output_folder(recipe.output, force=force) as folder:
+        session = open_session(
+            recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+        )
+        data = load_data(recipe, session.tokenizer)
+        gain, cost = both_passes(session, recipe, data["harm"], data["benign"])
+        space = solve(session, recipe, gain, cost)
+        patch = filtered(space, recipe)
+        adapter = session.merged(patch.coordinates)
+        lost = None
+        if recipe.rank is not None:
+            adapter, lost = recompress(adapter, recipe.rank)
+        evaluations = _evaluate(session, recipe, data, adapter)
+        report = describe(session, recipe, data, gain, cost, space, patch, adapter)
+        report["recompression"] = lost.summary() if lost is not None else None
+        report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
+        measured = report["evaluation"].get("merged", {}).get("benign_kl")
+        if measured is not None:
+            report["calibration"] = [calibration_point(patch, measured)]
+        if evaluations:
+            write_prompts(folder / "prompts.json", evaluations)
+        write_adapter(adapter, folder)
+        (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_report(report, folder)
+    return report
+
+
+def evaluate_folders(
+    model: str,
+    adapters: Sequence[Path],
+    task: Path | None,
+    *,
+    load: Callable[[Any], list[Dataset | None]],
+    output: Path | None = None,
+    force: bool = False,
+    generate_tokens: int = 24,
+    tokens_per_batch: int = 1024,
+    device: str = "auto",
+    dtype: str = "float32",
+    reporter: Reporter,
+) -> dict[str, Evaluation]:
+    """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
+
+    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON.
+    """
+    with output_file(output, force=force) if output is not None else nullcontext() as partial:
+        network, tokenizer = load_model(model, dtype=dtype, device=device)
+        folders = {str(path): load_adapter(path) for path in adapters}
+        reference = None
+        for name, adapter in {**({TASK: load_adapter(task)} if task is not None else {}), **folders}.items():
+            for warning in check_fit(network, adapter):
+                reporter.say(f"[yellow]{name}: {warning}")
+        if task is not None:
+            network, reference = attach(network, TASK, load_adapter(task)), TASK
+        harmful, benign = load(tokenizer)
+        evaluator = Evaluator(
+            network,
+            tokenizer,
+            harmful=harmful,
+            benign=benign,
+            reference=reference,
+            tokens_per_batch=tokens_per_batch,
+            reporter=reporter,
+        )
+        results = {"reference": evaluator(reference, label="reference", generate_tokens=generate_tokens)}
+        for name, adapter in folders.items():
+            evaluator.model = attach(evaluator.model, CANDIDATE, adapter)
+            results[name] = evaluator(CANDIDATE, label=Path(name).name, generate_tokens=generate_tokens)
+        if partial is not None:
+            write_prompts(partial, results)
+    return results
+
+
+def describe(
+    session: Session,
+    recipe: Recipe,
+    data: Mapping[str, Dataset],
+    gain: sst.Fisher,
+    cost: sst.Fisher,
+    space: sst.Subspace,
+    patch: sst.Patch,
+    adapter: Adapter,
+) -> dict[str, Any]:
+    """The report's facts, as JSON-able values; `report.write_report` turns them into files."""
+    values = space.values
+    positive = values[values > 0]
+    path = torch.logspace(float(positive[0].log10()) + 3, float(positive[-1].log10()) - 2, 40, dtype=torch.float64)
+    curve = space.cost_path("soft", path)
+    return {
+        "schema": 1,
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": {
+            "safety": session.safety.summary(),
+            "task": session.task.summary() if session.task is not None else None,
+            "data": {name: d.summary() for name, d in data.items()},
+        },
+        "fisher": {name: _fisher_facts(f) for name, f in (("harm", gain), ("benign", cost))},
+        "subspace": {
+            "scope": space.scope,
+            "route": space.route,
+            "relative_damping": space.damping,
+            "epsilon": space.epsilon,
+            "folds": space.folds,
+            "directions": len(values),
+            "lambda": values[:512].tolist(),
+            "soft_path": {"mu": path.tolist(), "predicted_kl": curve.tolist()},
+        },
+        "patch": {
+            "filter": patch.filter,
+            "parameter": patch.parameter,
+            "points": list(patch.points),
+            "prediction": asdict(patch.prediction),
+            "kept_energy": patch.kept,
+        },
+        "adapter": adapter.summary(),
+        "seconds": {name: round(value, 2) for name, value in session.seconds.items()},
+        "versions": _versions(),
+    }
+
+
+def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float]:
+    """Predicted beside measured benign KL, in nats per label token."""
+    return {"parameter": patch.parameter, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
+
+
+def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter) -> dict[str, Evaluation]:
+    if not {"eval_harm", "eval_benign"} & data.keys():
+        return {}
+    start = time.monotonic()
+    evaluator = Evaluator(
+        session.model,
+        session.tokenizer,
+        harmful=data.get("eval_harm"),
+        benign=data.get("eval_benign"),
+        reference=session.reference,
+        tokens_per_batch=recipe.tokens_per_batch,
+        reporter=session.reporter,
+    )
+    options = {"generate_tokens": recipe.generate_tokens}
+    results = {"no patch": evaluator(session.reference, label="no patch", **options)}
+    results["plain addition"] = session.measure(evaluator, session.plain(1.0), "plain addition", **options)
+    results["merged"] = session.measure(evaluator, adapter, "merged", **options)
+    session.seconds["evaluate"] = time.monotonic() - start
+    return results
+
+
+def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:
+    counts = fisher.counts
+    return {
+        **{key: value for key, value in fisher.meta.items() if _plain(value) and key != "labels"},
+        "label_source": fisher.meta.get("labels"),
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+        "label_tokens": counts.labels,
+        "bytes": fisher.nbytes,
+    }
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+    import platform
+
+    names = ("sst-kernels", "torch", "transformers", "peft", "safetensors", "numpy", "scipy")
+    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return {"python": platform.python_version(), **{n: found.get(n, "not installed") for n in names}}

@@ -1,0 +1,58 @@
+"""What a run tells its user while it works: one progress bar per long pass with rate and time left, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"– {self.unit}/s", style="cyan")
+
+
+class Reporter:
+    """Prints to stderr, so that stdout holds results only. `quiet=True` prints nothing."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line of news; rich markup is understood."""
+        self.console.print(text)
+
+    def track(
+        self, items: Iterable[T], label: str, *, size: Callable[[T], int] = lambda _: 1, unit: str = "tokens"
+    ) -> Iterator[T]:
+        """Iterate over `items` under a bar; `size(item)` is how much work an item is, in `unit`."""
+        items = list(items)
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Rate(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(label, total=sum(map(size, items)))
+            for item in items:
+                yield item
+                progress.advance(task, size(item))
+
+
+def batch_tokens(batch: object) -> int:
+    """Tokens of a `data.Batch`, padding included: what a forward pass costs."""
+    return int(batch.input_ids.numel())  # type: ignore[attr-defined]

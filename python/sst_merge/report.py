@@ -1,0 +1,215 @@
+"""What a run found, written for people and programs: report.json, report.md, plots, and the adapter's model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PLOTS = {
+    "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
+    "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
+    "calibration.png": "benign KL predicted on held-out rows along the filter path, and as measured",
+}
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write `report.json`, `report.md`, the plots and `README.md` (the model card) into an existing folder."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_plots(report, folder)
+    text = markdown(report)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
+
+def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+    """Header and rows of the evaluation table: one row per adapter, one column per measure."""
+    columns = {
+        "refusal_nll": "refusal NLL ↓",
+        "refusal_rate": "refusal rate ↑",
+        "benign_kl": "benign KL ↓",
+        "benign_nll": "benign NLL ↓",
+    }
+    body = [[name, *(_number(values.get(key), key) for key in columns)] for name, values in rows.items()]
+    return [["", *columns.values()], *body]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
+    parts = ["# SST-Merge report", ""]
+    if report.get("evaluation"):
+        parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
+    how = "on held-out rows (cross-fitting)" if prediction["held_out"] else "on the pencil's own rows: optimistic"
+    parts += [
+        "## The patch",
+        "",
+        f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {patch['parameter']:.4g}, "
+        f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
+        f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token {how}; "
+        f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
+        f"{prediction['plain_cost_per_label']:.4g} for the whole patch",
+        f"- refusal gain kept {prediction['gain_kept']:.1%}",
+        f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n), "
+        f"{spectrum['folds']} folds",
+    ]
+    for point in report.get("calibration", []):
+        parts.append(
+            f"- benign KL predicted {point['predicted_kl']:.4g}, measured {point['measured_kl']:.4g} nats per label token"
+        )
+    parts += ["", "## Fisher passes", ""]
+    rows = [["", "point", "labels", "structure", "sequences", "tokens", "label tokens"]]
+    for name, f in report["fisher"].items():
+        keys = ("point", "label_source", "structure", "sequences", "tokens", "label_tokens")
+        rows.append([name, *(str(f.get(key, "–")) for key in keys)])
+    parts += [*_markdown_table(rows), "", "## Inputs", ""]
+    for name, values in report["inputs"]["data"].items():
+        parts.append(
+            f"- {name}: `{values['path']}`, {values['sequences']} sequences, {values['truncated']} truncated, "
+            f"sha256 `{values['sha256'][:16]}`"
+        )
+    for name in ("safety", "task"):
+        adapter = report["inputs"][name]
+        if adapter:
+            parts.append(
+                f"- {name} adapter: `{adapter['path']}`, {adapter['modules']} modules, ranks {adapter['ranks']}, "
+                f"sha256 `{adapter['sha256'][:16]}`"
+            )
+    merged, lost = report["adapter"], report.get("recompression")
+    parts += ["", "## Output", "", f"- {merged['modules']} modules, ranks {merged['ranks']}"]
+    if lost:
+        parts.append(
+            f"- recompressed to rank {lost['rank']}: ‖ΔW − ΔW'‖/‖ΔW‖ = {lost['relative_error']:.3g}, "
+            f"worst {lost['worst_error']:.3g} in {lost['worst_module']}"
+        )
+    else:
+        parts.append("- ΔW = task + filtered patch exactly, by concatenation")
+    parts += [f"- note: {note}" for note in merged["notes"]]
+    seconds = ", ".join(f"{name} {value:g} s" for name, value in report["seconds"].items())
+    parts += [f"- time: {seconds}", f"- versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}", ""]
+    parts += [f"![{text}]({name})\n\n*{text}*\n" for name, text in PLOTS.items()]
+    return "\n".join(parts)
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """README.md of the adapter folder, with the front matter that model hubs read."""
+    recipe, base = report["recipe"], report["adapter"]["base_model"] or report["recipe"]["model"]
+    evaluation = ""
+    if report.get("evaluation"):
+        evaluation = "\n".join(["## Measured", "", *_markdown_table(table(report["evaluation"])), "", _UNITS, ""])
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, peft, sst-merge, safety]
+---
+
+# Task adapter with a safety patch, merged by SST-Merge
+
+A LoRA adapter for `{base}`: {"the task adapter plus " if report["inputs"]["task"] else ""}those directions of a safety
+adapter that buy much refusal per unit of change in benign behaviour.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+```
+
+{evaluation}
+## Made from
+
+- task adapter: `{recipe["task"] or "none"}`
+- safety adapter: `{recipe["safety"]}`
+- recipe: `recipe.yml`, run it again with `sst-merge merge --config recipe.yml`
+- everything else: `report.md`, `report.json`
+
+Refusal is measured on the prompts named in the report. It is no guarantee for other prompts, languages or attacks.
+"""
+
+
+def write_plots(report: Mapping[str, Any], folder: Path) -> None:
+    """The plots named in `PLOTS`, as PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+        _spectrum(report, folder / "spectrum.png")
+        _energy(report["patch"]["kept_energy"], folder / "energy.png")
+        _calibration(report, folder / "calibration.png")
+
+
+def _figure(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _spectrum(report: Mapping[str, Any], path: Path) -> None:
+    figure, axes = _figure()
+    values, patch = report["subspace"]["lambda"], report["patch"]
+    axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
+    if patch["filter"] == "top_k":
+        axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
+    elif 0 < patch["parameter"] < float("inf"):
+        axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
+    axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path)
+
+
+def _energy(kept: Mapping[str, float], path: Path) -> None:
+    layers, kinds, cells = energy_grid(kept)
+    figure, axes = _figure(6.0, max(2.5, 0.17 * len(layers) + 1.2))
+    axes.grid(False)
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set(ylabel="layer", title="‖ΔW'‖² / ‖ΔW‖² of the patch")
+    figure.colorbar(image)
+    figure.savefig(path)
+
+
+def energy_grid(kept: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kept energy as a table: layer numbers, module kinds (last name parts), NaN where a layer lacks a kind."""
+    places = {}
+    for name, value in kept.items():
+        number = re.search(r"\.(\d+)\.", name)
+        places[(number[1] if number else "–", name.rsplit(".", 1)[-1])] = value
+    layers = list(dict.fromkeys(layer for layer, _ in places))
+    kinds = list(dict.fromkeys(kind for _, kind in places))
+    return layers, kinds, [[places.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
+
+
+def _calibration(report: Mapping[str, Any], path: Path) -> None:
+    figure, axes = _figure()
+    curve, patch = report["subspace"]["soft_path"], report["patch"]
+    axes.loglog(curve["mu"], curve["predicted_kl"], label="soft filter, predicted on held-out rows")
+    points = report.get("calibration", [])
+    if points and patch["filter"] != "top_k":
+        axes.loglog([p["parameter"] for p in points], [p["measured_kl"] for p in points], "o", label="measured")
+        axes.loglog([p["parameter"] for p in points], [p["predicted_kl"] for p in points], "x", label="its prediction")
+    axes.set(
+        xlabel="μ (smaller keeps more of the patch)", ylabel="benign KL, nats per label token", title="Benign cost"
+    )
+    axes.legend()
+    figure.savefig(path)
+
+
+_UNITS = (
+    "NLL and KL in nats per label token (teacher-forced); KL is from the reference, the model without the patch; "
+    "refusal rate by keywords in greedy answers."
+)
+
+
+def _number(value: float | None, key: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0%}" if key == "refusal_rate" else f"{value:.4f}" if key == "benign_kl" else f"{value:.3f}"
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
