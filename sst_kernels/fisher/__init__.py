@@ -1,6 +1,7 @@
 """Fisher matrices in the coordinates of a LoRA adapter: accumulation, structures, storage."""
 
-from sst_kernels.fisher.accumulate import Accumulator, fisher_accumulate
+from sst_kernels.fisher.accumulate import fisher_accumulate
+from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import Block, Counts, Structure, TokenBatch
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.loss import declared_loss, sequence_nll

@@ -90,7 +90,12 @@ class EigenKronecker(Structure):
         return kron_times(left, right, s.reshape(-1, *[1] * (inside.ndim - 1)) * inside)
 
     def operator(self) -> Any:
-        """`EigenKronecker(u_left, u_right, s)`, undamped."""
-        from sst_kernels.gevp.operators import EigenKronecker as EigenKroneckerOperator
+        """`EigenKronecker(u_left, u_right, s)`, undamped; a `SpectralKronecker` where the basis is truncated."""
+        left, right, s = self._u_left, self._u_right, self.eigenvalues()
+        if left.shape[0] == left.shape[1] and right.shape[0] == right.shape[1]:
+            from sst_kernels.gevp.operators import EigenKronecker as EigenKroneckerOperator
 
-        return EigenKroneckerOperator(self._u_left.double(), self._u_right.double(), self.eigenvalues(), 0.0)
+            return EigenKroneckerOperator(left, right, s)
+        from sst_kernels.fisher.structures.spectral import SpectralKronecker
+
+        return SpectralKronecker(left, right, s, s.new_zeros(s.shape[0]), s.new_zeros(s.shape[1]), s.new_zeros(()))

@@ -131,4 +131,4 @@ class Kronecker(TwoSided):
         """`Kronecker(G, A)`, undamped."""
         from sst_kernels.gevp.operators import Kronecker as KroneckerOperator
 
-        return KroneckerOperator(*self.factors(), 0.0, 0.0)
+        return KroneckerOperator(*self.factors())

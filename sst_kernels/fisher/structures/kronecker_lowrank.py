@@ -157,3 +157,13 @@ class KroneckerLowRank(TwoSided):
         (p, q), v = self.shape, vectors.to(self.device, torch.float64)
         out = left.times(v.reshape(p, -1)).reshape(p, q, -1)
         return right.times(out.transpose(0, 1).reshape(q, -1)).reshape(q, p, -1).transpose(0, 1).reshape(v.shape)
+
+    def operator(self) -> Any:
+        """`SpectralKronecker` on the eigenvectors of both factors: product and damped inverse without a d×d matrix."""
+        from sst_kernels.fisher.structures.spectral import SpectralKronecker
+
+        left, right = self.factors()
+        a, b = left.values + left.rest, right.values + right.rest
+        return SpectralKronecker(
+            left.vectors, right.vectors, torch.outer(a, b), a * right.rest, left.rest * b, left.rest * right.rest
+        )

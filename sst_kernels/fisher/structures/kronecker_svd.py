@@ -91,8 +91,8 @@ class KroneckerSVD(Structure):
         """`Kronecker(X, Y)` for one term, else `KroneckerSum` of such."""
         from sst_kernels.gevp.operators import Kronecker, KroneckerSum
 
-        products = [Kronecker(x, y, 0.0, 0.0) for x, y in self.terms()]
-        return products[0] if len(products) == 1 else KroneckerSum(products)
+        terms = self.terms()
+        return Kronecker(*terms[0]) if len(terms) == 1 else KroneckerSum(terms)
 
 
 def nearest_products(b: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:

@@ -24,7 +24,8 @@ class LowRank(Structure):
     independent ones, were seen, F̃ = F. The reduction goes through the 2ℓ×2ℓ Gram matrix in float64.
 
     One block, or several jointly: with shape (n_total, 1), `append` takes rows that span the modules.
-    Rows are float32: rounding them adds at most `rounding` (usually 1e-6 of ‖F‖) to Δ and to the zero on the left.
+    Rows are float32: a reduction rounds by up to 2⁻²³·‖B‖₂·‖B‖_F, and `rounding` sums this up. It is part of Δ, and the
+    left side holds as −rounding·I ⪯ F − F̃.
 
     State: `rows` [≤ 2ℓ, n] float32, `shrinkage` and `rounding` float64, both as raw sums.
     """

@@ -1,0 +1,281 @@
+"""The hooks of an open pass.
+
+How one sample's core gradient is read without touching the model (DESIGN: ΔW(S) = c · B S A, S = I is the patch):
+
+    1. a forward hook on `lora_A` sees h = A x and replaces it by u = S h, S being the evaluation point;
+    2. a tensor hook on u receives e = ∂L/∂u = c Bᵀ ∂L/∂y, brought by the backward pass that runs anyway;
+    3. ∂L/∂S of sample n is Σ_t e_t h_tᵀ: [r, r] from r-vectors only, for all modules in one launch per shape.
+
+Factor space reads x in front of `lora_A` and c·∂L/∂y behind `lora_B` in the same way.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sst_kernels.fisher.base import TokenBatch
+from sst_kernels.fisher.fisher import Fisher
+from sst_kernels.fisher.lora import LoraSite
+from sst_kernels.fisher.loss import current_declaration, read_layout
+from sst_kernels.fisher.passes import Pass
+from sst_kernels.ops import core_outer
+
+
+class Accumulator:
+    """The open pass: `fisher` (mapping from block name to structure), `skipped` sample positions, `save(path)`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[LoraSite],
+        fisher: Fisher,
+        cores: Mapping[str, float | Tensor | None],
+        *,
+        reduction: str,
+        grad_scale: float | None,
+        nonfinite: str,
+    ):
+        self.model, self.sites, self.fisher = model, sites, fisher
+        self.skipped: list[tuple[int, int]] = []
+        self._cores = cores
+        self._factor = fisher.meta["space"] == "factor"
+        self._reduction, self._grad_scale, self._nonfinite = reduction, grad_scale, nonfinite
+        self._handles: list[Any] = []
+        self._waiting: list[Pass] = []
+        self._forward: Pass | None = None
+        self._unread: list[tuple[int, Tensor]] = []
+        self._batches = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        hook = self._handles.append
+        hook(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        hook(self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+        for site in self.sites:
+            hook(site.lora_a.register_forward_hook(partial(self._at_lora_a, site)))
+            if self._factor:
+                hook(site.lora_b.register_forward_hook(partial(self._at_lora_b, site)))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if kind is not None:
+            return
+        self._read_flags()
+        for waiting in self._waiting:
+            missing = [site.name for site in self.sites if site.name not in waiting.done]
+            if len(missing) < len(self.sites):
+                raise RuntimeError(
+                    f"batch {waiting.index}: no gradient arrived at {_some(missing)}; each module must be used once between input "
+                    "and loss (with reentrant checkpointing call model.enable_input_require_grads())"
+                )
+        if self._waiting and self._batches > len(self._waiting):
+            warnings.warn(
+                f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=2
+            )
+        if self._batches == len(self._waiting):
+            raise RuntimeError(
+                "no hook fired: run model(**batch) of the very model given to fisher_accumulate, with gradients enabled, and call "
+                "backward() on its loss inside the context"
+            )
+        self._waiting.clear()
+
+    def save(self, path: str) -> None:
+        """Write the Fisher to a safetensors file (see `Fisher.save`)."""
+        self.fisher.save(path)
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._read_flags()
+        if not torch.is_grad_enabled():
+            return
+        inputs = _bound(model, args, kwargs)
+        declaration = current_declaration()
+        if declaration is None:
+            labels, reduction, source, groups = inputs.get("labels"), self._reduction, "data", None
+            if labels is None:
+                raise ValueError(
+                    "the forward pass has no labels, so samples and loss scale are unknown: pass labels= to the model, or use "
+                    "sequence_nll(model, batch), or compute your loss inside declared_loss(labels)"
+                )
+        else:
+            labels, reduction, source, groups = (
+                declaration.labels,
+                declaration.reduction,
+                declaration.source,
+                declaration.groups,
+            )
+        layout = read_layout(inputs, labels)
+        divisor = float(inputs.get("num_items_in_batch") or layout.labels.sum()) if reduction == "mean" else 1.0
+        if groups is not None and len(groups) != layout.samples:
+            raise ValueError(
+                f"groups must hold one integer for each of the {layout.samples} samples of the batch, got {len(groups)}"
+            )
+        self._forward = Pass(self._batches, layout, divisor, self._grad_scale, source, groups)
+        self._batches += 1
+        self._waiting.append(self._forward)
+        if declaration is not None:
+            declaration.watchers.append(self._forward.watch)
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        current, self._forward = self._forward, None
+        loss = getattr(output, "loss", None)
+        if current is not None and isinstance(loss, Tensor) and loss.requires_grad:
+            current.watch(loss)
+
+    def _at_lora_a(self, site: LoraSite, module: nn.Module, args: tuple, h: Tensor) -> Tensor:
+        u = self._at_point(site, h)
+        if not torch.is_grad_enabled():
+            return u
+        u = u if u.requires_grad else u.detach().requires_grad_()
+        current = self._claim(site, "a")
+        if current is not None:
+            x = args[0].detach() if self._factor else None
+            u.register_hook(partial(self._on_e, current, site, h.detach(), x))
+        return u
+
+    def _at_lora_b(self, site: LoraSite, module: nn.Module, args: tuple, y: Tensor) -> None:
+        if torch.is_grad_enabled() and y.requires_grad:
+            current = self._claim(site, "b")
+            if current is not None:
+                y.register_hook(partial(current.outputs.__setitem__, site.name))
+
+    def _claim(self, site: LoraSite, part: str) -> Pass | None:
+        """The pass this call of the module belongs to, or None when it only recomputes one that has its hook already."""
+        current = self._forward
+        if current is None:
+            open_passes = [p for p in self._waiting if not p.complete]
+            if not open_passes:
+                raise RuntimeError(
+                    f"{site.name} ran outside a forward pass of the model given to fisher_accumulate: call that model itself"
+                )
+            current = open_passes[-1]
+            if (site.name, part) in current.claimed:
+                return None
+            if len(open_passes) > 1:
+                raise RuntimeError(
+                    "several forward passes wait for backward() under reentrant checkpointing: call backward() after each"
+                )
+        elif (site.name, part) in current.claimed:
+            raise ValueError(
+                f"{site.name} was called twice in one forward pass: shared (tied) modules are not supported"
+            )
+        current.claimed.add((site.name, part))
+        return current
+
+    def _at_point(self, site: LoraSite, h: Tensor) -> Tensor:
+        core = self._cores[site.name]
+        if core is None:
+            return h
+        if isinstance(core, float):
+            return torch.zeros_like(h) if core == 0 else h * core
+        return h @ core.to(h).T
+
+    def _on_e(self, current: Pass, site: LoraSite, h: Tensor, x: Tensor | None, e: Tensor) -> None:
+        with self._lock, torch.no_grad():
+            if site.name in current.done:
+                raise RuntimeError(
+                    f"batch {current.index}: backward() ran twice through the same forward pass, which would count it twice"
+                )
+            e, h = (current.flat(site, t) for t in (e.detach(), h))
+            if self.fisher.joint is not None:
+                current.done[site.name] = (e, h)
+            else:
+                current.done[site.name] = e.sum(1, dtype=torch.float32)
+                self._update_blocks(current, site, e, h, x)
+            if len(current.done) == len(self.sites):
+                self._finish(current)
+
+    def _update_blocks(self, current: Pass, site: LoraSite, e: Tensor, h: Tensor, x: Tensor | None) -> None:
+        if x is None:
+            sides = {site.name: (e, h)}
+        else:
+            g = current.outputs.pop(site.name)
+            sides = {
+                f"{site.name}.lora_A": (e, current.flat(site, x)),
+                f"{site.name}.lora_B": (current.flat(site, g), h),
+            }
+        for name, (left, right) in sides.items():
+            self.fisher[name].update(
+                TokenBatch(left, right, current.spans(e.device), current.scale(e.device), current.counts)
+            )
+
+    def _finish(self, current: Pass) -> None:
+        current.complete = True
+        self._waiting.remove(current)
+        joint = self.fisher.joint
+        if joint is None:
+            tokens = torch.stack([t.to(self.sites[0].device) for t in current.done.values()])
+            self._unread.append((current.index, ~current.samples_all(tokens.isfinite().all(0))))
+            current.done = dict.fromkeys(current.done)
+            self.fisher.note(current.source, current.layout.samples, current.groups)
+            return
+        rows = self._core_rows(current, joint.device)
+        finite = rows.isfinite().all(1)
+        counts, groups = current.counts, current.groups
+        if self._nonfinite == "raise":
+            self._unread.append((current.index, ~finite))
+        elif not (kept := finite.cpu()).all():
+            self.skipped += [(current.index, i) for i in (~kept).nonzero().flatten().tolist()]
+            rows, counts = rows[finite], current.counts_of(kept)
+            groups = None if groups is None else [g for g, keep in zip(groups, kept.tolist()) if keep]
+        current.done = dict.fromkeys(current.done)
+        n = len(rows)
+        self.fisher.note(current.source, n, groups)
+        empty, spans = rows.new_empty(0, 1), torch.zeros(n, 2, dtype=torch.int64, device=rows.device)
+        joint.update(TokenBatch(empty, empty, spans, rows.new_ones(n), counts, rows))
+
+    def _core_rows(self, current: Pass, device: torch.device) -> Tensor:
+        """[N, Σ r²] float32 on `device`: one `core_outer` per device that holds modules."""
+        by_device: dict[torch.device, list[LoraSite]] = {}
+        for site in self.sites:
+            by_device.setdefault(current.done[site.name][0].device, []).append(site)
+        parts = {}
+        for where, sites in by_device.items():
+            es, hs = zip(*(current.done[site.name] for site in sites))
+            out = torch.empty(current.layout.samples, sum(s.rank**2 for s in sites), device=where)
+            parts[where] = core_outer(es, hs, current.spans(where), current.scale(where), out)
+        if len(parts) == 1:
+            return next(iter(parts.values())).to(device)
+        pieces = {
+            s.name: p
+            for where, sites in by_device.items()
+            for s, p in zip(sites, parts[where].split([s.rank**2 for s in sites], 1))
+        }
+        return torch.cat([pieces[site.name].to(device) for site in self.sites], 1)
+
+    def _read_flags(self) -> None:
+        """Look at the finished batches' finite flags, one batch behind, so that the device is never waited for in mid-pass."""
+        unread, self._unread = self._unread, []
+        for index, bad in unread:
+            samples = bad.nonzero().flatten().tolist()
+            if samples:
+                raise FloatingPointError(
+                    f"batch {index}: the gradients of samples {samples} are not finite, and the Fisher holds them: accumulate again "
+                    'without them, with nonfinite="skip", or with a smaller loss scale (fp16)'
+                )
+
+
+def _bound(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    forward: Callable = getattr(model, "module", model).forward
+    names = forward.__code__.co_varnames[1 : forward.__code__.co_argcount] if hasattr(forward, "__code__") else ()
+    if len(names) < len(args):
+        raise ValueError(
+            "pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named"
+        )
+    return dict(zip(names, args)) | kwargs
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

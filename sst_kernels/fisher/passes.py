@@ -1,0 +1,85 @@
+"""One forward pass and what its backward has brought so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.base import Counts
+from sst_kernels.fisher.lora import LoraSite
+from sst_kernels.fisher.loss import Layout
+
+
+class Pass:
+    """One forward pass and what its backward has brought so far."""
+
+    def __init__(
+        self,
+        index: int,
+        layout: Layout,
+        divisor: float,
+        grad_scale: float | None,
+        source: str,
+        groups: Sequence[int] | None,
+    ):
+        self.index, self.layout, self.divisor, self.grad_scale = index, layout, divisor, grad_scale
+        self.source, self.groups = source, groups
+        self.claimed: set[tuple[str, str]] = set()
+        self.done: dict[str, Any] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.complete = False
+        self.counts = Counts(layout.samples, layout.tokens, int(layout.labels.sum()))
+        self._measured: Tensor | None = None
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def watch(self, loss: Tensor) -> None:
+        """Measure ∂(what backward was called on)/∂loss when the backward pass enters at `loss`."""
+        loss.register_hook(self._measure)
+
+    def _measure(self, grad: Tensor) -> None:
+        self._measured = grad.detach().float()
+
+    def flat(self, site: LoraSite, tensor: Tensor) -> Tensor:
+        tokens = self.layout.batch * self.layout.length
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        if len(flat) != tokens:
+            raise ValueError(
+                f"{site.name} saw {len(flat)} tokens where the batch has {self.layout.batch} x {self.layout.length}: modules that see "
+                "routed or pooled tokens (mixture-of-experts, poolers) cannot be attributed to samples; leave them out with modules="
+            )
+        return flat.float() if flat.dtype == torch.float64 else flat
+
+    def spans(self, device: torch.device) -> Tensor:
+        return self._on(device)[0]
+
+    def scale(self, device: torch.device) -> Tensor:
+        return self._on(device)[1]
+
+    def samples_all(self, tokens: Tensor) -> Tensor:
+        """Which samples [N] have only true ones among their tokens; `tokens` [S] bool."""
+        false = torch.cat([tokens.new_zeros(1, dtype=torch.int64), (~tokens).cumsum(0)])
+        spans = self.spans(tokens.device)
+        return false[spans[:, 1]] == false[spans[:, 0]]
+
+    def counts_of(self, kept: Tensor) -> Counts:
+        spans = self.layout.spans[kept]
+        return Counts(len(spans), int((spans[:, 1] - spans[:, 0]).sum()), int(self.layout.labels[kept].sum()))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._on_device:
+            spans = self.layout.spans.to(device, non_blocking=True)
+            factor: float | Tensor = self.divisor
+            if self.grad_scale is not None:
+                factor = self.divisor / self.grad_scale
+            elif self._measured is not None:
+                factor = self.divisor / self._measured.to(device)
+            else:
+                raise RuntimeError(
+                    f"batch {self.index}: the loss that backward() was called on does not come from the model's own loss, sequence_nll or "
+                    "declared_loss, so its scale is unknown: use one of them, or state grad_scale="
+                )
+            self._on_device[device] = spans, torch.ones(self.layout.samples, device=device) * factor
+        return self._on_device[device]
