@@ -19,7 +19,7 @@ public:
 
   std::int64_t batch() const { return batch_; }
   cudaStream_t stream() const { return stream_; }
-  const Handles& handles() const { return *lease_; }
+  Handles& handles() const { return *lease_; }
 
   void reserve(Arena& arena, const gevp::Shape& shape) {
     if (shape.factor) {

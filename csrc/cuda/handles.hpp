@@ -1,4 +1,5 @@
-// cuSOLVER handles and the pinned word that a compaction is read through: costly to make, so pooled per device and stream.
+// What is costly to make or must outlive an asynchronous call, pooled per device and stream: cuSOLVER's handle and its host
+// buffer, and the pinned word that a compaction is read through.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@ struct Handles {
   cusolverDnHandle_t solver = nullptr;
   cusolverDnParams_t parameters = nullptr;
   std::int64_t* pinned = nullptr;
+  std::vector<char> host;
 
   explicit Handles(cudaStream_t stream) {
     SST_TRY(cusolverDnCreate(&solver));
@@ -54,8 +56,8 @@ public:
     const std::lock_guard<std::mutex> locked(mutex());
     pool()[key_].push_back(std::move(handles_));
   }
-  const Handles& operator*() const { return *handles_; }
-  const Handles* operator->() const { return handles_.get(); }
+  Handles& operator*() const { return *handles_; }
+  Handles* operator->() const { return handles_.get(); }
 
 private:
   using Key = std::pair<int, cudaStream_t>;
