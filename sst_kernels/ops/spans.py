@@ -89,7 +89,7 @@ def by_length(spans: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
 def sample_sums(
     left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, limit: int = CHUNK_ELEMENTS
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q]), no empty spans."""
+    """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q])."""
     p, q = left.shape[-1], right.shape[-1]
     for samples, tokens in by_length(spans, limit // max(1, p * q)):
         a, b = left[tokens].float(), right[tokens].float()

@@ -1,7 +1,7 @@
 """What the kernels share: one dot product, one walk over the tokens of all samples, one launch.
 
-`dot` never rounds an operand. Two 16-bit tiles of a type multiply exactly on tensor cores; bfloat16 against float32 splits
-the float32 tile into three bfloat16 terms (8 bits each, 24 together); everything else is float32 at `PRECISION`.
+`dot` never rounds an operand. Two 16-bit tiles of a type multiply exactly on tensor cores; bfloat16 against float32
+splits the float32 tile into three bfloat16 terms (8 bits each, 24 together); all else is float32 at `PRECISION`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ def load_tile(x, rows, columns, stride, end, width):
 
 
 @triton.jit
+def load_tile_t(x, rows, columns, stride, end, width):
+    """x[rows, columns]ᵀ: loaded as such, since a transpose after the load would keep it out of the software pipeline."""
+    mask = (rows < end)[None, :] & (columns < width)[:, None]
+    return tl.load(x + rows[None, :] * stride + columns[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_span(spans, n, S):
     """Token range of sample n, clamped to the tokens there are: a bad span must not read outside."""
     begin = tl.maximum(tl.load(spans + 2 * n), 0)
@@ -88,7 +95,7 @@ def next_block(spans, n, t, end, last, S, BT: tl.constexpr):
 
 
 @triton.jit
-def _add_partials(partials, out, size, width, stride, parts, BLOCK: tl.constexpr):
+def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.constexpr):
     """out[i] += Σ_k partials[k, i], k ascending: the fixed-order second stage of every split sum."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
@@ -102,10 +109,8 @@ def _add_partials(partials, out, size, width, stride, parts, BLOCK: tl.constexpr
 def add_partials(partials: Tensor, out: Tensor) -> None:
     """out [m, width] += partials [k, m, width] summed over k in ascending order."""
     size = out.numel()
-    grid = (triton.cdiv(size, 1024),)
-    launch(
-        _add_partials, grid, partials, out, size, out.shape[1], out.stride(0), len(partials), BLOCK=1024, num_warps=4
-    )
+    args = (partials, out, size, out.shape[1], out.stride(0), len(partials))
+    launch(add_partials_kernel, (triton.cdiv(size, 1024),), *args, BLOCK=1024, num_warps=4)
 
 
 def launch(kernel, grid, *args, **meta) -> None:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sst_kernels.ops.tiles import block, dot, launch, load_span
+from sst_kernels.ops.tiles import block, dot, launch, load_span, load_tile, load_tile_t
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def core_outer_kernel(
 ):
     n = (tl.program_id(0) % N).to(tl.int64)
     entry = table + 3 * (tl.program_id(0) // N)
-    left = tl.multiple_of(tl.load(entry), 16).to(tl.pointer_type(DTYPE_LEFT))
-    right = tl.multiple_of(tl.load(entry + 1), 16).to(tl.pointer_type(DTYPE_RIGHT))
+    left = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE_LEFT)), 16)
+    right = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE_RIGHT)), 16)
     column = tl.load(entry + 2)
     o_p = tl.program_id(1) * BP + tl.arange(0, BP)
     o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
@@ -44,9 +44,9 @@ def core_outer_kernel(
     acc = tl.zeros([BP, BQ], tl.float32)
     for t in range(begin, end, BT):
         o_t = t + tl.arange(0, BT)
-        b_left = tl.load(left + o_t[:, None] * P + o_p, mask=(o_t < end)[:, None] & (o_p < P), other=0.0)
-        b_right = tl.load(right + o_t[:, None] * Q + o_q, mask=(o_t < end)[:, None] & (o_q < Q), other=0.0)
-        acc = dot(tl.trans(b_left), b_right, acc, PRECISION)
+        b_left = load_tile_t(left, o_t, o_p, P, end, P)
+        b_right = load_tile(right, o_t, o_q, Q, end, Q)
+        acc = dot(b_left, b_right, acc, PRECISION)
     if HAS_SCALE:
         acc *= tl.load(scale + n)
     p_out = out + n * out_stride + column + o_p[:, None] * Q + o_q[None, :]

@@ -16,6 +16,7 @@ from sst_kernels.ops.tiles import (
     launch,
     load_span,
     load_tile,
+    load_tile_t,
     next_block,
     processors,
     rows_contiguous,
@@ -56,9 +57,9 @@ def factor_moments_kernel(
     t, end = load_span(spans, n, S)
     for _ in range(count_blocks(spans, 0, N, S, BT)):
         o_t = t + tl.arange(0, BT)
-        b_left = load_tile(left, o_t, o_p, left_stride, end, p)
+        b_left = load_tile_t(left, o_t, o_p, left_stride, end, p)
         b_right = load_tile(right, o_t, o_q, right_stride, end, q)
-        acc = dot(tl.trans(b_left), b_right, acc, PRECISION)
+        acc = dot(b_left, b_right, acc, PRECISION)
         done = t + BT >= end
         g = tl.where(done, acc, 0.0)
         if HAS_SCALE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sst_kernels.ops.tiles import block, dot, launch, load_span, load_tile, processors, rows_contiguous
+from sst_kernels.ops.tiles import block, dot, launch, load_span, load_tile, load_tile_t, processors, rows_contiguous
 
 
 @triton.jit
@@ -38,9 +38,9 @@ def factor_rows_kernel(
     acc = tl.zeros([BP, BQ], tl.float32)
     for t in range(begin, end, BT):
         o_t = t + tl.arange(0, BT)
-        b_left = load_tile(left, o_t, o_p, left_stride, end, p)
+        b_left = load_tile_t(left, o_t, o_p, left_stride, end, p)
         b_right = load_tile(right, o_t, o_q, right_stride, end, q)
-        acc = dot(tl.trans(b_left), b_right, acc, PRECISION)
+        acc = dot(b_left, b_right, acc, PRECISION)
     if HAS_SCALE:
         acc *= tl.load(scale + n)
     p_out = out + n * out_stride + o_p.to(tl.int64)[:, None] * q + o_q[None, :]

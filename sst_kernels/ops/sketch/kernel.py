@@ -35,6 +35,7 @@ def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, HAS_SCAL
 def project_kernel(
     x,
     u,
+    weights,
     z,
     S,
     d,
@@ -45,9 +46,10 @@ def project_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     BL: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z[k] = x[:, slice k] u[slice k, :], slices of `part` columns."""
+    """z[k] = diag(weights) x[:, slice k] u[slice k, :], slices of `part` columns; zero where the weight is zero."""
     o_t = (tl.program_id(0).to(tl.int64)) * BT + tl.arange(0, BT)
     o_l = tl.program_id(1) * BL + tl.arange(0, BL)
     k = tl.program_id(2)
@@ -58,6 +60,9 @@ def project_kernel(
         b_x = load_tile(x, o_t, o_d, x_stride, S, last)
         b_u = load_tile(u, o_d.to(tl.int64), o_l, u_stride, last, l)
         acc = dot(b_x, b_u, acc, PRECISION)
+    if HAS_WEIGHTS:
+        w = tl.load(weights + o_t, mask=o_t < S, other=0.0)[:, None]
+        acc = tl.where(w != 0.0, acc * w, 0.0)
     p_z = z + (k.to(tl.int64) * S + o_t[:, None]) * l + o_l[None, :]
     tl.store(p_z, acc, mask=(o_t < S)[:, None] & (o_l < l)[None, :])
 
@@ -79,7 +84,7 @@ def back_kernel(
     HAS_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y[k] += x[slice k, :]ᵀ diag(weights) z[slice k, :], slices of `part` tokens."""
+    """y[k] += x[slice k, :]ᵀ z[slice k, :], slices of `part` tokens; padding may hold NaN in x and is not read."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_l = tl.program_id(1) * BL + tl.arange(0, BL)
     k = tl.program_id(2)
@@ -87,14 +92,12 @@ def back_kernel(
     acc = tl.zeros([BD, BL], tl.float32)
     for t in range(k * part, last, BT):
         o_t = (t + tl.arange(0, BT)).to(tl.int64)
-        b_x = load_tile(x, o_t, o_d, x_stride, last, d)
-        b_z = load_tile(z, o_t, o_l, l, last, l)
+        held = o_t < last
         if HAS_WEIGHTS:
-            w = tl.load(weights + o_t, mask=o_t < last, other=0.0)
-            # A padding token may hold anything, NaN included: it is dropped, not multiplied by zero.
-            b_x = tl.where((w != 0.0)[:, None], b_x, 0.0)
-            b_z = tl.where((w != 0.0)[:, None], b_z * w[:, None], 0.0)
-        acc = dot(tl.trans(b_x), b_z, acc, PRECISION)
+            held &= tl.load(weights + o_t, mask=held, other=0.0) != 0.0
+        b_x = tl.load(x + o_t[None, :] * x_stride + o_d[:, None], mask=held[None, :] & (o_d < d)[:, None], other=0.0)
+        b_z = load_tile(z, o_t, o_l, l, last, l)
+        acc = dot(b_x, b_z, acc, PRECISION)
     p_y = y + (k.to(tl.int64) * d + o_d[:, None]) * l + o_l[None, :]
     mask = (o_d < d)[:, None] & (o_l < l)[None, :]
     tl.store(p_y, tl.load(p_y, mask=mask, other=0.0) + acc, mask=mask)
@@ -116,8 +119,8 @@ def plan_back(S: int, d: int, l: int, wide: bool, processors: int) -> dict:
     return {"parts": parts, "BT": 32 if wide else 64, "BD": BD, "BL": BL, "num_warps": 4, "num_stages": 3}
 
 
-def project(x, u, precision, **override):
-    """x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
+def project(x, u, precision, weights=None, **override):
+    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
     x, u = rows_contiguous(x), rows_contiguous(u)
     (S, d), l = x.shape, u.shape[1]
     meta = plan_project(S, d, l, x.element_size() == 4, processors(x.device)) | override
@@ -126,7 +129,23 @@ def project(x, u, precision, **override):
     parts = triton.cdiv(d, part)
     z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
-    launch(project_kernel, grid, x, u, z, S, d, l, part, x.stride(0), u.stride(0), PRECISION=precision, **meta)
+    launch(
+        project_kernel,
+        grid,
+        x,
+        u,
+        weights,
+        z,
+        S,
+        d,
+        l,
+        part,
+        x.stride(0),
+        u.stride(0),
+        HAS_WEIGHTS=weights is not None,
+        PRECISION=precision,
+        **meta,
+    )
     return z[0] if parts == 1 else _reduced(z)
 
 
@@ -159,13 +178,13 @@ def sketch(x, omega, spans, scale, out, precision, **override):
     part = triton.cdiv(triton.cdiv(step, parts), meta["BT"]) * meta["BT"]
     y = torch.zeros(triton.cdiv(step, part), d, l, dtype=torch.float32, device=device)
     for t in range(0, S, step):
-        rows = x[t : t + step]
+        rows, w = x[t : t + step], None if weights is None else weights[t : t + step]
         launch(
             back_kernel,
             (triton.cdiv(d, meta["BD"]), triton.cdiv(l, meta["BL"]), triton.cdiv(len(rows), part)),
             rows,
-            project(rows, omega, precision),
-            None if weights is None else weights[t : t + step],
+            project(rows, omega, precision, w),
+            w,
             y,
             len(rows),
             d,

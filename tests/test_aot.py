@@ -1,0 +1,246 @@
+"""Ahead-of-time compilation of every kernel and configuration for sm_80, sm_90 and sm_100, without a GPU.
+
+Shown for each: the tensor-core instruction is there, TF32 only where asked, shared memory fits, nothing spills. The
+compiler must not be the interpreter, which this session's conftest.py chose, so a process of its own compiles:
+
+    python tests/test_aot.py [--all] [--csv bench/results/aot.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+REGISTERS_PER_SM = 65536
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
+
+
+@dataclass
+class Variant:
+    """One kernel at one configuration: its constants, its launch options, and the pointer types of its arguments."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int]
+    tensor_core: bool = True
+    unaligned: tuple[str, ...] = field(default=())
+
+
+def variants(everything: bool) -> list[Variant]:
+    """All variants that the launchers' plans can choose at H100 size, or a few of them."""
+    import itertools
+
+    import torch
+    import triton.language as tl
+
+    from sst_kernels.ops import tiles
+    from sst_kernels.ops.core_outer import kernel as core
+    from sst_kernels.ops.factor_moments import kernel as moments
+    from sst_kernels.ops.factor_rows import kernel as rows
+    from sst_kernels.ops.gram import kernel as gram
+    from sst_kernels.ops.sketch import kernel as sketch
+
+    out: dict[str, Variant] = {}
+
+    def add(name, kernel, pointers, plan, **constants):
+        plan = dict(plan)
+        options = {"num_warps": plan.pop("num_warps"), "num_stages": plan.pop("num_stages", 3)}
+        plan.pop("parts", None)
+        core_dtypes = set(pointers.values()) | {constants.get("dtype", "")}
+        constants.pop("dtype", None)
+        label = " ".join([name, *(f"{k}={v}" for k, v in (plan | constants | options).items())])
+        tensor_core = "float32" not in core_dtypes or constants.get("PRECISION") != "ieee"
+        out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options, tensor_core))
+
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    ranks = (4, 8, 16, 32, 64, 128) if everything else (16,)
+    widths = (576, 1536, 4096, 5120, 11008) if everything else (4096,)
+    for (short, dtype), precision in itertools.product(dtypes.items(), ("ieee", "tf32x3", "tf32")):
+        wide = dtype == "float32"
+        if precision != "ieee" and not wide:
+            continue
+        if not everything and precision == "tf32":
+            continue
+        for r in ranks:
+            add(
+                f"core_outer {short} r={r}",
+                core.core_outer_kernel,
+                {"table": "int64", "spans": "int64", "scale": "float32", "out": "float32"},
+                core.plan(r, r, wide),
+                dtype=dtype,
+                DTYPE_LEFT=core._TYPES[getattr(torch, dtype)],
+                DTYPE_RIGHT=core._TYPES[getattr(torch, dtype)],
+                P=r,
+                Q=r,
+                HAS_SCALE=True,
+                PRECISION=precision,
+            )
+        for r, d, flip in itertools.product(ranks, widths, (False, True)):
+            p, q = (d, r) if flip else (r, d)
+            tokens = {"left": dtype, "right": dtype, "spans": "int64", "scale": "float32"}
+            for N in (1, 8):
+                add(
+                    f"factor_rows {short}",
+                    rows.factor_rows_kernel,
+                    tokens | {"out": "float32" if not (N == 8 and short == "bf16") else "bfloat16"},
+                    rows.plan(p, q, N, wide, 132),
+                    HAS_SCALE=True,
+                    PRECISION=precision,
+                )
+            add(
+                f"factor_moments {short}",
+                moments.factor_moments_kernel,
+                tokens | {"sum": "float32", "sumsq": "float32"},
+                moments.plan(p, q, wide, 132),
+                HAS_SCALE=True,
+                HAS_SUM=True,
+                PRECISION=precision,
+            )
+        for d, spans, scaled in itertools.product(widths, (False, True), (False, True)):
+            if scaled and not spans:
+                continue
+            add(
+                f"gram {short}",
+                gram.gram_kernel,
+                {"x": dtype, "out": "float32"}
+                | ({"spans": "int64"} if spans else {})
+                | ({"scale": "float32"} if scaled else {}),
+                gram.plan(d, getattr(torch, dtype), scaled),
+                HAS_SPANS=spans,
+                HAS_SCALE=scaled,
+                PRECISION=precision,
+            )
+        for d, l, mixed in itertools.product(widths, (16, 64, 128) if everything else (64,), (False, True)):
+            if mixed and short != "bf16":
+                continue
+            add(
+                f"project {short}{' x fp32' if mixed else ''}",
+                sketch.project_kernel,
+                {"x": dtype, "u": "float32" if mixed or wide else dtype, "weights": "float32", "z": "float32"},
+                sketch.plan_project(4096, d, l, wide, 132),
+                HAS_WEIGHTS=True,
+                PRECISION=precision,
+            )
+            if short == "fp16":
+                continue
+            add(
+                f"back {short}",
+                sketch.back_kernel,
+                {"x": dtype, "z": "float32", "weights": "float32", "y": "float32"},
+                sketch.plan_back(4096, d, l, wide, 132),
+                HAS_WEIGHTS=True,
+                PRECISION=precision,
+            )
+    add(
+        "token_weights",
+        sketch.token_weights_kernel,
+        {"weights": "float32", "spans": "int64", "scale": "float32"},
+        {"num_warps": 4, "num_stages": 3, "BT": 128},
+        HAS_SCALE=True,
+    )
+    add(
+        "add_partials",
+        tiles.add_partials_kernel,
+        {"partials": "float32", "out": "float32"},
+        {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
+    )
+    del tl
+    return list(out.values())
+
+
+def compile_variant(variant: Variant, capability: int):
+    """triton.compile for a target that is not there: pointers and sizes divisible by 16, as a model's are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes, constants = {}, {}, dict(variant.constants)
+    for i, name in enumerate(variant.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in variant.pointers:
+            signature[name] = POINTER[variant.pointers[name]]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in ("left", "right", "spans", "scale", "sum", "weights"):
+            signature[name], constants[name] = "constexpr", None
+        else:
+            signature[name] = "i32"
+            if name not in ("N", "parts"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    options = {**variant.options, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes of the kernel, as cuobjdump reads them from the binary."""
+    import tempfile
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
+
+
+def describe(variant: Variant, capability: int) -> dict[str, object]:
+    """One row of the table: resources and instruction mix."""
+    binary = compile_variant(variant, capability)
+    ptx = binary.asm["ptx"]
+    count = lambda pattern: len(re.findall(pattern, ptx))  # noqa: E731
+    return {
+        "kernel": variant.name,
+        "sm": capability,
+        "warps": variant.options["num_warps"],
+        "stages": variant.options["num_stages"],
+        "shared_bytes": binary.metadata.shared,
+        **resources(binary.asm["cubin"]),
+        "mma_sync": count(r"mma\.sync"),
+        "wgmma": count(r"wgmma\.mma_async"),
+        "tcgen05": count(r"tcgen05\.mma"),
+        "tf32": count(r"mma\S*\.tf32|kind::tf32"),
+        "fma": count(r"\bfma\.rn\.f32"),
+        "async_copies": count(r"cp\.async\.c[ag]|cp\.async\.bulk"),
+        "tensor_core": variant.tensor_core,
+        "asked_tf32": "tf32" in str(variant.constants.get("PRECISION", "")),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every configuration, not a representative few")
+    parser.add_argument("--csv", type=Path, help="write the table here")
+    parser.add_argument("--sm", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    args = parser.parse_args()
+    chosen = [v for v in variants(args.all) if args.only in v.name]
+    rows = [describe(v, sm) for v in chosen for sm in args.sm]
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with args.csv.open("w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
