@@ -84,14 +84,19 @@ class EigenKronecker(Structure):
         self._require_basis()
         return self._moments.double() / self.normaliser
 
+    def eigenbases(self) -> tuple[Tensor, Tensor]:
+        """U_L [p, p'] and U_R [q, q'], float64, orthonormal to float64 although they are stored in float32."""
+        self._require_basis()
+        return _orthonormal(self._u_left.double()), _orthonormal(self._u_right.double())
+
     def matvec(self, vectors: Tensor) -> Tensor:
-        s, left, right = self.eigenvalues(), self._u_left.double(), self._u_right.double()
+        s, (left, right) = self.eigenvalues(), self.eigenbases()
         inside = kron_times(left.mT, right.mT, vectors.to(self.device, torch.float64))
         return kron_times(left, right, s.reshape(-1, *[1] * (inside.ndim - 1)) * inside)
 
     def operator(self) -> Any:
         """`EigenKronecker(u_left, u_right, s)`, undamped; a `SpectralKronecker` where the basis is truncated."""
-        left, right, s = self._u_left, self._u_right, self.eigenvalues()
+        s, (left, right) = self.eigenvalues(), self.eigenbases()
         if left.shape[0] == left.shape[1] and right.shape[0] == right.shape[1]:
             from sst_kernels.gevp.operators import EigenKronecker as EigenKroneckerOperator
 
@@ -99,3 +104,8 @@ class EigenKronecker(Structure):
         from sst_kernels.fisher.structures.spectral import SpectralKronecker
 
         return SpectralKronecker(left, right, s, s.new_zeros(s.shape[0]), s.new_zeros(s.shape[1]), s.new_zeros(()))
+
+
+def _orthonormal(u: Tensor) -> Tensor:
+    """One Newton step to the polar factor, which squares the departure of UᵀU from I."""
+    return 1.5 * u - 0.5 * u @ (u.mT @ u)
