@@ -34,7 +34,7 @@ class Spectrum:
 
 def global_spectrum(gain: Tensor, cost: Tensor, damping: float, patch: Tensor) -> list[Spectrum]:
     """One pencil over all coordinates, exact from rows: gain [p, n] and cost [q, n] with F = rowsᵀ rows, patch [n]."""
-    solved = gevp(LowRank(gain), LowRank(cost, damping), k=len(gain)).raise_if_failed()
+    solved = gevp(LowRank(gain), LowRank(cost, damping), k=min(gain.shape)).raise_if_failed()
     live = solved.values > 0
     values, vectors = solved.values[live], solved.vectors[:, live]
     components = vectors.T @ (cost.T @ (cost @ patch) + damping * patch)

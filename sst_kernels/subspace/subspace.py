@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.fisher import Fisher
+from sst_kernels.gevp import LowRank
 from sst_kernels.subspace.coordinates import FrobeniusCoordinates
 from sst_kernels.subspace.spectrum import Spectrum, block_grams, dense_blocks, global_spectrum, module_spectra
 
@@ -198,13 +199,13 @@ class Subspace:
         return module_spectra(block_grams(u, slices), block_grams(w, slices), self._epsilon, self._patch, slices)
 
     def _sketch(self, fisher: Fisher) -> Tensor:
-        operator = getattr(fisher.joint, "operator", None)
-        if operator is None:
+        operator = getattr(fisher.joint, "operator", lambda: None)()
+        if not isinstance(operator, LowRank):
             raise ValueError(
                 f"scope='global' needs cross-module statistics, which structure {fisher.meta['structure']!r} (scope={fisher.meta['scope']!r}) "
                 "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
             )
-        return self._z.gradients(operator().rows)
+        return self._z.gradients(operator.rows)
 
     def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
         if (parameter is None) == (kl_budget is None):
@@ -244,14 +245,15 @@ class Subspace:
         Demanding it of the whole path makes the kept part grow with the budget and the prediction stay below it.
         """
         path, between = self._path(name)
-        for _ in range(2):
+        for refine in (True, False):
             allowed = self._predicted(weights, path)[0] / self._labels <= kl_budget
             last = int(allowed.to(torch.int8).cummin(0).values.sum()) - 1
             if last < 0:
                 return 0.0 if name == "top_k" else float("inf")
-            if last == len(path) - 1:
+            if refine and last < len(path) - 1:
+                path = between(path[last], path[last + 1])
+            else:
                 break
-            path = between(path[last], path[last + 1])
         return float(path[last])
 
     def _path(self, name: str) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
