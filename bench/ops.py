@@ -130,6 +130,7 @@ def cases(op: str, B: int, T: int, r: int, d: int, device: str, modules: int) ->
             lambda x, out, **c: kernel(op)(x, None, None, out, "ieee", **c),
             (
                 *grid(BD=(128,), BT=(64,), num_warps=(4, 8), num_stages=(3, 4)),
+                {"BD": 128, "BT": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
                 {"BD": 128, "BT": 32, "num_warps": 4, "num_stages": 5},
                 {"BD": 128, "BT": 32, "num_warps": 8, "num_stages": 5},
                 {"BD": 128, "BT": 128, "num_warps": 8, "num_stages": 2},
@@ -148,6 +149,8 @@ def cases(op: str, B: int, T: int, r: int, d: int, device: str, modules: int) ->
             ),
             2 * S * d + 4 * d * d,
             S * d * d,
+            lambda x, out, **c: kernel(op)(x, spans, scale, out, "ieee", **c),
+            grid(BD=(64, 128), BT=(32, 64, 128), num_warps=(8,), num_stages=(3, 4)),
         )
     elif op == "sketch":
 
@@ -172,6 +175,29 @@ def cases(op: str, B: int, T: int, r: int, d: int, device: str, modules: int) ->
             tune,
             grid(parts=(2, 4, 8), BD=(64, 128), BT=(32, 64), num_warps=(4, 8)),
         )
+
+        def product(x, u, out, **c):
+            from sst_kernels.ops.sketch.kernel import project
+
+            out.copy_(project(x, u, "tf32x3", **c))
+
+        if device == "cuda":
+            for name, rows, columns, dtype in (
+                ("project bf16", S, r, torch.bfloat16),
+                ("project rotate", B * r, d, torch.float32),
+            ):
+                yield Case(
+                    name,
+                    size,
+                    [rand(rows, d, dtype=dtype), rand(d, columns, dtype=dtype)],
+                    [zeros(rows, columns)],
+                    product,
+                    lambda x, u, out: out.copy_(mm(x, u)),
+                    dtype.itemsize * (rows * d + d * columns) + 4 * rows * columns,
+                    2 * rows * d * columns,
+                    product,
+                    grid(parts=(1, 2, 4), BT=(64, 128), BD=(32, 64), BL=(32, 64), num_warps=(4,), num_stages=(3,)),
+                )
     for flip in (False, True) if op in ("factor_rows", "factor_moments") else (False,) if op == "eigen_moments" else ():
         p, q = (d, r) if flip else (r, d)
         left, right = rand(S, p), rand(S, q)

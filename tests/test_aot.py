@@ -116,7 +116,7 @@ def variants(everything: bool) -> list[Variant]:
                 {"x": dtype, "out": "float32"}
                 | ({"spans": "int64"} if spans else {})
                 | ({"scale": "float32"} if scaled else {}),
-                gram.plan(d, getattr(torch, dtype), scaled),
+                gram.plan(d, wide, scaled, 132),
                 HAS_SPANS=spans,
                 HAS_SCALE=scaled,
                 PRECISION=precision,

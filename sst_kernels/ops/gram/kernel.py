@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from sst_kernels.ops.tiles import count_blocks, dot, launch, load_span, load_tile, next_block, rows_contiguous
+from sst_kernels.ops.tiles import (
+    count_blocks,
+    dot,
+    launch,
+    load_span,
+    load_tile,
+    next_block,
+    processors,
+    rows_contiguous,
+)
 
 
 @triton.jit
@@ -63,24 +71,38 @@ def gram_kernel(
             b_j = load_tile(x, o_t, o_j, x_stride, S, d)
             acc = dot(tl.trans(b_i), b_j, acc, PRECISION)
 
-    p_out = out + o_i.to(tl.int64)[:, None] * out_stride + o_j[None, :]
+    # Half a tile at a time: the old values of a whole one do not fit beside the sums in registers.
+    low, high = tl.split(tl.permute(tl.reshape(acc, [BD, 2, BD // 2]), [0, 2, 1]))
+    o_j = j * BD + tl.arange(0, BD // 2)
+    _add_lower(out, low, o_i, o_j, d, out_stride)
+    _add_lower(out, high, o_i, o_j + BD // 2, d, out_stride)
+
+
+@triton.jit
+def _add_lower(out, tile, o_i, o_j, d, stride):
+    p_out = out + o_i.to(tl.int64)[:, None] * stride + o_j[None, :]
     mask = (o_i < d)[:, None] & (o_i[:, None] >= o_j[None, :])
-    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + acc, mask=mask)
+    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + tile, mask=mask)
 
 
-def plan(d: int, dtype: torch.dtype, scaled: bool) -> dict:
-    """Tile and launch options: a 128-wide tile fills the tensor cores, a scaled one keeps two accumulators."""
-    if dtype == torch.float32:
+def plan(d: int, wide: bool, scaled: bool, processors: int) -> dict:
+    """Tile and launch options.
+
+    A 128-wide tile fills the tensor cores; two such programs share a processor, so that one multiplies while the other
+    reads and writes `out`. A scaled sum keeps two accumulators and needs eight warps. Small matrices take small tiles.
+    """
+    if wide:
         return {"BT": 16, "BD": 64, "num_warps": 4, "num_stages": 2}
-    if d <= 1024:
-        return {"BT": 64, "BD": 64, "num_warps": 4, "num_stages": 4}
-    return {"BT": 64, "BD": 128, "num_warps": 8, "num_stages": 4}
+    BD = 128
+    while BD > 32 and triton.cdiv(d, BD) * (triton.cdiv(d, BD) + 1) // 2 < processors:
+        BD //= 2
+    return {"BT": 64, "BD": BD, "num_warps": 8 if scaled and BD == 128 else 4, "num_stages": 3}
 
 
 def gram(x, spans, scale, out, precision, **override):
     x = rows_contiguous(x)
     S, d = x.shape
-    meta = plan(d, x.dtype, scale is not None) | override
+    meta = plan(d, x.element_size() == 4, scale is not None, processors(x.device)) | override
     tiles = triton.cdiv(d, meta["BD"])
     launch(
         gram_kernel,
