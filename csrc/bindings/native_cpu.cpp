@@ -1,7 +1,12 @@
 // _native_cpu: the CPU routes. BLAS and LAPACK come from SciPy's Cython capsules, so the module links nothing.
+#include <pybind11/functional.h>
+
+#include <functional>
+
 #include "bindings/arguments.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/parallel.hpp"
+#include "gevp/jacobi_davidson.hpp"
 
 namespace py = pybind11;
 using namespace sst;
@@ -40,6 +45,45 @@ void direct(uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, int64_t 
     });
 }
 
+/// Bytes of one worker, which solves `chunk` problems at a time.
+template <class S>
+size_t worker_bytes(int64_t chunk, int64_t n, const Options& options) {
+    cpu::CpuBackend backend(chunk);
+    Arena arena;
+    gevp::solve_dense<cpu::CpuBackend, S>(backend, arena, matrices<S>(0, n, n * n), matrices<S>(0, n, n * n), options, {});
+    return arena.used();
+}
+
+int64_t workers(int64_t batch, int64_t chunk, int64_t threads) {
+    return std::max<int64_t>(1, std::min((batch + chunk - 1) / chunk, threads));
+}
+
+/// Threads take chunks of problems in turn; a chunk of one is fastest, larger ones run the batched control flow as a GPU does.
+template <class S>
+void iterate(uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, int64_t batch, int64_t n, const Options& options,
+             const Result& result, uint64_t workspace, uint64_t bytes, int64_t threads, int64_t chunk) {
+    const size_t share = bytes / workers(batch, chunk, threads) / Arena::alignment * Arena::alignment;
+    cpu::parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task, int64_t worker) {
+        const int64_t first = task * chunk;
+        cpu::CpuBackend backend(std::min(chunk, batch - first));
+        Arena arena(pointer<char>(workspace) + worker * share, share);
+        auto skip = [first](auto view) { return view.data += first * view.stride, view; };
+        const Result own{skip(result.values), skip(result.vectors), skip(result.bounds), result.status + first, result.cycles + first};
+        gevp::solve_dense(backend, arena, skip(matrices<S>(a, n, a_stride)), skip(matrices<S>(b, n, b_stride)), options, own);
+    });
+}
+
+using Callback = std::function<void(int, uint64_t, uint64_t, int64_t)>;
+
+size_t operator_problem(int64_t n, const Callback* callback, const Options& options, const Result& result, Arena arena) {
+    const auto apply = [&](int which, const double* x, double* y, int64_t columns) {
+        (*callback)(which, reinterpret_cast<uintptr_t>(x), reinterpret_cast<uintptr_t>(y), columns);
+    };
+    cpu::CpuBackend backend(1);
+    gevp::solve_operator(backend, arena, n, apply, options, result);
+    return arena.used();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, module) {
@@ -57,4 +101,37 @@ PYBIND11_MODULE(_native_cpu, module) {
         py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("b_stride"), py::arg("single"), py::arg("batch"), py::arg("n"),
         py::arg("k"), py::arg("values"), py::arg("vectors"), py::arg("bounds"), py::arg("status"), py::arg("cycles"),
         py::arg("threads"));
+    module.def(
+        "workspace_bytes",
+        [](int64_t batch, int64_t n, const Options& options, bool single, int64_t threads, int64_t chunk) {
+            const size_t bytes = (single ? worker_bytes<float> : worker_bytes<double>)(std::min(chunk, std::max<int64_t>(batch, 1)), n, options);
+            return bytes * workers(batch, chunk, threads);
+        },
+        py::arg("batch"), py::arg("n"), py::arg("options"), py::arg("single"), py::arg("threads"), py::arg("chunk") = 1);
+    module.def(
+        "solve_dense",
+        [](uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, bool single, int64_t batch, int64_t n, const Options& options,
+           uint64_t values, uint64_t vectors, uint64_t bounds, uint64_t status, uint64_t cycles, uint64_t workspace, uint64_t bytes,
+           int64_t threads, int64_t chunk) {
+            const Result result = outputs(n, options.k, values, vectors, bounds, status, cycles);
+            const py::gil_scoped_release unlocked;
+            (single ? iterate<float> : iterate<double>)(a, a_stride, b, b_stride, batch, n, options, result, workspace, bytes, threads,
+                                                        chunk);
+        },
+        py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("b_stride"), py::arg("single"), py::arg("batch"), py::arg("n"),
+        py::arg("options"), py::arg("values"), py::arg("vectors"), py::arg("bounds"), py::arg("status"), py::arg("cycles"),
+        py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"), py::arg("chunk") = 1);
+    module.def(
+        "operator_workspace_bytes",
+        [](int64_t n, const Options& options, int64_t) { return operator_problem(n, nullptr, options, {}, Arena()); },
+        py::arg("n"), py::arg("options"), py::arg("threads"));
+    module.def(
+        "solve_operator",
+        [](const Callback& apply, int64_t n, const Options& options, uint64_t values, uint64_t vectors, uint64_t bounds,
+           uint64_t status, uint64_t cycles, uint64_t workspace, uint64_t bytes, int64_t) {
+            operator_problem(n, &apply, options, outputs(n, options.k, values, vectors, bounds, status, cycles),
+                             Arena(pointer<char>(workspace), bytes));
+        },
+        py::arg("apply"), py::arg("n"), py::arg("options"), py::arg("values"), py::arg("vectors"), py::arg("bounds"),
+        py::arg("status"), py::arg("cycles"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"));
 }

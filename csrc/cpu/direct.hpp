@@ -28,8 +28,7 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
     double seen_a[2], seen_b[2];
     backend.extrema(one, a, {seen_a, 2, 1, 2, 0});
     backend.extrema(one, b, {seen_b, 2, 1, 2, 0});
-    const double ulp = std::is_same_v<S, float> ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
-    const gevp::Screen screen = gevp::screen(seen_a[0], seen_a[1], seen_b[0], seen_b[1], ulp);
+    const gevp::Screen screen = gevp::screen(seen_a[0], seen_a[1], seen_b[0], seen_b[1]);
     auto fail = [&](Status status) { gevp::poison(backend, one, result, k, status); };
     if (screen.status != Status::converged) return fail(screen.status);
 
@@ -96,8 +95,10 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
     backend.dots(one, r, r, bounds);
     backend.each_column(one, k, [=](int64_t q, int64_t j) { bounds(q, j, 0) = std::sqrt(bounds(q, j, 0)); });
     result.status[p] = code(Status::converged);
-    for (int64_t j = k - 1; j >= 0; --j) {
-        if (gevp::finish_column(result, p, j, k, n, unscale_value, unscale_vector)) result.status[p] = code(Status::rank_deficient);
+    const double top = ws.w[k - 1], bottom = ws.w[0];
+    for (int64_t j = 0; j < k; ++j) {
+        const bool zero = gevp::finish_column(result, p, j, n, top, bottom, unscale_value, unscale_vector);
+        if (zero) result.status[p] = code(Status::rank_deficient);
     }
 }
 

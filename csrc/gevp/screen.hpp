@@ -22,11 +22,11 @@ SST_HD inline double power_of_two_scale(double largest) {
     return ldexp(1.0, -exponent);
 }
 
-/// `max_*`, `skew_*`: largest entry (NaN when one is not finite) and largest |a_ij - a_ji|; `ulp` of the storage. Asymmetry up to
-/// sqrt(ulp) is taken for rounding.
-SST_HD inline Screen screen(double max_a, double skew_a, double max_b, double skew_b, double ulp) {
+/// `max_*`, `skew_*`: largest entry (NaN when one is not finite) and largest |a_ij - a_ji|. Asymmetry beyond 16 ulp (float64, also
+/// for float32 storage) would stop the residuals short of the tolerance: the caller mirrors the matrix and comes back.
+SST_HD inline Screen screen(double max_a, double skew_a, double max_b, double skew_b) {
     Screen result{Status::converged, power_of_two_scale(max_a), power_of_two_scale(max_b)};
-    const double slack = sqrt(ulp);
+    const double slack = 16 * std::numeric_limits<double>::epsilon();
     if (!(max_a < INFINITY) || !(max_b < INFINITY)) {
         result.status = Status::non_finite;
     } else if (skew_a > slack * max_a || skew_b > slack * max_b) {
@@ -50,11 +50,12 @@ void poison(Backend& backend, Active active, const Result& result, int64_t k, St
 }
 
 /// One column into the caller's units: value and bound times `value`, vector times `vector` with its largest entry positive. A
-/// value that its own bound cannot tell from zero is zero. Returns whether it is.
-SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int64_t k, int64_t n, double value, double vector) {
+/// value that its own bound, or n ulp of the larger of `first` and `last` (the extreme wanted values), cannot tell from zero is
+/// zero. Returns whether it is.
+SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int64_t n, double first, double last, double value,
+                                 double vector) {
     double &theta = result.values(p, j, 0), &bound = result.bounds(p, j, 0);
-    const double first = fabs(result.values(p, 0, 0)), last = fabs(result.values(p, k - 1, 0));
-    const double floor = n * std::numeric_limits<double>::epsilon() * (first > last ? first : last);
+    const double floor = n * std::numeric_limits<double>::epsilon() * (fabs(first) > fabs(last) ? fabs(first) : fabs(last));
     const bool zero = fabs(theta) <= floor || fabs(theta) <= 2 * bound;
     int64_t peak = 0;
     for (int64_t i = 1; i < n; ++i) {

@@ -18,8 +18,8 @@ enum class Preconditioner : int32_t {
 struct Options {
     int64_t k = 8;
     int64_t block = 8;   ///< columns per expansion
-    int64_t basis = 64;  ///< columns of the full basis, a multiple of block above keep
-    int64_t keep = 16;   ///< Ritz vectors that survive a restart, at least k
+    int64_t basis = 64;  ///< columns of the full basis, a multiple of block
+    int64_t keep = 16;   ///< Ritz vectors that survive a restart, at least k and a multiple of block
     int64_t previous = 8;  ///< +k: Ritz vectors of the step before the restart that survive as well (Jacobi-Davidson steps)
     int64_t max_cycles = 100;
     int64_t inner_steps = 0;  ///< CG steps per correction equation
@@ -33,11 +33,12 @@ struct Options {
         Options options;
         options.k = k;
         options.block = std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8));
-        options.keep = k + options.block;
+        options.keep = (k + options.block - 1) / options.block * options.block + options.block;
         options.basis = std::max<int64_t>(64, options.keep + 5 * options.block);
-        options.basis = options.keep + (options.basis - options.keep) / options.block * options.block;
+        options.basis = options.basis / options.block * options.block;
         options.previous = std::min(options.block, k);
-        while (options.basis + options.block > n && options.basis - options.block > options.keep) options.basis -= options.block;
+        const int64_t least = options.keep + 2 * options.block;
+        while (options.basis + options.block > n && options.basis > least) options.basis -= options.block;
         return options;
     }
 };

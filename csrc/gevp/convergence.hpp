@@ -1,0 +1,62 @@
+// Which problems are done. Decided on the device from residual norms in the B^-1 norm; the host only counts the survivors.
+#pragma once
+
+#include <cmath>
+
+#include "gevp/state.hpp"
+
+namespace sst::gevp {
+
+/// A block Krylov space holds at most `block` copies of one eigenvalue, so a converged run of `block` near-equal values may
+/// hide more. Such a problem (or every one, with options.verify) goes on for a cycle from a fresh random block and is done only
+/// when that changes nothing.
+SST_HD inline bool hides_copies(const Options& options, const Batch<double>& theta, int64_t p, double size) {
+    for (int64_t j = 0; j + options.block <= options.k; ++j) {
+        if (theta(p, j, 0) - theta(p, j + options.block - 1, 0) <= sqrt(options.tolerance) * size) return true;
+    }
+    return false;
+}
+
+SST_HD inline double spectral_size(const Batch<double>& theta, int64_t p, int64_t m) {
+    const double first = fabs(theta(p, 0, 0)), last = fabs(theta(p, m - 1, 0));
+    return first > last ? first : last;
+}
+
+/// Judges every active problem from theta (m Ritz values) and rho: sets done, verifying, status, cycles. Six cycles without
+/// halving the worst residual are a stagnation: the problem stops, its bound says where.
+template <class Backend>
+void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cycle, const Result& result) {
+    const Options options = state.options;
+    const Batch<double> theta = state.theta, rho = state.rho, trace = state.trace, best = state.best;
+    int32_t *const done = state.done, *const verifying = state.verifying, *const codes = result.status, *const cycles = result.cycles;
+    const int32_t* const indefinite = state.ortho.indefinite;
+    backend.each(active, SST_LAMBDA(int64_t p) {
+        const double size = spectral_size(theta, p, m);
+        double worst = 0.0, sum = 0.0;
+        bool finite = !indefinite[p];
+        for (int64_t j = 0; j < options.k; ++j) {
+            finite = finite && isfinite(rho(p, j, 0)) && isfinite(theta(p, j, 0));
+            worst = rho(p, j, 0) > worst ? rho(p, j, 0) : worst;
+            sum += theta(p, j, 0);
+        }
+        cycles[p] = static_cast<int32_t>(cycle + 1);
+        codes[p] = code(finite ? Status::max_iterations : Status::not_positive_definite);
+        if (finite && worst <= options.tolerance * size) {
+            const bool settled = verifying[p] && sum - trace(p, 0, 0) <= 10 * options.tolerance * size;
+            if (settled || (!verifying[p] && !options.verify && !hides_copies(options, theta, p, size))) {
+                done[p] = 1;
+                codes[p] = code(Status::converged);
+            }
+            verifying[p] = 1;
+            trace(p, 0, 0) = sum;
+            return;
+        }
+        if (cycle == 0 || worst < 0.5 * best(p, 0, 0)) {
+            best(p, 0, 0) = worst;
+            best(p, 1, 0) = static_cast<double>(cycle);
+        }
+        if (!finite || cycle - static_cast<int64_t>(best(p, 1, 0)) >= 6) done[p] = 1;
+    });
+}
+
+}  // namespace sst::gevp

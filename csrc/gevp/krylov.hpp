@@ -1,0 +1,80 @@
+// With an fp64 Cholesky factor of B the correction equation's solution is B^-1 r, and the basis of every step is the block
+// Krylov space of B^-1 A. That space is built here in the standard coordinates y = L' v, where B is the identity, with one
+// projected eigenproblem per restart cycle instead of one per step (lazy Rayleigh-Ritz).
+#pragma once
+
+#include "gevp/convergence.hpp"
+#include "gevp/pencil.hpp"
+#include "gevp/rayleigh_ritz.hpp"
+
+namespace sst::gevp {
+
+/// y = L^-1 A L^-T x
+template <class Backend, class S>
+void multiply_standard(Backend& backend, Active active, const DensePencil<S>& pencil, Batch<const double> x, Batch<double> y,
+                       Batch<double> scratch) {
+    backend.copy(active, x, scratch);
+    backend.trsm(active, Op::transpose, Batch<const double>(pencil.factor), scratch);
+    pencil.multiply_a(backend, active, scratch, y);
+    backend.trsm(active, Op::none, Batch<const double>(pencil.factor), y);
+}
+
+/// Expands from `filled` columns to the full basis: A V, H, and behind the basis the next orthonormal block.
+template <class Backend, class S>
+void expand_krylov(Backend& backend, Active active, const DensePencil<S>& pencil, State& state, int64_t filled, int64_t& randoms) {
+    const Range range("expand_krylov");
+    const int64_t b = state.options.block;
+    for (; filled < state.options.basis; filled += b) {
+        const Batch<double> block = state.v.columns(filled, b), image = state.av.columns(filled, b);
+        const Batch<double> next = state.v.columns(filled + b, b), basis = state.v.columns(0, filled + b);
+        multiply_standard(backend, active, pencil, block, image, next);
+        const Batch<double> h = state.h.block(0, filled, filled + b, b);
+        backend.gemm(active, Op::transpose, Op::none, 1.0, basis, image, 0.0, h);
+        note_size(backend, active, image, state.ortho);
+        backend.copy(active, image, next);
+        backend.gemm(active, Op::none, Op::none, -1.0, basis, h, 1.0, next);
+        orthonormalise(backend, active, Euclidean{}, basis, basis, next, next, state.options.seed, randoms, state.ortho);
+        randoms += b;
+    }
+}
+
+/// Cycles until every problem is done. On return v holds the Ritz vectors in the standard coordinates.
+template <class Backend, class S>
+void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil, State& state, const Result& result) {
+    const Options& options = state.options;
+    const int64_t b = options.block, m = options.basis, keep = options.keep;
+    int64_t randoms = b;
+    Batch<double> start = state.v.columns(0, b);
+    randomise(backend, active, start, nullptr, options.seed, 0);
+    note_size(backend, active, start, state.ortho);
+    orthonormalise(backend, active, Euclidean{}, state.v.columns(0, 0), state.v.columns(0, 0), start, start, options.seed, randoms,
+                   state.ortho);
+    for (int64_t cycle = 0, filled = 0; cycle < options.max_cycles && active.count > 0; ++cycle, filled = keep) {
+        expand_krylov(backend, active, pencil, state, filled, randoms);
+        rayleigh_ritz(backend, active, state, m);
+        const Batch<double> kept = state.s.block(0, 0, m, keep);
+        rotate(backend, active, state, state.v, kept);
+        rotate(backend, active, state, state.av, kept);
+
+        const Batch<double> r = state.residual.columns(0, options.k), v = state.v, av = state.av, theta = state.theta, rho = state.rho;
+        backend.each_entry(active, state.n, options.k, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
+            r(p, i, j) = av(p, i, j) - theta(p, j, 0) * v(p, i, j);
+        });
+        backend.dots(active, r, r, rho);
+        backend.each_column(active, options.k, SST_LAMBDA(int64_t p, int64_t j) { rho(p, j, 0) = sqrt(rho(p, j, 0)); });
+        judge(backend, active, state, m, cycle, result);
+        active = backend.compact(active, state.done);
+
+        // Restart: the kept Ritz vectors, then the next block (fresh and random where copies may have been missed).
+        diagonal_h(backend, active, state, keep);
+        const Batch<double> kept_v = state.v.columns(0, keep), next = state.v.columns(keep, b);
+        backend.copy(active, state.v.columns(m, b), next);
+        randomise(backend, active, next, state.verifying, options.seed, randoms);
+        note_size(backend, active, next, state.ortho);
+        project(backend, active, kept_v, kept_v, next, state.ortho);
+        orthonormalise(backend, active, Euclidean{}, kept_v, kept_v, next, next, options.seed, randoms + b, state.ortho);
+        randoms += 2 * b;
+    }
+}
+
+}  // namespace sst::gevp

@@ -1,0 +1,72 @@
+"""Stored pencils [batch, n, n]: hands addresses to the native modules. The one place that knows their calling convention."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sst_kernels import _native
+from sst_kernels.gevp import cuda
+
+PRECONDITIONERS = {"cholesky": 0, "cholesky_single": 1, "diagonal": 2, "none": 3, "exact": 4}
+
+
+@torch.library.custom_op("sst_kernels::gevp_dense", mutates_args=())
+def gevp_dense(
+    a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values [batch, k], vectors as rows [batch, k, n], bounds [batch, k], status [batch], cycles [batch] for a, b [batch, n, n].
+
+    `a` and `b` share a dtype, float32 or float64, and are contiguous; `method` is "direct" or "jacobi_davidson".
+    """
+    batch, n = a.shape[0], a.shape[-1]
+    outputs = empty_outputs(batch, n, k, a.device)
+    if batch == 0 or n == 0 or k == 0:
+        outputs[3].zero_(), outputs[4].zero_()
+        return outputs
+    where = (a.data_ptr(), n * n, b.data_ptr(), n * n, a.dtype is torch.float32, batch, n)
+    addresses = [tensor.data_ptr() for tensor in outputs]
+    if method == "direct" and not a.is_cuda:
+        _native.cpu().solve_direct(*where, k, *addresses, threads())
+        return outputs
+    if method == "direct":
+        cuda.solve_direct(where, k, addresses, a.device)
+        return outputs
+    native = _native.cuda() if a.is_cuda else _native.cpu()
+    options = native.Options.for_problem(n, k)
+    options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
+    options.preconditioner = PRECONDITIONERS[preconditioner]
+    options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0
+    lanes = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else threads()
+    size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
+    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
+    native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
+    return outputs
+
+
+@gevp_dense.register_fake
+def _(a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int):
+    return empty_outputs(a.shape[0], a.shape[-1], k, a.device)
+
+
+def empty_outputs(batch: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values, vectors (rows), bounds, status and cycles, for a native solve to fill."""
+    numbers = {"dtype": torch.float64, "device": device}
+    codes = {"dtype": torch.int32, "device": device}
+    return (
+        torch.empty(batch, k, **numbers),
+        torch.empty(batch, k, n, **numbers),
+        torch.empty(batch, k, **numbers),
+        torch.empty(batch, **codes),
+        torch.empty(batch, **codes),
+    )
+
+
+@cache
+def threads() -> int:
+    """Threads over which a CPU batch is spread: OMP_NUM_THREADS where it is set, else the cores this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))

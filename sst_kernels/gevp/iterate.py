@@ -1,0 +1,49 @@
+"""Jacobi-Davidson on operators: the solver is native, the products are the operators' own."""
+
+from __future__ import annotations
+
+import torch
+
+from sst_kernels import _native
+from sst_kernels.gevp.dense import PRECONDITIONERS, empty_outputs
+from sst_kernels.gevp.operators import Operator
+from sst_kernels.gevp.result import GEVPResult
+
+
+def operator_jacobi_davidson(
+    gain: Operator, cost: Operator, k: int, tol: float, max_cycles: int, seed: int, route: str
+) -> GEVPResult:
+    """Top-k pairs of a pencil that is only known by its products.
+
+    The native solver asks for A X, B X and K^-1 R on blocks that lie in one workspace tensor; each is answered by slicing
+    that tensor, so that no data moves between the two sides.
+    """
+    n, device = gain.n, gain.device
+    native = _native.cuda() if device.type == "cuda" else _native.cpu()
+    probe = cost.solve(torch.zeros(n, 1, dtype=torch.float64, device=device))
+    options = native.Options.for_problem(n, k)
+    options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
+    options.preconditioner = PRECONDITIONERS["diagonal" if probe is None else "exact"]
+    options.inner_steps = 20 if probe is None else 0
+    lanes = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 1
+    workspace = torch.empty(native.operator_workspace_bytes(n, options, lanes), dtype=torch.uint8, device=device)
+    base = workspace.data_ptr()
+
+    def block(address: int, columns: int) -> torch.Tensor:
+        start = address - base
+        return workspace[start : start + 8 * n * columns].view(torch.float64).view(columns, n).mT
+
+    weights = cost.diagonal()[:, None] if probe is None else None
+
+    def apply(which: int, source: int, target: int, columns: int) -> None:
+        x = block(source, columns)
+        if which == 2:
+            image = x / weights if weights is not None else cost.solve(x)
+        else:
+            image = (gain, cost)[which].matmul(x)
+        block(target, columns).copy_(image)
+
+    outputs = empty_outputs(1, n, k, device)
+    native.solve_operator(apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes)
+    values, rows, bound, status, cycles = (tensor[0] for tensor in outputs)
+    return GEVPResult(values, rows.mT, bound, status, route, cycles)

@@ -1,0 +1,143 @@
+"""gevp(): the top-k pairs of a symmetric-definite generalized eigenproblem, by whichever route its structure allows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sst_kernels.gevp import lowrank, structured
+from sst_kernels.gevp.dense import PRECONDITIONERS, gevp_dense
+from sst_kernels.gevp.iterate import operator_jacobi_davidson
+from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, Operator
+from sst_kernels.gevp.pencils import choose
+from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+
+METHODS = ("auto", "direct", "jacobi_davidson")
+
+
+def gevp(
+    A: Tensor | Operator,
+    B: Tensor | Operator,
+    k: int,
+    *,
+    method: str = "auto",
+    damping: float = 0.0,
+    tol: float = 1e-10,
+    max_cycles: int = 100,
+    seed: int = 0,
+    preconditioner: str = "cholesky",
+) -> GEVPResult:
+    """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem or a batch.
+
+    A problem that has no answer never raises and never touches its neighbours: its outputs are NaN and `status` says why
+    (`GEVPResult.raise_if_failed` turns that into an exception). No gradient flows through the result.
+
+    Args:
+        A: symmetric [..., n, n], float32 or float64 (sums run in float64 either way), or an operator.
+        B: symmetric positive definite once damped; a tensor of the same shape, dtype and device, or an operator.
+        k: pairs per problem, 0 <= k <= n.
+        method: "auto" follows the structure and a measured crossover table; "direct" and "jacobi_davidson" insist.
+        damping: added to the diagonal of B.
+        tol: an iterative solve stops when sqrt(r' B^-1 r) <= tol * |lambda_1|; a direct one is as exact as float64 allows.
+        max_cycles: restart cycles before `max_iterations` is reported.
+        seed: of the random start block, the same on every device.
+        preconditioner: how a stored B is inverted: "cholesky", "cholesky_single" (float32 factor, float64 refinement),
+            "diagonal" or "none" (projected block CG).
+
+    Returns:
+        Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route.
+
+    Raises:
+        ValueError: shapes, k, method or preconditioner do not fit.
+        TypeError: a dtype that is neither float32 nor float64 nor convertible to them.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if preconditioner not in PRECONDITIONERS or preconditioner == "exact":
+        raise ValueError(
+            f"preconditioner must be one of {[name for name in PRECONDITIONERS if name != 'exact']}, got {preconditioner!r}"
+        )
+    gain, cost = (x if isinstance(x, Operator) else Dense(x) for x in (A, B))
+    _check(gain, cost, k)
+    cost = cost.damped(damping)
+    chosen = choose(gain, cost, k, method)
+    route = str(chosen)
+    match chosen.name:
+        case "diagonal":
+            return structured.diagonal_pair(gain, cost, k, route)
+        case "eigenbasis":
+            return structured.eigenbasis_pair(gain, cost, k, route)
+        case "kronecker":
+            left, right = (
+                gevp(a, b, min(k, len(a)), tol=tol, max_cycles=max_cycles, seed=seed)
+                for a, b in structured.sides(gain, cost)
+            )
+            return structured.kronecker_pair(left, right, k, f"{route} (left {left.route}; right {right.route})")
+        case "split_projection":
+            if isinstance(cost, Diagonal):
+                cost = LowRank(gain.rows[:0], cost.diag)
+            return lowrank.split_projection(gain, cost, k, seed, route)
+        case "cholesky_projection":
+            return lowrank.cholesky_projection(gain, cost.matrix, k, seed, route)
+        case "operator_jacobi_davidson":
+            return operator_jacobi_davidson(gain, cost, k, tol, max_cycles, seed, route)
+        case "stored":
+            inner = "auto" if method == "auto" else "direct"
+            result = gevp(
+                gain.dense().double(), cost.dense().double(), k, method=inner, tol=tol, max_cycles=max_cycles, seed=seed
+            )
+            return GEVPResult(
+                result.values,
+                result.vectors,
+                result.error_bound,
+                result.status,
+                f"{route} ({result.route})",
+                result.cycles,
+            )
+    return _solve_dense(gain.matrix, cost.matrix, k, chosen.name, preconditioner, tol, max_cycles, seed, route)
+
+
+def _check(gain: Operator, cost: Operator, k: int) -> None:
+    if gain.n != cost.n:
+        raise ValueError(f"A is of order {gain.n}, B of order {cost.n}; they must agree")
+    if gain.device != cost.device:
+        raise ValueError(f"A is on {gain.device}, B on {cost.device}; move one of them")
+    if isinstance(gain, Dense) and isinstance(cost, Dense) and gain.matrix.shape != cost.matrix.shape:
+        raise ValueError(
+            f"A is {tuple(gain.matrix.shape)}, B {tuple(cost.matrix.shape)}; batches must agree, use expand()"
+        )
+    if not 0 <= k <= gain.n:
+        raise ValueError(f"k must be between 0 and n = {gain.n}, got {k}")
+
+
+def _solve_dense(
+    a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int, route: str
+) -> GEVPResult:
+    batch, n = a.shape[:-2], a.shape[-1]
+    single = a.dtype is not torch.float64 and b.dtype is not torch.float64
+    dtype = torch.float32 if single else torch.float64
+    a, b = (x.detach().to(dtype).reshape(batch.numel(), n, n).contiguous() for x in (a, b))
+    settings = (k, method, preconditioner, tol, max_cycles, seed)
+    outputs = gevp_dense(a, b, *settings)
+    skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
+    skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])] if len(skewed) else skewed
+    if len(skewed):
+        again = gevp_dense(*((x[skewed] + x[skewed].mT) / 2 for x in (a, b)), *settings)
+        for old, new in zip(outputs, again):
+            old[skewed] = new
+    values, rows, bound, status, cycles = outputs
+    if preconditioner != "cholesky" and method != "direct":
+        route = f"{route}; preconditioner {preconditioner}"
+    return GEVPResult(
+        values.reshape(*batch, k),
+        rows.reshape(*batch, k, n).mT,
+        bound.reshape(*batch, k),
+        status.reshape(batch),
+        route,
+        cycles.reshape(batch),
+    )
+
+
+def _nearly_symmetric(x: Tensor) -> Tensor:
+    """Whether asymmetry is what accumulation in float32 leaves; such a matrix is solved as its symmetric part."""
+    return (x - x.mT).abs().amax((-2, -1)) <= 1e-5 * x.abs().amax((-2, -1))
