@@ -25,7 +25,7 @@ public:
     image_ = arena.matrices<double>(batch, n, k);
     seen_a_ = arena.matrices<double>(batch, 2, 1);
     seen_b_ = arena.matrices<double>(batch, 2, 1);
-    scales_ = arena.matrices<double>(batch, 3, 1);
+    scales_ = arena.matrices<double>(batch, 2, 1);
     info_ = arena.take<std::int32_t>(batch);
     if (n > kTile) eigensolver_ = BatchedEigensolver(arena, backend.handles(), n, batch);
   }
@@ -47,8 +47,7 @@ public:
     const Batch<double> seen_a = seen_a_, seen_b = seen_b_, scales = scales_, reduced = reduced_, factor = factor_;
     std::int32_t *const status = result.status, *const cycles = result.cycles;
     backend_.each(all_, [=] __device__(std::int64_t p) {
-      const gevp::Screen seen = gevp::screen(seen_a(p, 0, 0), seen_a(p, 1, 0), seen_b(p, 0, 0), seen_b(p, 1, 0),
-                                             std::numeric_limits<S>::epsilon());
+      const gevp::Screen seen = gevp::screen(seen_a(p, 0, 0), seen_a(p, 1, 0), seen_b(p, 0, 0), seen_b(p, 1, 0));
       status[p] = code(seen.status);
       cycles[p] = 0;
       scales(p, 0, 0) = seen.scale_a;
@@ -117,32 +116,25 @@ public:
     backend_.dots(all_, residual_, residual_, bounds);
   }
 
-  /// Into the caller's units, largest entry of a vector positive, a value within its own bound of zero set to zero.
+  /// Into the caller's units (gevp::finish_column); a problem without an answer gets NaN everywhere.
   void finish(const Result& result) {
     const Range range("finish");
-    const Batch<double> values = result.values, vectors = result.vectors, bounds = result.bounds, scales = scales_;
+    const Batch<double> values = result.values, vectors = result.vectors, bounds = result.bounds, scales = scales_, theta = theta_;
+    const Result out = result;
     std::int32_t* const status = result.status;
-    const std::int64_t n = n_, k = k_;
-    backend_.each(all_, [=] __device__(std::int64_t p) {
-      const double first = fabs(values(p, 0, 0)), last = fabs(values(p, k - 1, 0));
-      scales(p, 2, 0) = n * std::numeric_limits<double>::epsilon() * fmax(first, last);
-      for (std::int64_t j = 0; j < k; ++j) {
-        const double theta = fabs(values(p, j, 0)), bound = sqrt(bounds(p, j, 0));
-        if (status[p] == code(Status::converged) && (theta <= scales(p, 2, 0) || theta <= 2.0 * bound))
-          status[p] = code(Status::rank_deficient);
-      }
-    });
+    const std::int64_t n = n_, k = k_, top = n_ > kTile ? n_ - 1 : 0, step = n_ > kTile ? -1 : 1;
     backend_.each_column(all_, k_, [=] __device__(std::int64_t p, std::int64_t j) {
-      const bool answered = status[p] == code(Status::converged) || status[p] == code(Status::rank_deficient);
-      const double unit = answered ? scales(p, 1, 0) / scales(p, 0, 0) : nan("");
-      const double theta = values(p, j, 0), bound = sqrt(bounds(p, j, 0));
-      double peak = 0.0;
-      for (std::int64_t i = 0; i < n; ++i)
-        if (fabs(vectors(p, i, j)) > fabs(peak)) peak = vectors(p, i, j);
-      const double factor = answered ? copysign(sqrt(scales(p, 1, 0)), peak) : nan("");
-      for (std::int64_t i = 0; i < n; ++i) vectors(p, i, j) *= factor;
-      values(p, j, 0) = (fabs(theta) <= scales(p, 2, 0) || fabs(theta) <= 2.0 * bound ? 0.0 : theta) * unit;
-      bounds(p, j, 0) = bound * unit;
+      bounds(p, j, 0) = sqrt(bounds(p, j, 0));
+      gevp::finish_column(out, p, j, n, theta(p, top, 0), theta(p, top + step * (k - 1), 0), scales(p, 1, 0) / scales(p, 0, 0),
+                          sqrt(scales(p, 1, 0)));
+    });
+    backend_.each(all_, [=] __device__(std::int64_t p) {
+      for (std::int64_t j = 0; j < k && status[p] == code(Status::converged); ++j)
+        if (values(p, j, 0) == 0.0) status[p] = code(Status::rank_deficient);
+    });
+    backend_.each_entry(all_, n_, k_, [=] __device__(std::int64_t p, std::int64_t i, std::int64_t j) {
+      if (status[p] == code(Status::converged) || status[p] == code(Status::rank_deficient)) return;
+      vectors(p, i, j) = values(p, j, 0) = bounds(p, j, 0) = std::numeric_limits<double>::quiet_NaN();
     });
   }
 
