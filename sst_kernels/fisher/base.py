@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import Reduction, Sum, reduce_over_ranks
+
 COUNTS = ("sequences", "tokens", "labels")
 
 
@@ -180,22 +182,21 @@ class Structure(ABC):
         """The n×n matrix, float64: for tests and small n."""
         return self.matvec(torch.eye(self.size, dtype=torch.float64, device=self.device))
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Combine the structure over the ranks of `group` so that all hold the total.
+    def reduction(self) -> Reduction:
+        """What combining the structure over ranks takes (see `sst_kernels.distributed`), counts left out.
 
         The default adds the raw state tensors, which is exact for structures that are sums; others override it.
         """
-        import torch.distributed as dist
+        yield Sum(list(self.state_dict().values()))
 
-        for tensor in self.state_dict().values():
-            dist.all_reduce(tensor, group=group)
-        self._all_reduce_counts(group)
+    def all_reduce(self, group: Any = None) -> None:
+        """Combine the structure over the ranks of a torch.distributed group so that all hold the total."""
+        reduce_over_ranks([self.reduction(), self.count_reduction()], group)
 
-    def _all_reduce_counts(self, group: Any) -> None:
-        import torch.distributed as dist
-
-        totals = torch.tensor([self.counts.sequences, self.counts.tokens, self.counts.labels], device=self.device)
-        dist.all_reduce(totals, group=group)
+    def count_reduction(self) -> Reduction:
+        """The `counts` of all ranks, added."""
+        totals = torch.tensor([self.counts.sequences, self.counts.tokens, self.counts.labels])
+        yield Sum([totals])
         self.counts = Counts(*totals.tolist())
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.rows import check_columns
 
@@ -79,19 +80,15 @@ class Diagonal(Structure):
         else:
             self._square += other._square.to(self.device)
 
-    def all_reduce(self, group: Any = None) -> None:
+    def reduction(self) -> Reduction:
         """Exact: sums add, and squared deviations add after each rank has moved its own to the common mean."""
-        import torch.distributed as dist
-
         if self.centred:
             total, samples = self._sum.clone(), self._samples.clone()
-            dist.all_reduce(total, group=group)
-            dist.all_reduce(samples, group=group)
+            yield Sum([total, samples])
             shift = self._sum / self._samples.clamp_min(1) - total / samples.clamp_min(1)
             self._square += shift.square_() * self._samples
             self._sum, self._samples = total, samples
-        dist.all_reduce(self._square, group=group)
-        self._all_reduce_counts(group)
+        yield Sum([self._square])
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.centred:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import kron_times
 from sst_kernels.fisher.structures.kronecker import TwoSided
@@ -59,13 +60,10 @@ class EigenKronecker(Structure):
                 raise ValueError("cannot merge eigen_kronecker Fishers of different eigenbases: share one first pass")
         self._moments += other._moments.to(self.device)
 
-    def all_reduce(self, group: Any = None) -> None:
+    def reduction(self) -> Reduction:
         """Add the moments over ranks: exact, given that all ranks were constructed from the same (reduced) basis."""
-        import torch.distributed as dist
-
         self._require_basis()
-        dist.all_reduce(self._moments, group=group)
-        self._all_reduce_counts(group)
+        yield Sum([self._moments])
 
     def state_dict(self) -> dict[str, Tensor]:
         self._require_basis()

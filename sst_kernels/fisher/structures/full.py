@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import Gather, Reduction, Sum
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import rows_gramian, rows_times
-from sst_kernels.fisher.structures.rows import RowBuffer, check_columns, gather_rows
+from sst_kernels.fisher.structures.rows import RowBuffer, check_columns
 
 
 class Full(Structure):
@@ -116,20 +117,22 @@ class Full(Structure):
             self._add_matrix(other._matrix)
         self.append(other._waiting)
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Concatenate the rows of all ranks in rank order, and add the folded matrices: exact."""
-        import torch.distributed as dist
-
+    def reduction(self) -> Reduction:
+        """Concatenate the rows of all ranks in rank order, or add the matrices where the total folds: exact."""
         self._extend(0)
-        gathered = gather_rows(self._waiting, group)
-        folded = torch.tensor([int(self.folded)], device=self.device)
-        dist.all_reduce(folded, group=group)
-        if folded.item():
-            self._add_matrix(torch.zeros((), dtype=torch.float64))
-            dist.all_reduce(self._matrix, group=group)
-        self._buffer = RowBuffer(self.size, self.device)
-        self.append(gathered)
-        self._all_reduce_counts(group)
+        state = torch.tensor([len(self._buffer), int(self.folded)])
+        yield Sum([state])
+        total, folded = state.tolist()
+        if folded or (self._mode == "fold" and total > self.size):
+            self._add_matrix(self._gram(self._buffer.rows))
+            self._buffer.clear()
+            yield Sum([self._matrix])
+            return
+        rows = RowBuffer(self.size, self.device)
+        rows.reserve(total)
+        for piece in (yield Gather(self._buffer.rows)):
+            rows.append(piece)
+        self._buffer = rows
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"rows": self._waiting}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sst_kernels.fisher.structures.algebra import psd_eigh, symmetric
 from sst_kernels.fisher.structures.kronecker import TwoSided
@@ -49,6 +51,40 @@ class LowRankFactor:
         return self.values.sum() + self.rest * len(self.vectors)
 
 
+def _trace(x: Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Σ scale² ‖x_t‖² over the tokens of the spans."""
+    from sst_kernels.ops import gram
+
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return gram(norms, spans, scale, norms.new_zeros(1, 1))[0, 0].double()
+
+
+def _product(x: Tensor, spans: Tensor | None, scale: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(Xᵀ D X Ω [d, ℓ] float32, tr Xᵀ D X), D = diag(scale²) over the tokens of the spans."""
+    from sst_kernels.ops import sketch
+
+    omega = test_matrix(x.shape[1], rank, seed, x.device, x.dtype)
+    out = torch.zeros(omega.shape, dtype=torch.float32, device=x.device)
+    return sketch(x, omega, spans, scale, out), _trace(x, spans, scale)
+
+
+class _SharedInput(threading.local):
+    """The product of the last unscaled input of this thread: modules that read one tensor (q, k, v; gate, up) come one
+    after another. A hit is the same live storage, unwritten since, under the same spans."""
+
+    key: tuple | None = None
+
+    def product(self, x: Tensor, spans: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, rank, seed)
+        if self.key != key or self.spans is not spans or self.storage.expired():
+            self.value = _product(x, spans, None, rank, seed)
+            self.key, self.spans, self.storage = key, spans, StorageWeakRef(x.untyped_storage())
+        return self.value
+
+
+_shared_input = _SharedInput()
+
+
 class _Side:
     """The running second moment M = Σ x xᵀ of one side: dense while d ≤ ℓ, else Y = M Ω with the exact trace of M."""
 
@@ -59,14 +95,19 @@ class _Side:
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        from sst_kernels.ops import gram, sketch
-
         if self.dense:
+            from sst_kernels.ops import gram
+
             gram(x, spans, scale, self.sum)
+            self.trace += _trace(x, spans, scale)
+            return
+        rank = self.sum.shape[1]
+        if scale is None:
+            product, trace = _shared_input.product(x, spans, rank, self.seed)
         else:
-            sketch(x, test_matrix(*self.sum.shape, self.seed, x.device, x.dtype), spans, scale, self.sum)
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        self.trace += gram(norms, spans, scale, norms.new_zeros(1, 1))[0, 0]
+            product, trace = _product(x, spans, scale, rank, self.seed)
+        self.sum += product
+        self.trace += trace
 
     def factor(self, count: float | Tensor) -> LowRankFactor:
         """M / count, reconstructed."""

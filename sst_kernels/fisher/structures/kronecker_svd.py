@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from sst_kernels.distributed import Reduction
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh
 from sst_kernels.fisher.structures.lowrank import LowRank
@@ -63,9 +64,8 @@ class KroneckerSVD(Structure):
     def _merge(self, other: Self) -> None:
         self._rows._merge(other._rows)
 
-    def all_reduce(self, group: Any = None) -> None:
-        self._rows.all_reduce(group)
-        self._all_reduce_counts(group)
+    def reduction(self) -> Reduction:
+        yield from self._rows.reduction()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._rows.state_dict()

@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import Gather, Reduction, Sum
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
-from sst_kernels.fisher.structures.rows import check_columns, gather_rows
+from sst_kernels.fisher.structures.rows import check_columns
 
 UNIT = torch.finfo(torch.float32).eps / 2
 
@@ -132,16 +133,13 @@ class LowRank(Structure):
         self._rounding += other._rounding.to(self.device)
         self.append(other.rows.to(self.device))
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Sketch the sketches of all ranks, in rank order; the certificates add, plus what the new reductions lose."""
-        import torch.distributed as dist
-
-        gathered = gather_rows(self.rows, group)
-        dist.all_reduce(self._shrinkage, group=group)
-        dist.all_reduce(self._rounding, group=group)
+    def reduction(self) -> Reduction:
+        """Sketch the sketches of all ranks, in rank order: what merging them one by one gives, certificate included."""
+        yield Sum([self._shrinkage, self._rounding])
+        pieces = yield Gather(self.rows.clone())
         self._used = 0
-        self.append(gathered)
-        self._all_reduce_counts(group)
+        for piece in pieces:
+            self.append(piece)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"rows": self.rows, "shrinkage": self._shrinkage, "rounding": self._rounding}

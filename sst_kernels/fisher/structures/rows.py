@@ -1,8 +1,6 @@
-"""Per-sample gradient rows: a growing buffer, and gathering over ranks."""
+"""Per-sample gradient rows: a growing buffer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,18 +54,3 @@ def check_columns(offset: int, shape: tuple[int, int], width: int) -> None:
     end = offset + shape[0] * shape[1]
     if not 0 <= offset <= end <= width:
         raise ValueError(f"columns {offset}:{end} lie outside rows of width {width}")
-
-
-def gather_rows(rows: Tensor, group: Any = None) -> Tensor:
-    """Concatenate the [N_rank, n] tensors of all ranks of `group`, in rank order; N may differ and may be zero."""
-    import torch.distributed as dist
-
-    world = dist.get_world_size(group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    dist.all_gather(lengths, torch.tensor([len(rows)], device=rows.device), group=group)
-    sizes = [int(n) for n in lengths]
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
