@@ -98,27 +98,37 @@ def variants(everything: bool) -> list[Variant]:
                     HAS_SCALE=True,
                     PRECISION=precision,
                 )
-            add(
-                f"factor_moments {short}",
-                moments.factor_moments_kernel,
-                tokens | {"sum": "float32", "sumsq": "float32"},
-                moments.plan(p, q, wide, 132),
-                HAS_SCALE=True,
-                HAS_SUM=True,
-                PRECISION=precision,
-            )
-        for d, spans, scaled in itertools.product(widths, (False, True), (False, True)):
-            if scaled and not spans:
-                continue
+            plan = moments.plan(p, q, wide, 132)
+            for kernel, options in (
+                (moments.factor_moments_kernel, plan),
+                (moments.short_moments_kernel, plan | {"BT": 32, "num_stages": 2}),
+            ):
+                add(
+                    f"{kernel.__name__.removesuffix('_kernel')} {short}",
+                    kernel,
+                    tokens | {"sum": "float32", "sumsq": "float32"},
+                    options,
+                    HAS_SCALE=True,
+                    HAS_SUM=True,
+                    PRECISION=precision,
+                )
+        for d, (spans, scaled, weighted) in itertools.product(
+            widths, ((False, False, False), (True, False, False), (True, True, False), (False, False, True))
+        ):
+            plan = gram.plan(d, wide, scaled, 132)
+            if weighted:
+                plan |= {"num_warps": 8 if plan["BD"] == 128 else 4, "num_stages": 2}
             add(
                 f"gram {short}",
                 gram.gram_kernel,
                 {"x": dtype, "out": "float32"}
                 | ({"spans": "int64"} if spans else {})
-                | ({"scale": "float32"} if scaled else {}),
-                gram.plan(d, wide, scaled, 132),
+                | ({"scale": "float32"} if scaled else {})
+                | ({"weights": "float32"} if weighted else {}),
+                plan,
                 HAS_SPANS=spans,
                 HAS_SCALE=scaled,
+                HAS_WEIGHTS=weighted,
                 PRECISION=precision,
             )
         for d, l, mixed in itertools.product(widths, (16, 64, 128) if everything else (64,), (False, True)):
@@ -144,9 +154,9 @@ def variants(everything: bool) -> list[Variant]:
             )
     add(
         "token_weights",
-        sketch.token_weights_kernel,
+        tiles.token_weights_kernel,
         {"weights": "float32", "spans": "int64", "scale": "float32"},
-        {"num_warps": 4, "num_stages": 3, "BT": 128},
+        {"num_warps": 4, "num_stages": 3, "BT": 64, "BN": 32},
         HAS_SCALE=True,
     )
     add(

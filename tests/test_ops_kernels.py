@@ -173,9 +173,32 @@ def test_token_samples(form):
     assert_close("token sum", total, expected[0], tolerance(40))
     assert_close("token sumsq", square, expected[1], tolerance(40))
     u_left, u_right = torch.eye(5), torch.eye(19).flip(0)
+    G = torch.zeros(19, 19)
+    run("gram", form, right, spans, scales(40), G)
+    assert_close("token gram", G, reference["gram"](right, spans, scales(40)), tolerance(40))
     out = torch.zeros(5, 19)
     run("eigen_moments", form, left, right, spans, scales(40), u_left, u_right, out)
     assert_close("token eigen moments", out, expected[1].flip(1), tolerance(40))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", ["factor_moments", "gram"])
+def test_many_short_samples(form, op):
+    """Samples of nought to three tokens with padding between: too short to walk one by one, not all rank one."""
+    lengths = torch.tensor([1, 0, 1] * 11 + [3, 1, 2] * 15)
+    spans = ops.spans_from_lengths(len(lengths), 3, lengths, padding="left")
+    left, right = data(15, 3 * len(lengths), 6, 21, dtype=torch.bfloat16, spans=spans)
+    scale = scales(len(spans))
+    if op == "gram":
+        out = torch.zeros(21, 21)
+        run("gram", form, right, spans, scale, out)
+        assert_close("short gram", out, reference["gram"](right, spans, scale), tolerance(len(right)))
+    else:
+        total, square = torch.zeros(2, 6, 21)
+        run("factor_moments", form, left, right, spans, scale, total, square)
+        expected = reference["factor_moments"](left, right, spans, scale)
+        assert_close("short sum", total, expected[0], tolerance(len(left)))
+        assert_close("short sumsq", square, expected[1], tolerance(len(left)))
 
 
 @pytest.mark.parametrize("form", FORMS)

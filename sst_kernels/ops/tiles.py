@@ -95,6 +95,35 @@ def next_block(spans, n, t, end, last, S, BT: tl.constexpr):
 
 
 @triton.jit
+def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, BN: tl.constexpr, HAS_SCALE: tl.constexpr):
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    total = tl.zeros([BT], tl.float32)
+    for first in range(0, N, BN):
+        o_n = first + tl.arange(0, BN)
+        begin = tl.load(spans + 2 * o_n, mask=o_n < N, other=0)
+        end = tl.load(spans + 2 * o_n + 1, mask=o_n < N, other=0)
+        s = tl.full([BN], 1.0, tl.float32)
+        if HAS_SCALE:
+            s = tl.load(scale + o_n, mask=o_n < N, other=0.0)
+        inside = (o_t[:, None] >= begin[None, :]) & (o_t[:, None] < end[None, :])
+        total += tl.sum(tl.where(inside, (s * s)[None, :], 0.0), 1)
+    tl.store(weights + o_t, total, mask=o_t < S)
+
+
+def token_weights(S: int, spans: Tensor, scale: Tensor | None) -> Tensor:
+    """Weight [S] of every token in a second moment: Σ over the spans that hold it of scale²; zero for padding."""
+    weights = torch.empty(S, dtype=torch.float32, device=spans.device)
+    args = (weights, spans.contiguous(), scale, S, len(spans))
+    launch(token_weights_kernel, (triton.cdiv(S, 64),), *args, BT=64, BN=32, HAS_SCALE=scale is not None, num_warps=4)
+    return weights
+
+
+def short(S: int, N: int, BT: int) -> bool:
+    """Whether the samples are so short (half a block on average) that a walk sample by sample mostly loads nothing."""
+    return 2 * S < N * BT
+
+
+@triton.jit
 def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.constexpr):
     """out[i] += Σ_k partials[k, i], k ascending: the fixed-order second stage of every split sum."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

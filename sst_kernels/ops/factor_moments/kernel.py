@@ -20,6 +20,7 @@ from sst_kernels.ops.tiles import (
     next_block,
     processors,
     rows_contiguous,
+    short,
 )
 
 
@@ -70,13 +71,78 @@ def factor_moments_kernel(
         acc = tl.where(done, 0.0, acc)
         n, t, end = next_block(spans, n, t, end, N, S, BT)
 
-    mask = (o_p < p)[:, None] & (o_q < q)[None, :]
-    o_p = o_p.to(tl.int64)
-    p_square = sumsq + o_p[:, None] * sumsq_stride + o_q[None, :]
-    tl.store(p_square, tl.load(p_square, mask=mask, other=0.0) + square, mask=mask)
+    _add(sumsq, square, o_p, o_q, p, q, sumsq_stride)
     if HAS_SUM:
-        p_total = sum + o_p[:, None] * sum_stride + o_q[None, :]
-        tl.store(p_total, tl.load(p_total, mask=mask, other=0.0) + total, mask=mask)
+        _add(sum, total, o_p, o_q, p, q, sum_stride)
+
+
+@triton.jit
+def short_moments_kernel(
+    left,
+    right,
+    spans,
+    scale,
+    sum,
+    sumsq,
+    S,
+    N,
+    p,
+    q,
+    left_stride,
+    right_stride,
+    sum_stride,
+    sumsq_stride,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same for many short samples: BT samples of at most one token are one product, (s l rᵀ)² = (s l)² (r²)ᵀ."""
+    tiles_q = tl.cdiv(q, BQ)
+    o_p = (tl.program_id(0) // tiles_q) * BP + tl.arange(0, BP)
+    o_q = (tl.program_id(0) % tiles_q) * BQ + tl.arange(0, BQ)
+
+    square = tl.zeros([BP, BQ], tl.float32)
+    total = tl.zeros([BP, BQ], tl.float32)
+    for first in range(0, N, BT):
+        o_n = first + tl.arange(0, BT)
+        begin = tl.maximum(tl.load(spans + 2 * o_n, mask=o_n < N, other=0), 0)
+        end = tl.minimum(tl.load(spans + 2 * o_n + 1, mask=o_n < N, other=0), S)
+        if tl.max(end - begin) <= 1:
+            o_t = tl.where(begin < end, begin, S)
+            b_left = load_tile_t(left, o_t, o_p, left_stride, S, p).to(tl.float32)
+            b_right = load_tile(right, o_t, o_q, right_stride, S, q).to(tl.float32)
+            if HAS_SCALE:
+                b_left *= tl.load(scale + o_n, mask=o_n < N, other=0.0)[None, :]
+            square = dot(b_left * b_left, b_right * b_right, square, PRECISION)
+            if HAS_SUM:
+                total = dot(b_left, b_right, total, PRECISION)
+        else:
+            for n in range(first, tl.minimum(first + BT, N)):
+                t, end_n = load_span(spans, n, S)
+                acc = tl.zeros([BP, BQ], tl.float32)
+                for start in range(t, end_n, BT):
+                    o_t = start + tl.arange(0, BT)
+                    b_left = load_tile_t(left, o_t, o_p, left_stride, end_n, p)
+                    b_right = load_tile(right, o_t, o_q, right_stride, end_n, q)
+                    acc = dot(b_left, b_right, acc, PRECISION)
+                if HAS_SCALE:
+                    acc *= tl.load(scale + n)
+                square += acc * acc
+                if HAS_SUM:
+                    total += acc
+    _add(sumsq, square, o_p, o_q, p, q, sumsq_stride)
+    if HAS_SUM:
+        _add(sum, total, o_p, o_q, p, q, sum_stride)
+
+
+@triton.jit
+def _add(out, tile, o_p, o_q, p, q, stride):
+    p_out = out + o_p.to(tl.int64)[:, None] * stride + o_q[None, :]
+    mask = (o_p < p)[:, None] & (o_q < q)[None, :]
+    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + tile, mask=mask)
 
 
 def plan(p: int, q: int, wide: bool, processors: int) -> dict:
@@ -95,8 +161,11 @@ def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override)
     (S, p), q = left.shape, right.shape[1]
     wide = left.element_size() == 4 or right.element_size() == 4
     meta = plan(p, q, wide, processors(left.device)) | override
+    kernel = factor_moments_kernel
+    if short(S, len(spans), 32):
+        kernel, meta = short_moments_kernel, meta | {"BT": 32, "num_stages": 2}
     launch(
-        factor_moments_kernel,
+        kernel,
         (triton.cdiv(p, meta["BP"]) * triton.cdiv(q, meta["BQ"]),),
         left,
         right,

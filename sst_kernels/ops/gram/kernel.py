@@ -11,9 +11,12 @@ from sst_kernels.ops.tiles import (
     launch,
     load_span,
     load_tile,
+    load_tile_t,
     next_block,
     processors,
     rows_contiguous,
+    short,
+    token_weights,
 )
 
 
@@ -22,6 +25,7 @@ def gram_kernel(
     x,
     spans,
     scale,
+    weights,
     out,
     S,
     N,
@@ -32,6 +36,7 @@ def gram_kernel(
     BD: tl.constexpr,
     HAS_SPANS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Tiles (i, j), j ≤ i, numbered row by row; the float root is corrected to the exact integer one.
@@ -44,7 +49,16 @@ def gram_kernel(
     o_j = j * BD + tl.arange(0, BD)
 
     acc = tl.zeros([BD, BD], tl.float32)
-    if HAS_SCALE:
+    if HAS_WEIGHTS:
+        for t in range(0, S, BT):
+            o_t = (t + tl.arange(0, BT)).to(tl.int64)
+            w = tl.load(weights + o_t, mask=o_t < S, other=0.0)
+            # A row of weight zero is padding, which may hold NaN: it moves past the end, where nothing is read.
+            o_t = tl.where(w != 0.0, o_t, S)
+            b_i = load_tile_t(x, o_t, o_i, x_stride, S, d)
+            b_j = load_tile(x, o_t, o_j, x_stride, S, d)
+            acc = dot(b_i, b_j.to(tl.float32) * w[:, None], acc, PRECISION)
+    elif HAS_SCALE:
         for n in range(N):
             begin, end = load_span(spans, n, S)
             G = tl.zeros([BD, BD], tl.float32)
@@ -103,6 +117,11 @@ def gram(x, spans, scale, out, precision, **override):
     x = rows_contiguous(x)
     S, d = x.shape
     meta = plan(d, x.element_size() == 4, scale is not None, processors(x.device)) | override
+    weights = None
+    if spans is not None and short(S, len(spans), meta["BT"]):
+        # Weighted rows need three products where whole samples need one, and any number of samples costs the same.
+        weights, spans, scale = token_weights(S, spans, scale), None, None
+        meta |= {"num_warps": 8 if meta["BD"] == 128 else 4, "num_stages": 2}
     tiles = triton.cdiv(d, meta["BD"])
     launch(
         gram_kernel,
@@ -110,6 +129,7 @@ def gram(x, spans, scale, out, precision, **override):
         x,
         None if spans is None else spans.contiguous(),
         scale,
+        weights,
         out,
         S,
         0 if spans is None else len(spans),
@@ -118,6 +138,7 @@ def gram(x, spans, scale, out, precision, **override):
         out.stride(0),
         HAS_SPANS=spans is not None,
         HAS_SCALE=scale is not None,
+        HAS_WEIGHTS=weights is not None,
         PRECISION=precision,
         **meta,
     )

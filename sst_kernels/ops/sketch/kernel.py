@@ -11,24 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from sst_kernels.ops.tiles import add_partials, block, dot, launch, load_span, load_tile, processors, rows_contiguous
+from sst_kernels.ops.tiles import (
+    add_partials,
+    block,
+    dot,
+    launch,
+    load_tile,
+    processors,
+    rows_contiguous,
+    token_weights,
+)
 
 # Bytes of X per chunk: what an H100's 50 MiB second-level cache still holds when the second stage reads it.
 CHUNK_BYTES = 24 << 20
-
-
-@triton.jit
-def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """Σ over the spans that hold a token of scale²."""
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    total = tl.zeros([BT], tl.float32)
-    for n in range(N):
-        begin, end = load_span(spans, n, S)
-        s = 1.0
-        if HAS_SCALE:
-            s = tl.load(scale + n)
-        total += tl.where((o_t >= begin) & (o_t < end), s * s, 0.0)
-    tl.store(weights + o_t, total, mask=o_t < S)
 
 
 @triton.jit
@@ -157,21 +152,7 @@ def _reduced(parts):
 def sketch(x, omega, spans, scale, out, precision, **override):
     x = rows_contiguous(x)
     (S, d), l, device = x.shape, omega.shape[1], x.device
-    weights = None
-    if spans is not None:
-        weights = torch.empty(S, dtype=torch.float32, device=device)
-        launch(
-            token_weights_kernel,
-            (triton.cdiv(S, 128),),
-            weights,
-            spans.contiguous(),
-            scale,
-            S,
-            len(spans),
-            BT=128,
-            HAS_SCALE=scale is not None,
-            num_warps=4,
-        )
+    weights = None if spans is None else token_weights(S, spans, scale)
     step = min(S, max(512, CHUNK_BYTES // (d * x.element_size())))
     meta = plan_back(step, d, l, x.element_size() == 4, processors(device)) | override
     parts = meta.pop("parts")
