@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sst_kernels import ops
 from sst_kernels.fisher.base import Counts, TokenBatch
 from sst_kernels.fisher.structures import make_structure
 from sst_kernels.fisher.structures.kronecker_svd import nearest_products
@@ -109,6 +112,28 @@ def test_nothing_square_is_kept_or_needed():
     low.update(tokens)
     assert low.nbytes < 5 * 4 * (8 + (1 << 17))
     assert low.matvec(torch.ones(8 << 17)).isfinite().all()
+
+
+def test_modules_that_read_one_input_sketch_it_once(monkeypatch):
+    """…and an input that was overwritten, or another one at the same address, is sketched anew."""
+    calls, sketch = [], ops.sketch
+    monkeypatch.setattr(ops, "sketch", lambda *a: calls.append(1) or sketch(*a))
+    shared = batch(wide(9, 0.9))
+    structures = [make_structure("kronecker_lowrank", (3, 40), rank=4) for _ in range(3)]
+    for i, structure in enumerate(structures):
+        structure.update(replace(shared, left=(i + 1) * shared.left))
+    assert len(calls) == 1
+    assert torch.equal(structures[0].state_dict()["right"], structures[2].state_dict()["right"])
+    torch.testing.assert_close(structures[2].dense(), 9 * structures[0].dense(), rtol=1e-5, atol=1e-5)
+    shared.right.mul_(2)
+    again = make_structure("kronecker_lowrank", (3, 40), rank=4)
+    again.update(shared)
+    assert len(calls) == 2
+    torch.testing.assert_close(again.dense(), 4 * structures[0].dense(), rtol=1e-5, atol=1e-5)
+    for seed in range(5):
+        fresh = make_structure("kronecker_lowrank", (3, 40), rank=4)
+        fresh.update(batch(wide(9, 0.9, seed=seed)))
+    assert len(calls) == 7
 
 
 def test_lowrank_sketch_depends_on_its_seed_only():

@@ -80,7 +80,7 @@ def test_row_buffer_grows_by_doubling_and_keeps_its_rows():
     assert buffer.rows.data_ptr() == place
 
 
-JOINT = {"full": {}, "lowrank": {"rank": 4}, "diagonal": {}, "diagonal-centred": {"centred": True}}
+JOINT = {"full": {}, "lowrank": {"rank": 4}, "diagonal": {}, "diagonal-centred": {"centred": True}, "vila": {}}
 
 
 @pytest.mark.parametrize("kind", JOINT)
