@@ -9,7 +9,9 @@ import torch
 from sst_kernels import _native
 
 
-def solve_direct(where: tuple[int, int, int, int, bool, int, int], k: int, outputs: Sequence[int], device: torch.device) -> None:
+def solve_direct(
+    where: tuple[int, int, int, int, bool, int, int], k: int, outputs: Sequence[int], device: torch.device
+) -> None:
     """Solves stored pencils by Cholesky and a full eigendecomposition; asynchronous on the current stream.
 
     Args:
