@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,26 +73,37 @@ def weigh(x: Tensor, spans: Tensor | None, scale: Tensor | None, power: int) -> 
     return x, x * weight[held, None], held
 
 
-def by_length(spans: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples grouped by equal length: yields (samples [m], tokens [m, L]) with L > 0 and m ≤ max(1, limit).
+def by_length(spans: Tensor, limit: int) -> Iterator[tuple[slice | list[int], Callable[[Tensor], Tensor]]]:
+    """CPU form: samples grouped by equal length, so that they become one batched product.
 
-    Equal spans become one batched product on the CPU; ragged ones cost one call per distinct length.
+    Yields (samples, take): at most max(1, limit) samples of one length L > 0, and the function that takes their tokens,
+    [..., S, d] to [..., m, L, d]; a view where they are evenly spaced, as in a dense batch.
     """
-    begin, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
-    for L in torch.unique(lengths).tolist():
-        if L <= 0:
-            continue
-        for samples in (lengths == L).nonzero().flatten().split(max(1, limit)):
-            yield samples, begin[samples, None] + torch.arange(L, device=spans.device)
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for n, (begin, end) in enumerate(spans.tolist()):
+        if begin < end:
+            groups.setdefault(end - begin, []).append((n, begin))
+    for L, members in groups.items():
+        for at in range(0, len(members), max(1, limit)):
+            samples, begins = map(list, zip(*members[at : at + max(1, limit)]))
+            m, first, last = len(samples), begins[0], begins[-1]
+            step = (last - first) // (m - 1) if m > 1 else L
+            if samples[-1] - samples[0] + 1 == m:
+                samples = slice(samples[0], samples[-1] + 1)
+            if step > 0 and begins == list(range(first, last + 1, step)):
+                yield samples, lambda x, at=slice(first, last + L), L=L, step=step: x[..., at, :].unfold(-2, L, step).mT
+            else:
+                tokens = torch.tensor(begins)[:, None] + torch.arange(L)
+                yield samples, lambda x, tokens=tokens: x[..., tokens, :]
 
 
 def sample_sums(
     left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, limit: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[slice | list[int], Tensor]]:
     """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q])."""
     p, q = left.shape[-1], right.shape[-1]
-    for samples, tokens in by_length(spans, limit // max(1, p * q)):
-        a, b = left[tokens].float(), right[tokens].float()
+    for samples, take in by_length(spans, limit // max(1, p * q)):
+        a, b = take(left).float(), take(right).float()
         if scale is not None:
             s = scale[samples].float()[:, None, None]
             a, b = (a * s, b) if p <= q else (a, b * s)

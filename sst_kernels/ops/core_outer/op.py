@@ -62,8 +62,8 @@ def _core_outer(lefts, rights, spans, scale, out, precision):
         if p * q == 0:
             continue
         a, b = torch.stack([m[0].float() for m in modules]), torch.stack([m[1].float() for m in modules])
-        for samples, tokens in by_length(spans, CHUNK_ELEMENTS // (p * q * len(modules))):
-            G = a[:, tokens].mT @ b[:, tokens]
+        for samples, take in by_length(spans, CHUNK_ELEMENTS // (p * q * len(modules))):
+            G = take(a).mT @ take(b)
             if scale is not None:
                 G *= scale[samples, None, None]
             for rows, (_, _, column) in zip(G, modules):

@@ -50,18 +50,21 @@ def factor_moments(
 )
 def _factor_moments(left, right, spans, scale, sum, sumsq, precision):
     checks.span_values(spans, left.shape[0])
-    if sum is not None:
-        _, weighted, held = weigh(left, spans, scale, power=1)
-        sum.addmm_(weighted.T, right[held].float())
-    longest = int((spans[:, 1] - spans[:, 0]).max())
-    if longest <= 1:  # rank-one samples: (s l rᵀ)² = s² l² (r²)ᵀ
+    if int((spans[:, 1] - spans[:, 0]).max()) <= 1:  # rank-one samples: (s l rᵀ)² = s² l² (r²)ᵀ
         _, weighted, held = weigh(left.float().square(), spans, scale, power=2)
-        sumsq.addmm_(weighted.T, right[held].float().square())
+        sumsq += weighted.T @ right[held].float().square()
+        if sum is not None:
+            _, weighted, held = weigh(left, spans, scale, power=1)
+            sum += weighted.T @ right[held].float()
         return
-    batch = torch.zeros_like(sumsq)
+    total, square = torch.zeros_like(sumsq), torch.zeros_like(sumsq)
     for _, G in sample_sums(left, right, spans, scale):
-        batch += G.square_().sum(0)
-    sumsq += batch
+        if sum is not None:
+            total += G.sum(0)
+        square += G.square_().sum(0)
+    sumsq += square
+    if sum is not None:
+        sum += total
 
 
 @_factor_moments.register_kernel("cuda")

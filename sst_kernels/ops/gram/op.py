@@ -53,7 +53,7 @@ def _gram(x, spans, scale, out, precision):
     x, weighted, _ = weigh(x, spans, scale, power=2)
     for i in range(0, d, _TILE):
         rows = weighted[:, i : i + _TILE].T
-        out[i : i + _TILE, :i].addmm_(rows, x[:, :i])
+        out[i : i + _TILE, :i] += rows @ x[:, :i]
         out[i : i + _TILE, i : i + _TILE] += (rows @ x[:, i : i + _TILE]).tril_()
 
 

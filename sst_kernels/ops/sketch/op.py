@@ -50,7 +50,7 @@ def sketch(
 def _sketch(x, omega, spans, scale, out, precision):
     checks.span_values(spans, x.shape[0])
     x, weighted, _ = weigh(x, spans, scale, power=2)
-    out.addmm_(weighted.T, x @ omega.float())
+    out += weighted.T @ (x @ omega.float())
 
 
 @_sketch.register_kernel("cuda")
