@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import Block
 from sst_kernels.fisher.fisher import Fisher
-from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint
+from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint, unwrapped
 
 Point = str | float | Mapping[str, Tensor]
 SPACES = ("core", "factor")
@@ -30,6 +33,9 @@ def fisher_accumulate(
     grad_scale: float | None = None,
     nonfinite: str = "raise",
     modules: str | Iterable[str] | None = None,
+    group: Any = None,
+    state_device: torch.device | str | None = None,
+    resume: str | os.PathLike | None = None,
     **options: Any,
 ) -> Accumulator:
     """Context manager that accumulates the Fisher matrix of `adapter` over every backward pass run inside it.
@@ -55,6 +61,11 @@ def fisher_accumulate(
         nonfinite: "raise" names the batch and sample; "skip" leaves such samples out and counts them in `accumulator.skipped`
             ("full", "diagonal" and "lowrank" in core space).
         modules: regular expression for, or names of, the modules to include; all that carry the adapter by default.
+        group: torch.distributed group (`torch.distributed.group.WORLD`) over which the pass is shared: each rank runs its part of the
+            data, possibly none, and on leaving the context every rank holds the total. An exception on one rank is raised on all.
+        state_device: where the state lives, "cpu" to leave device memory to the model; beside each module by default. The joint
+            structures of core space then only send rows; the streaming ones also do their sums there.
+        resume: a checkpoint of `save_checkpoint` to go on from; `.progress` says how far it had come.
 
     Raises ValueError for what would make the statistics wrong (see `find_sites`, `read_layout`) and RuntimeError on exit when no
     backward pass was seen or a module's hook never fired.
@@ -64,13 +75,14 @@ def fisher_accumulate(
     _choice("nonfinite", nonfinite, ("raise", "skip"))
     if grad_scale is not None and not 0 < abs(grad_scale) < float("inf"):
         raise ValueError(f"grad_scale must be finite and not zero, got {grad_scale}")
+    model = unwrapped(model)
     sites = find_sites(model, adapter, modules)
     where = "patched" if point is None else point
     cores = _cores_at(where, sites)
     fisher = Fisher.empty(
         _blocks(sites, space),
         structure,
-        devices={site.name: site.device for site in sites},
+        devices={site.name: site.device if state_device is None else torch.device(state_device) for site in sites},
         metric={site.name: site.metric() for site in sites},
         scope=scope,
         sample=sample,
@@ -80,7 +92,7 @@ def fisher_accumulate(
             "space": space,
             "adapter": adapter,
             "fingerprint": fingerprint(sites),
-            "point": where if isinstance(where, str | float | int) else "custom",
+            "point": where if isinstance(where, str | float | int) else f"custom {_digest(cores)}",
             "point_given": point is not None,
         },
     )
@@ -89,7 +101,12 @@ def fisher_accumulate(
             f'nonfinite="skip" cannot take a sample back from the streaming structure {structure!r} in {space} space: '
             'use "full", "diagonal" or "lowrank" in core space, or nonfinite="raise"'
         )
-    return Accumulator(model, sites, fisher, cores, reduction=reduction, grad_scale=grad_scale, nonfinite=nonfinite)
+    accumulator = Accumulator(
+        model, sites, fisher, cores, reduction=reduction, grad_scale=grad_scale, nonfinite=nonfinite, group=group
+    )
+    if resume is not None:
+        accumulator.load_checkpoint(resume)
+    return accumulator
 
 
 def _blocks(sites: list[LoraSite], space: str) -> list[Block]:
@@ -112,6 +129,13 @@ def _cores_at(point: Point, sites: list[LoraSite]) -> dict[str, float | Tensor |
                 raise ValueError(f"point[{site.name!r}] must be a [{site.rank}, {site.rank}] tensor, got {got}")
         return {s.name: point[s.name].detach() for s in sites}
     return dict.fromkeys((s.name for s in sites), None if point == 1 else float(point))
+
+
+def _digest(cores: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, core in cores.items():
+        digest.update(name.encode() + core.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

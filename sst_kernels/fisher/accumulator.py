@@ -11,6 +11,7 @@ Factor space reads x in front of `lora_A` and c·∂L/∂y behind `lora_B` in th
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,16 +22,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sst_kernels.distributed import raise_together
 from sst_kernels.fisher.base import TokenBatch
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import current_declaration, read_layout
 from sst_kernels.fisher.passes import Pass
+from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.ops import core_outer
 
 
 class Accumulator:
-    """The open pass: `fisher` (mapping from block name to structure), `skipped` sample positions, `save(path)`."""
+    """The open pass: `fisher` (mapping from block name to structure), `skipped` sample positions, `save(path)`.
+
+    `progress` is what the last checkpoint was given, {} in a pass that starts from nothing.
+    """
 
     def __init__(
         self,
@@ -42,9 +48,12 @@ class Accumulator:
         reduction: str,
         grad_scale: float | None,
         nonfinite: str,
+        group: Any = None,
     ):
         self.model, self.sites, self.fisher = model, sites, fisher
         self.skipped: list[tuple[int, int]] = []
+        self.progress: dict[str, Any] = {}
+        self._group = group
         self._cores = cores
         self._factor = fisher.meta["space"] == "factor"
         self._reduction, self._grad_scale, self._nonfinite = reduction, grad_scale, nonfinite
@@ -53,6 +62,7 @@ class Accumulator:
         self._forward: Pass | None = None
         self._unread: list[tuple[int, Tensor]] = []
         self._batches = 0
+        self._resumed = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -69,8 +79,22 @@ class Accumulator:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if kind is not None:
-            return
+        if self._group is None:
+            if kind is None:
+                self._complete()
+        elif error is None or isinstance(error, Exception):
+            self._complete_together(error)
+
+    def _complete_together(self, error: Exception | None) -> None:
+        try:
+            if error is None:
+                self._complete()
+        except Exception as own:
+            error = own
+        raise_together(error, self._group)
+        self.fisher.all_reduce(self._group)
+
+    def _complete(self) -> None:
         self._read_flags()
         for waiting in self._waiting:
             missing = [site.name for site in self.sites if site.name not in waiting.done]
@@ -81,18 +105,63 @@ class Accumulator:
                 )
         if self._waiting and self._batches > len(self._waiting):
             warnings.warn(
-                f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=2
+                f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=3
             )
-        if self._batches == len(self._waiting):
+        idle = self._batches == 0 and (self._group is not None or self._resumed > 0)
+        if self._batches == len(self._waiting) and not idle:
             raise RuntimeError(
                 "no hook fired: run model(**batch) of the very model given to fisher_accumulate, with gradients enabled, and call "
                 "backward() on its loss inside the context"
             )
         self._waiting.clear()
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write the Fisher to a safetensors file (see `Fisher.save`)."""
         self.fisher.save(path)
+
+    def save_checkpoint(self, path: str | os.PathLike, progress: Mapping[str, Any] | None = None) -> None:
+        """Write everything that `fisher_accumulate(..., resume=path)` needs to go on, atomically.
+
+        Call it between batches. `progress` (JSON-able) comes back as `.progress`: which batch is next, for instance. A resumed
+        pass gives the same bits as an uninterrupted one when its remaining batches, and their label draws, are the same.
+        Raises FloatingPointError for non-finite gradients not yet reported, RuntimeError inside a batch, and StorageError.
+        """
+        self._read_flags()
+        if any(waiting.claimed for waiting in self._waiting):
+            raise RuntimeError("a checkpoint is taken between batches: call backward() on the open forward pass first")
+        header, tensors = self.fisher.pack()
+        about = {"batches": self._resumed + self._batches, "skipped": self.skipped, "progress": dict(progress or {})}
+        write_tensors(path, tensors, {"kind": "checkpoint", **header, "accumulator": about})
+
+    def load_checkpoint(self, path: str | os.PathLike) -> None:
+        """Take over the state of a checkpoint of the same pass (`resume=` does this).
+
+        Raises FileNotFoundError, or ValueError when the file is damaged or belongs to another pass.
+        """
+        header, tensors = read_tensors(path)
+        if header.get("kind") != "checkpoint":
+            raise ValueError(
+                f"{path} holds a {header.get('kind')!r}, expected a checkpoint: load a Fisher with Fisher.load"
+            )
+        self.fisher.unpack(header, tensors)
+        about = header["accumulator"]
+        self.skipped = [tuple(position) for position in about["skipped"]]
+        self.progress, self._resumed = about["progress"], about["batches"]
+
+    def abandon(self) -> None:
+        """Forget forward passes whose backward failed (out of memory), so that their batch can be run again in pieces.
+
+        RuntimeError when a streaming structure has already taken in a part of such a batch: resume from a checkpoint then.
+        """
+        torn = [w.index for w in self._waiting if w.done and self.fisher.joint is None]
+        if torn:
+            raise RuntimeError(
+                f"batch {torn[0]} failed halfway through its backward pass, and the Fisher holds a part of it: start again from the "
+                "last checkpoint with smaller batches"
+            )
+        self._batches -= len(self._waiting)
+        self._waiting.clear()
+        self._forward = None
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._read_flags()
@@ -120,7 +189,7 @@ class Accumulator:
             raise ValueError(
                 f"groups must hold one integer for each of the {layout.samples} samples of the batch, got {len(groups)}"
             )
-        self._forward = Pass(self._batches, layout, divisor, self._grad_scale, source, groups)
+        self._forward = Pass(self._resumed + self._batches, layout, divisor, self._grad_scale, source, groups)
         self._batches += 1
         self._waiting.append(self._forward)
         if declaration is not None:
@@ -205,8 +274,10 @@ class Accumulator:
                 f"{site.name}.lora_B": (current.flat(site, g), h),
             }
         for name, (left, right) in sides.items():
-            self.fisher[name].update(
-                TokenBatch(left, right, current.spans(e.device), current.scale(e.device), current.counts)
+            holder = self.fisher[name]
+            left, right = left.to(holder.device), right.to(holder.device)
+            holder.update(
+                TokenBatch(left, right, current.spans(left.device), current.scale(left.device), current.counts)
             )
 
     def _finish(self, current: Pass) -> None:
@@ -230,9 +301,9 @@ class Accumulator:
             groups = None if groups is None else [g for g, keep in zip(groups, kept.tolist()) if keep]
         current.done = dict.fromkeys(current.done)
         n = len(rows)
-        self.fisher.note(current.source, n, groups)
         empty, spans = rows.new_empty(0, 1), torch.zeros(n, 2, dtype=torch.int64, device=rows.device)
         joint.update(TokenBatch(empty, empty, spans, rows.new_ones(n), counts, rows))
+        self.fisher.note(current.source, n, groups)
 
     def _core_rows(self, current: Pass, device: torch.device) -> Tensor:
         """[N, Σ r²] float32 on `device`: one `core_outer` per device that holds modules."""
@@ -268,7 +339,7 @@ class Accumulator:
 def _bound(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     if not args:
         return kwargs
-    forward: Callable = getattr(model, "module", model).forward
+    forward: Callable = model.forward
     names = forward.__code__.co_varnames[1 : forward.__code__.co_argcount] if hasattr(forward, "__code__") else ()
     if len(names) < len(args):
         raise ValueError(

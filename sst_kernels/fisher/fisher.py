@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sst_kernels.distributed import gather_objects, reduce_over_ranks
 from sst_kernels.fisher.base import Block, Counts, Structure
+from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import STRUCTURES, make_structure
 
-SCHEMA = 1
 # Two Fishers add up, or stand in one pencil, only when these agree.
 IDENTITY = ("space", "fingerprint", "sample")
 
@@ -31,7 +27,7 @@ class Fisher(Mapping[str, Structure]):
         "full", "lowrank", "diagonal" in core space), else None; `fisher[name]` is then a view of its columns.
     metric: per module (c²BᵀB, AAᵀ), [r, r] float64: the Frobenius metric of ΔW in core coordinates.
     groups: one integer per sample, in order; samples of one group (label draws of one prompt) belong together.
-    meta: space, adapter, fingerprint of its weights, point, structure, scope, sample, count, labels.
+    meta: space, adapter, fingerprint of its weights, point, structure, scope, sample, count, labels, groups ("given" or "own").
     """
 
     def __init__(
@@ -90,7 +86,15 @@ class Fisher(Mapping[str, Structure]):
             structures = {
                 b.name: make_structure(structure, b.shape, device=devices[b.module], **_for(b, common)) for b in blocks
             }
-        about = {**meta, "structure": structure, "scope": scope, "sample": sample, "count": count, "labels": None}
+        about = {
+            **meta,
+            "structure": structure,
+            "scope": scope,
+            "sample": sample,
+            "count": count,
+            "labels": None,
+            "groups": None,
+        }
         return cls(blocks, structures, joint, metric, about)
 
     def __getitem__(self, name: str) -> Structure:
@@ -134,10 +138,12 @@ class Fisher(Mapping[str, Structure]):
 
     def note(self, labels: str, samples: int, groups: Sequence[int] | None) -> None:
         """Record where the labels of the samples just added came from, and their groups (each its own by default)."""
-        if self.meta["labels"] not in (None, labels):
-            raise ValueError(f"labels from {self.meta['labels']!r} and from {labels!r} must not be mixed in one Fisher")
-        self.meta["labels"] = labels
-        start = max(self.groups, default=-1) + 1
+        source = {"labels": labels, "groups": "own" if groups is None else "given"}
+        for key, value in source.items():
+            if self.meta.get(key) not in (None, value):
+                raise ValueError(f"{key} from {self.meta[key]!r} and from {value!r} must not be mixed in one Fisher")
+        self.meta |= source
+        start = len(self.groups)
         self.groups += range(start, start + samples) if groups is None else [int(g) for g in groups]
 
     def check_same(self, other: Fisher, *, what: str, keys: Sequence[str] = IDENTITY) -> None:
@@ -157,77 +163,104 @@ class Fisher(Mapping[str, Structure]):
         self.groups += [start + g for g in other.groups]
 
     def all_reduce(self, group: Any = None) -> None:
-        """Combine over the ranks of a torch.distributed group: afterwards every rank holds the total."""
-        import torch.distributed as dist
+        """Combine over the ranks of a torch.distributed group: afterwards every rank holds the total.
 
-        for structure in self._holders().values():
-            structure.all_reduce(group)
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, self.groups, group=group)
-        self.groups, start = [], 0
-        for groups in gathered:
+        Rows stand in rank order; a rank may have seen nothing. Group numbers that were given to `sequence_nll` or
+        `declared_loss` name the same group on every rank; others are numbered on. ValueError, on every rank, when the ranks
+        do not accumulate the same thing.
+        """
+        about = (self.meta, list(self.blocks.values()), [s.options() for s in self._holders().values()], self.groups)
+        shares = gather_objects(about, group)
+        for rank, (meta, blocks, options, _) in enumerate(shares):
+            differing = [k for k in self.meta if k not in ("labels", "groups") and meta.get(k) != self.meta[k]]
+            if differing or blocks != about[1] or options != about[2]:
+                raise ValueError(
+                    f"cannot reduce: rank {rank} accumulates with other {differing or ['blocks or options']}"
+                )
+        for key in ("labels", "groups"):
+            found = {meta.get(key) for meta, *_ in shares} - {None}
+            if len(found) > 1:
+                raise ValueError(f"cannot reduce: the ranks hold {key} from {sorted(found)}")
+            self.meta[key] = found.pop() if found else None
+        holders = self._holders().values()
+        reduce_over_ranks([r for s in holders for r in (s.reduction(), s.count_reduction())], group)
+        self.groups = []
+        for *_, groups in shares:
+            start = 0 if self.meta["groups"] == "given" else len(self.groups)
             self.groups += [start + g for g in groups]
-            start = max(self.groups, default=-1) + 1
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all state to one safetensors file, atomically (write, fsync, rename)."""
+        """Write all state to one safetensors file with a checksum, atomically. Raises `storage.StorageError`."""
+        header, tensors = self.pack()
+        write_tensors(path, tensors, {"kind": "fisher", **header})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Fisher:
+        """Read what `save` wrote. ValueError when the file is no Fisher, is damaged, or has another schema."""
+        header, tensors = read_tensors(path, device)
+        if header.get("kind") != "fisher":
+            raise ValueError(
+                f"{path} holds a {header.get('kind')!r}, expected a Fisher: a checkpoint belongs to resume="
+            )
+        try:
+            blocks = [Block(b["name"], b["module"], tuple(b["shape"])) for b in header["blocks"]]
+            shapes = {b.name: b.shape for b in blocks} | {"joint": (sum(b.size for b in blocks), 1)}
+            kind = header["meta"]["structure"]
+            holders = {
+                name: make_structure(kind, shapes[name], device=device, **saved["options"])
+                for name, saved in header["holders"].items()
+            }
+            joint = holders.pop("joint") if header["joint"] else None
+            metric = {
+                m: (tensors[f"metric/{m}/left"].cpu(), tensors[f"metric/{m}/right"].cpu())
+                for m in dict.fromkeys(b.module for b in blocks)
+            }
+            fisher = cls(blocks, holders, joint, metric, dict(header["meta"]))
+            fisher.unpack(header, tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: its header does not describe a Fisher ({error!r}): accumulate and save it again"
+            ) from error
+        return fisher
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All state as a JSON-able header and tensors by name."""
         holders = self._holders()
         tensors = {f"state/{name}/{key}": t for name, s in holders.items() for key, t in s.state_dict().items()}
         tensors |= {
             f"metric/{name}/{side}": t for name, pair in self.metric.items() for side, t in zip(("left", "right"), pair)
         }
-        header = {
-            "schema": SCHEMA,
-            "meta": self.meta,
-            "groups": self.groups,
-            "blocks": [asdict(b) for b in self.blocks.values()],
-            "joint": self.joint is not None,
-            "holders": {name: {"options": s.options(), "counts": asdict(s.counts)} for name, s in holders.items()},
-        }
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
-        try:
-            save_file(
-                {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
-                temporary,
-                {"sst_kernels": json.dumps(header)},
-            )
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return self._header(), tensors
 
-    @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Fisher:
-        """Read what `save` wrote. ValueError when the file is no Fisher, is damaged, or has another schema."""
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = json.loads((file.metadata() or {}).get("sst_kernels", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({error}): accumulate and save the Fisher again"
-            ) from error
-        if header is None or header.get("schema") != SCHEMA:
-            found = None if header is None else header.get("schema")
-            raise ValueError(
-                f"{path} is no Fisher of schema {SCHEMA} (found {found}): accumulate and save it with this version"
-            )
-        blocks = [Block(b["name"], b["module"], tuple(b["shape"])) for b in header["blocks"]]
-        shapes = {b.name: b.shape for b in blocks} | {"joint": (sum(b.size for b in blocks), 1)}
-        holders = {}
-        for name, saved in header["holders"].items():
-            structure = make_structure(header["meta"]["structure"], shapes[name], device=device, **saved["options"])
+    def unpack(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state by a packed one, on this Fisher's devices. ValueError, naming what differs, when it is another's."""
+        mine = self._header()
+        loose = {"labels", "groups", "point_given"}
+        differing = [k for k in mine["meta"] if k not in loose and mine["meta"][k] != header["meta"].get(k)]
+        for key in ("blocks", "joint"):
+            differing += [key] * (mine[key] != header[key])
+        saved = header["holders"]
+        options = {name: held["options"] for name, held in mine["holders"].items()}
+        differing += ["options"] * (options != {name: held["options"] for name, held in saved.items()})
+        if differing:
+            raise ValueError(f"the saved state is of another pass: {', '.join(differing)} differ; start this pass anew")
+        for name, structure in self._holders().items():
             prefix = f"state/{name}/"
             structure.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-            structure.counts = Counts(**saved["counts"])
-            holders[name] = structure
-        joint = holders.pop("joint") if header["joint"] else None
-        modules = dict.fromkeys(b.module for b in blocks)
-        metric = {m: (tensors[f"metric/{m}/left"].cpu(), tensors[f"metric/{m}/right"].cpu()) for m in modules}
-        return cls(blocks, holders, joint, metric, header["meta"], header["groups"])
+            structure.counts = Counts(**saved[name]["counts"])
+        self.groups = list(header["groups"])
+        self.meta |= {key: header["meta"].get(key) for key in ("labels", "groups")}
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "meta": self.meta,
+            "groups": self.groups,
+            "blocks": [asdict(b) | {"shape": list(b.shape)} for b in self.blocks.values()],
+            "joint": self.joint is not None,
+            "holders": {
+                name: {"options": s.options(), "counts": asdict(s.counts)} for name, s in self._holders().items()
+            },
+        }
 
     def _holders(self) -> dict[str, Structure]:
         return {"joint": self.joint} if self.joint is not None else self._structures

@@ -27,12 +27,37 @@ class LoraSite:
 
     @property
     def device(self) -> torch.device:
-        return self.lora_a.weight.device
+        """Where the module computes; its weight may rest elsewhere (accelerate offloading)."""
+        hook = getattr(self.lora_a, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) if self.lora_a.weight.is_meta else None
+        return self.lora_a.weight.device if device is None else torch.device(device)
 
     def metric(self) -> tuple[Tensor, Tensor]:
         """(scaling² BᵀB, A Aᵀ), both [r, r] float64 on the CPU: ‖ΔW(S)‖²_F = tr(Sᵀ (c²BᵀB) S (AAᵀ)) for ΔW(S) = c·B S A."""
-        a, b = (m.weight.detach().to("cpu", torch.float64) for m in (self.lora_a, self.lora_b))
+        a, b = (whole_weight(m).to("cpu", torch.float64) for m in (self.lora_a, self.lora_b))
         return self.scaling**2 * (b.T @ b), a @ a.T
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or torch.compile. ValueError for DataParallel, which copies modules per call."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "nn.DataParallel copies the modules in every call: use one process per device (torchrun) instead"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
+def whole_weight(module: nn.Module) -> Tensor:
+    """The weight of a module, detached: gathered from all ranks where FSDP shards it, fetched where accelerate offloads it."""
+    weight = module.weight.detach()
+    if weight.is_meta:
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            raise ValueError("a LoRA weight is on the meta device: load the adapter's weights before accumulating")
+        weight = weights["weight"].detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | None = None) -> list[LoraSite]:
@@ -76,7 +101,7 @@ def fingerprint(sites: Iterable[LoraSite]) -> str:
     for site in sites:
         digest.update(f"{site.name}\0{site.scaling!r}\0".encode())
         for part in (site.lora_a, site.lora_b):
-            weight = part.weight.detach().to("cpu", torch.float32).contiguous()
+            weight = whole_weight(part).to("cpu", torch.float32).contiguous()
             digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
 

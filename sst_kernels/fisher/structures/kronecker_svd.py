@@ -96,15 +96,16 @@ class KroneckerSVD(Structure):
 
 
 def nearest_products(b: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
-    """PSD pairs of the `rank` leading singular pairs of Σ_i B_i ⊗ B_i for b [m, p, q], p ≤ q; the first is the nearest
-    single product, and all together come no further."""
-    x, y = _leading_pair(b)
-    pairs = [(x, y)]
+    """PSD pairs from the `rank` leading singular pairs of Σ_i B_i ⊗ B_i for b [m, p, q], p ≤ q; the first is the nearest
+    single product, and more of them together come no further. Costs m²·p²·q and p⁶ operations."""
+    values, vectors = psd_eigh(_gram(b))
+    pairs = [_leading_pair(b, vectors[:, values >= values[0] * (1 - GAP)])]
     if rank == 1:
         return pairs
-    for vector in _singular_vectors(b, rank)[1:]:
+    for vector in vectors.mT[1:rank]:
         left = vector.reshape(b.shape[1], -1)
-        pairs += _positive_parts((left + left.mT) / 2, _right(b, (left + left.mT) / 2))
+        left = (left + left.mT) / 2
+        pairs += _positive_parts(left, _right(b, left))
     weights = _weights(b, pairs)
     return [(x, w * y) for w, (x, y) in zip(weights, pairs, strict=True) if w > 0]
 
@@ -123,25 +124,21 @@ def _gram(b: Tensor) -> Tensor:
     return (gram + gram.mT) / 2
 
 
-def _singular_vectors(b: Tensor, rank: int) -> list[Tensor]:
-    return list(psd_eigh(_gram(b))[1].mT[:rank])
-
-
 def _right(b: Tensor, left: Tensor) -> Tensor:
     """Rᵀ vec(X): Σ_i B_iᵀ X B_i [q, q]."""
     m, p, q = b.shape
     return b.reshape(m * p, q).mT @ (left @ b).reshape(m * p, q)
 
 
-def _leading_pair(b: Tensor) -> tuple[Tensor, Tensor]:
-    """The PSD pair of the largest singular value, ‖X‖_F = 1."""
-    values, vectors = psd_eigh(_gram(b))
-    leading = vectors[:, values >= values[0] * (1 - GAP)]
+def _leading_pair(b: Tensor, leading: Tensor) -> tuple[Tensor, Tensor]:
+    """The PSD pair in the leading singular space (columns of `leading`) on which the K-FAC factor falls, ‖X‖_F = 1."""
     kfac = (b @ b.mT).sum(0).reshape(-1)
     x = (leading @ (leading.mT @ kfac)).reshape(b.shape[1], -1)
-    x = nearest_psd((x + x.mT) / 2)
-    x = x / x.norm()
-    return x, nearest_psd(_right(b, x))
+    values, vectors = psd_eigh((x + x.mT) / 2)
+    values = values / values.norm()
+    root = (vectors * values.sqrt()).mT
+    half = (root @ b).flatten(0, 1)
+    return root.mT @ root, half.mT @ half
 
 
 def _positive_parts(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:

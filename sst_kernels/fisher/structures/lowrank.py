@@ -21,7 +21,7 @@ class LowRank(Structure):
 
     Fast Frequent Directions (Liberty, KDD 2013; Ghashami et al., 1501.01711): rows are appended to a buffer of 2ℓ; when
     it is full, its squared singular values are lowered by the (ℓ+1)-th, which leaves ℓ rows and adds that number to Δ.
-    So Δ·count ≤ ‖F − F_k‖_tr·count/(ℓ + 1 − k) for every k ≤ ℓ, and while no more than 2ℓ samples, or only ℓ
+    So Δ ≤ tr(F − F_k)/(ℓ + 1 − k) for the best rank-k F_k and every k ≤ ℓ, and while no more than 2ℓ samples, or only ℓ
     independent ones, were seen, F̃ = F. The reduction goes through the 2ℓ×2ℓ Gram matrix in float64.
 
     One block, or several jointly: with shape (n_total, 1), `append` takes rows that span the modules.
