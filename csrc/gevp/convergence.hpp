@@ -8,11 +8,13 @@
 namespace sst::gevp {
 
 /// A block Krylov space holds at most `block` copies of one eigenvalue, so a converged run of `block` near-equal values may
-/// hide more. Such a problem (or every one, with options.verify) goes on for a cycle from a fresh random block and is done only
+/// hide more, which matters where wanted values lie below the run. Such a problem (or every one, with options.verify) goes on for a cycle from a fresh random block and is done only
 /// when that changes nothing.
 SST_HD inline bool hides_copies(const Options& options, const Batch<double>& theta, int64_t p, double size) {
-    for (int64_t j = 0; j + options.block <= options.k; ++j) {
-        if (theta(p, j, 0) - theta(p, j + options.block - 1, 0) <= sqrt(options.tolerance) * size) return true;
+    const double near = sqrt(options.tolerance) * size;
+    for (int64_t j = 0; j + options.block < options.k; ++j) {
+        const bool run = theta(p, j, 0) - theta(p, j + options.block - 1, 0) <= near;
+        if (run && theta(p, j, 0) - theta(p, options.k - 1, 0) > near) return true;
     }
     return false;
 }
@@ -22,11 +24,12 @@ SST_HD inline double spectral_size(const Batch<double>& theta, int64_t p, int64_
     return first > last ? first : last;
 }
 
-/// Judges every active problem from theta (m Ritz values) and rho: sets done, verifying, status, cycles. Six cycles without
-/// halving the worst residual are a stagnation: the problem stops, its bound says where.
+/// Judges every active problem from theta (m Ritz values) and rho: sets done, verifying, status, cycles. `patience`
+/// cycles without halving the worst residual are a stagnation: the problem stops, its bound says where.
 template <class Backend>
 void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cycle, const Result& result) {
     const Options options = state.options;
+    const int64_t patience = options.inner_steps > 0 ? 30 : 6;
     const Batch<double> theta = state.theta, rho = state.rho, trace = state.trace, best = state.best;
     int32_t *const done = state.done, *const verifying = state.verifying, *const codes = result.status, *const cycles = result.cycles;
     const int32_t* const indefinite = state.ortho.indefinite;
@@ -49,13 +52,16 @@ void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cyc
             }
             verifying[p] = 1;
             trace(p, 0, 0) = sum;
+            best(p, 1, 0) = static_cast<double>(cycle);
             return;
         }
-        if (cycle == 0 || worst < 0.5 * best(p, 0, 0)) {
+        const bool searching = verifying[p] == 1;  // what the fresh block has found is now refined like anything else
+        if (searching) verifying[p] = 2;
+        if (cycle == 0 || searching || worst < 0.5 * best(p, 0, 0)) {
             best(p, 0, 0) = worst;
             best(p, 1, 0) = static_cast<double>(cycle);
         }
-        if (!finite || cycle - static_cast<int64_t>(best(p, 1, 0)) >= 6) done[p] = 1;
+        if (!finite || cycle - static_cast<int64_t>(best(p, 1, 0)) >= patience) done[p] = 1;
     });
 }
 

@@ -18,14 +18,13 @@ struct CorrectionScratch {
     Batch<double> rz, dq, target;  ///< wanted x 1
     Batch<double> shift;           ///< wanted x 1, theta of the column
     Batch<double> safety;          ///< 1 x 1, certified residual norm over the preconditioner's
-    Batch<int64_t> pick;           ///< block x 1, which Ritz pairs are corrected
     int32_t* unlikely = nullptr;   ///< [batch] not converged even in the preconditioner's norm
 
     static CorrectionScratch carve(Arena& arena, int64_t batch, int64_t n, int64_t wanted) {
         auto tall = [&] { return arena.matrices<double>(batch, n, wanted); };
         auto flat = [&] { return arena.matrices<double>(batch, wanted, 1); };
         return {tall(), tall(), tall(), tall(), tall(), tall(), tall(), flat(), flat(), flat(), flat(),
-                arena.matrices<double>(batch, 1, 1), arena.matrices<int64_t>(batch, wanted, 1), arena.take<int32_t>(batch)};
+                arena.matrices<double>(batch, 1, 1), arena.take<int32_t>(batch)};
     }
 };
 

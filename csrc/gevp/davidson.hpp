@@ -59,7 +59,7 @@ template <class Backend>
 void select(Backend& backend, Active active, State& state, const CorrectionScratch& scratch, int64_t m, int64_t count) {
     const Options options = state.options;
     const Batch<double> theta = state.theta, rho = state.rho, shift = scratch.shift;
-    const Batch<int64_t> pick = scratch.pick;
+    const Batch<int64_t> pick = state.pick;
     backend.each(active, SST_LAMBDA(int64_t p) {
         const double limit = options.tolerance * spectral_size(theta, p, m);
         int64_t taken = 0;
@@ -79,7 +79,7 @@ void propose(Backend& backend, Active active, const Pencil& pencil, State& state
              int64_t count, bool verify_now, int64_t& randoms) {
     const int64_t b = state.options.block;
     const Batch<double> block = state.v.columns(filled, b), z = scratch.z, r = state.residual, picked = scratch.r;
-    const Batch<int64_t> pick = scratch.pick;
+    const Batch<int64_t> pick = state.pick;
     if (state.options.inner_steps == 0) {
         backend.each_entry(active, state.n, b, SST_LAMBDA(int64_t p, int64_t i, int64_t j) { block(p, i, j) = z(p, i, pick(p, j, 0)); });
     } else {

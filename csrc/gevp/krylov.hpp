@@ -38,6 +38,32 @@ void expand_krylov(Backend& backend, Active active, const DensePencil<S>& pencil
     }
 }
 
+/// The block behind the basis, for problems that search for missed copies: a fresh block has no part in the residuals of the Ritz
+/// vectors kept from before, so from then on the worst residuals themselves go next, as in any Davidson method.
+template <class Backend>
+void redirect(Backend& backend, Active active, State& state, Batch<double> next, int64_t randoms) {
+    const Options options = state.options;
+    const int64_t wanted = state.wanted;
+    const int32_t* const verifying = state.verifying;
+    const Batch<double> r = state.residual, rho = state.rho;
+    const Batch<int64_t> pick = state.pick;
+    backend.each(active, SST_LAMBDA(int64_t p) {
+        for (int64_t j = 0; j < options.block; ++j) {
+            int64_t worst = -1;
+            for (int64_t i = 0; i < wanted; ++i) {
+                bool taken = false;
+                for (int64_t l = 0; l < j; ++l) taken = taken || pick(p, l, 0) == i;
+                if (!taken && (worst < 0 || rho(p, i, 0) > rho(p, worst, 0))) worst = i;
+            }
+            pick(p, j, 0) = worst;
+        }
+    });
+    backend.each_entry(active, state.n, options.block, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
+        if (verifying[p] == 2) next(p, i, j) = r(p, i, pick(p, j, 0));
+    });
+    randomise(backend, active, next, verifying, options.seed, randoms);
+}
+
 /// Cycles until every problem is done. On return v holds the Ritz vectors in the standard coordinates.
 template <class Backend, class S>
 void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil, State& state, const Result& result) {
@@ -56,12 +82,12 @@ void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil
         rotate(backend, active, state, state.v, kept);
         rotate(backend, active, state, state.av, kept);
 
-        const Batch<double> r = state.residual.columns(0, options.k), v = state.v, av = state.av, theta = state.theta, rho = state.rho;
-        backend.each_entry(active, state.n, options.k, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
+        const Batch<double> r = state.residual, v = state.v, av = state.av, theta = state.theta, rho = state.rho;
+        backend.each_entry(active, state.n, state.wanted, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
             r(p, i, j) = av(p, i, j) - theta(p, j, 0) * v(p, i, j);
         });
         backend.dots(active, r, r, rho);
-        backend.each_column(active, options.k, SST_LAMBDA(int64_t p, int64_t j) { rho(p, j, 0) = sqrt(rho(p, j, 0)); });
+        backend.each_column(active, state.wanted, SST_LAMBDA(int64_t p, int64_t j) { rho(p, j, 0) = sqrt(rho(p, j, 0)); });
         judge(backend, active, state, m, cycle, result);
         active = backend.compact(active, state.done);
 
@@ -69,7 +95,7 @@ void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil
         diagonal_h(backend, active, state, keep);
         const Batch<double> kept_v = state.v.columns(0, keep), next = state.v.columns(keep, b);
         backend.copy(active, state.v.columns(m, b), next);
-        randomise(backend, active, next, state.verifying, options.seed, randoms);
+        redirect(backend, active, state, next, randoms);
         note_size(backend, active, next, state.ortho);
         project(backend, active, kept_v, kept_v, next, state.ortho);
         orthonormalise(backend, active, Euclidean{}, kept_v, kept_v, next, next, options.seed, randoms + b, state.ortho);

@@ -97,11 +97,11 @@ void orthonormalise(Backend& backend, Active active, const Metric& metric, Batch
     }
 }
 
-/// x(p, :, :) random where `chosen` is null or chosen[p] is set.
+/// x(p, :, :) random where `chosen` is null or chosen[p] is 1.
 template <class Backend>
 void randomise(Backend& backend, Active active, Batch<double> x, const int32_t* chosen, uint64_t seed, int64_t first_random) {
     backend.each_entry(active, x.rows, x.cols, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
-        if (chosen == nullptr || chosen[p]) x(p, i, j) = random_entry(seed, first_random + j, i);
+        if (chosen == nullptr || chosen[p] == 1) x(p, i, j) = random_entry(seed, first_random + j, i);
     });
 }
 

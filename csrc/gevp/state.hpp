@@ -21,10 +21,11 @@ struct State {
     Batch<double> rho;      ///< wanted x 1, residual norms
     Batch<double> trace;    ///< 1 x 1, sum of the wanted Ritz values when last found converged
     Batch<double> best;     ///< 2 x 1, smallest worst residual so far and the cycle of its last clear progress
+    Batch<int64_t> pick;    ///< block x 1, the Ritz pairs whose residuals make the next block
     OrthoScratch ortho;
     int32_t* bad = nullptr;        ///< [batch] without an answer: screened out, or B does not factor
     int32_t* done = nullptr;       ///< [batch] out of the loop
-    int32_t* verifying = nullptr;  ///< [batch] converged once, now looking for missed copies
+    int32_t* verifying = nullptr;  ///< [batch] converged before: 1 a fresh block looks for missed copies, 2 it is refined
 
     static State carve(Arena& arena, const Options& options, int64_t batch, int64_t n, bool standard) {
         State state;
@@ -44,6 +45,7 @@ struct State {
         state.rho = arena.matrices<double>(batch, state.wanted, 1);
         state.trace = arena.matrices<double>(batch, 1, 1);
         state.best = arena.matrices<double>(batch, 2, 1);
+        state.pick = arena.matrices<int64_t>(batch, b, 1);
         const int64_t columns = rotated > b ? rotated : b;
         state.ortho = OrthoScratch::carve(arena, batch, n, m, columns);
         state.bad = arena.take<int32_t>(batch);
