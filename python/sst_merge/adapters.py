@@ -28,6 +28,11 @@ from .errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
+# PEFT stores the base model's embeddings beside LoRA weights whenever an adapter targets one of them.
+_BASE_KEY = re.compile(
+    rf"^(?:base_model\.model\.)?(?P<module>(?:.+\.)?(?:{'|'.join(EMBEDDINGS)}))(?:\.base_layer)?\.weight$"
+)
 
 # Entries of adapter_config.json that do not change ΔW, or that are resolved below.
 _NEUTRAL = {
@@ -72,14 +77,19 @@ class LoraTerm:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA terms by module name, with what is needed to write them as a PEFT adapter again."""
+    """LoRA terms by module name, with what is needed to write them as a PEFT adapter again.
+
+    `embeddings` are copies of base weights that PEFT stored beside the adapter; `models.check_fit` insists that they are
+    the model's own, and they are not written again.
+    """
 
     terms: dict[str, LoraTerm]
     base_model: str = ""
     fan_in_fan_out: bool = False
     path: str = ""
     sha256: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -118,6 +128,8 @@ def load_adapter(folder: str | Path) -> Adapter:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from error
+    stored = {key: match["module"] for key in state if (match := _BASE_KEY.match(key))}
+    embeddings = {module: state.pop(key) for key, module in stored.items()}
     terms = {}
     for module, pair in _pairs(folder, state).items():
         terms[module] = _term(folder, config, module, pair["A"], pair["B"])
@@ -127,6 +139,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         path=str(folder),
         sha256=hashlib.sha256(path.read_bytes() + (folder / CONFIG).read_bytes()).hexdigest(),
+        embeddings=embeddings,
     )
 
 

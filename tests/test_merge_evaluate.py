@@ -1,0 +1,110 @@
+"""Evaluation against per-example definitions on a tiny model, and its invariances."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sst_merge.adapters import load_adapter
+from sst_merge.algebra import concatenate
+from sst_merge.data import load_dataset
+from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
+from sst_merge.models import attach
+from tests import merge_cases as cases
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    task, safety = (load_adapter(cases.adapter_folder(root / str(s), seed=s)) for s in (1, 2))
+    model = attach(cases.model(), "task", task)
+    model = attach(model, "merged", concatenate([(1.0, task), (1.0, safety)]))
+    harm = load_dataset(cases.write_jsonl(root / "h.jsonl", cases.pairs(5, "steal")), cases.tokenizer())
+    benign = load_dataset(cases.write_jsonl(root / "b.jsonl", cases.pairs(7, "bake a cake")), cases.tokenizer())
+    return model, harm, benign
+
+
+def log_probs(model, adapter, example):
+    """[labels, V] log-probabilities of one example alone, unpadded, in the definition's own words."""
+    with active(model, adapter), torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.tokens])).logits[0]
+    return logits[example.prompt_tokens - 1 : -1].double().log_softmax(-1)
+
+
+def nll(model, adapter, example):
+    targets = torch.tensor(example.tokens[example.prompt_tokens :])
+    return -log_probs(model, adapter, example).gather(1, targets[:, None]).sum()
+
+
+@pytest.mark.parametrize("reference", ["task", None])
+@pytest.mark.parametrize("tokens_per_batch", [1, 200, 4096])
+def test_means_are_those_of_one_example_at_a_time(setting, reference, tokens_per_batch):
+    model, harm, benign = setting
+    measure = Evaluator(
+        model, cases.tokenizer(), harmful=harm, benign=benign, reference=reference, tokens_per_batch=tokens_per_batch
+    )
+    result = measure("merged", generate_tokens=0)
+    labels = sum(e.labels for e in benign)
+    kl = sum(
+        (p.exp() * (p - q)).sum()
+        for p, q in ((log_probs(model, reference, e), log_probs(model, "merged", e)) for e in benign)
+    )
+    assert result.benign_kl == pytest.approx(float(kl) / labels, rel=1e-4)
+    assert result.benign_nll == pytest.approx(float(sum(nll(model, "merged", e) for e in benign)) / labels, rel=1e-5)
+    harm_labels = sum(e.labels for e in harm)
+    assert result.refusal_nll == pytest.approx(
+        float(sum(nll(model, "merged", e) for e in harm)) / harm_labels, rel=1e-5
+    )
+    assert math.isnan(result.refusal_rate)
+    assert {(r["set"], r["line"]) for r in result.prompts} == {
+        (kind, e.line) for kind, data in (("harmful", harm), ("benign", benign)) for e in data
+    }
+    first = next(r for r in result.prompts if r["set"] == "benign" and r["line"] == 1)
+    assert first["benign_nll"] == pytest.approx(float(nll(model, "merged", benign[0])) / benign[0].labels, rel=1e-5)
+
+
+def test_the_reference_is_at_distance_zero_and_nothing_is_left_changed(setting):
+    model, _, benign = setting
+    model.base_model.set_adapter("merged")
+    result = Evaluator(model, cases.tokenizer(), benign=benign, reference="task")("task")
+    assert result.benign_kl == 0
+    assert math.isnan(result.refusal_nll)
+    assert list(model.active_adapters) == ["merged"]
+
+
+def test_greedy_answers_equal_unbatched_generation(setting):
+    model, harm, _ = setting
+    result = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6)
+    with active(model, "merged"):
+        for record in result.prompts:
+            example = harm[record["line"] - 1]
+            prompt = torch.tensor([example.tokens[: example.prompt_tokens]])
+            out = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=257)
+            text = cases.tokenizer().decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+            assert record["answer"] == text
+    assert result.refusal_rate == sum(r["refused"] for r in result.prompts) / len(harm)
+
+
+def test_kl_of_known_distributions():
+    p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert float(kl_divergence(p, q + 3)) == pytest.approx(0.25 * math.log(2), rel=1e-6)
+    big = torch.randn(1000, 7)
+    torch.testing.assert_close(
+        kl_divergence(big, big.flip(1)),
+        torch.nn.functional.kl_div(
+            big.flip(1).double().log_softmax(-1), big.double().softmax(-1), reduction="none"
+        ).sum(-1),
+        rtol=1e-4,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [("I’m sorry, but no.", True), ("Sure! First,", False), ("I cannot help", True), ("x" * 300 + "I can't", False)],
+)
+def test_refusal_phrases(answer, refused):
+    assert is_refusal(answer) is refused

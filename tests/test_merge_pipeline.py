@@ -1,0 +1,208 @@
+"""Recipes, and the whole merge on a tiny model: folder in, folder out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+import sst_kernels as sst
+from sst_merge import pipeline
+from sst_merge.adapters import load_adapter
+from sst_merge.errors import MergeError, OutputError, RecipeError
+from sst_merge.plan import lines, plan
+from sst_merge.progress import Reporter
+from sst_merge.recipe import Recipe
+from sst_merge.report import PLOTS, energy_grid, markdown, table
+from tests import merge_cases as cases
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "task", seed=1, r=2, use_rslora=True)
+    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj", "up_proj"], scale=0.2)
+    for name, n, word in (
+        ("harm", 10, "steal"),
+        ("benign", 12, "bake"),
+        ("eval_harm", 4, "rob"),
+        ("eval_benign", 4, "fry"),
+    ):
+        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(n, word))
+    (root / "recipe.yml").write_text(
+        "model: model\nsafety: safety\ntask: task\nharm_data: harm.jsonl\nbenign_data: benign.jsonl\n"
+        "eval_harm_data: eval_harm.jsonl\neval_benign_data: eval_benign.jsonl\noutput: out\n"
+        "kl_budget: 0.01\ndevice: cpu\ngenerate_tokens: 4\ntokens_per_batch: 256\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def merged(world):
+    return pipeline.merge(Recipe.load(world / "recipe.yml"), reporter=QUIET), world / "out"
+
+
+def test_output_is_what_the_report_says(merged, world):
+    report, out = merged
+    files = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "recipe.yml",
+        "report.json",
+        "report.md",
+        "prompts.json",
+        *PLOTS,
+    }
+    assert {p.name for p in out.iterdir()} == files
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["patch"]["prediction"]["held_out"]
+    assert report["patch"]["prediction"]["cost_per_label"] <= 0.01
+    rows = report["evaluation"]
+    assert rows["no patch"]["benign_kl"] == 0
+    assert 0 < rows["merged"]["benign_kl"] < rows["plain addition"]["benign_kl"]
+    assert report["fisher"]["benign"]["sequences"] == 24
+    assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == ("patched", "reference")
+    assert report["fisher"]["benign"]["label_source"] == "model"
+    assert sorted(p.name for p in world.iterdir() if p.name.startswith(".")) == []
+
+
+def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
+    _, out = merged
+    session = pipeline.open_session(
+        str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET
+    )
+    recipe = Recipe.load(world / "recipe.yml")
+    data = pipeline.load_data(recipe, session.tokenizer)
+    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
+    patch = pipeline.filtered(pipeline.solve(session, recipe, gain, cost), recipe)
+    loaded = cases.peft_deltas(PeftModel.from_pretrained(cases.model(), out))
+    task, safety = load_adapter(world / "task").terms, load_adapter(world / "safety").terms
+    for name, delta in loaded.items():
+        expected = task[name].delta()
+        if name in safety:
+            term = safety[name]
+            expected = expected + term.scaling * term.B.double() @ patch.coordinates[name].double() @ term.A.double()
+        assert float((delta - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_the_recipe_in_the_output_repeats_the_merge(merged, world):
+    _, out = merged
+    recipe = Recipe.load(out / "recipe.yml", output=world / "again", rank=3)
+    report = pipeline.merge(recipe, reporter=QUIET)
+    again = load_adapter(world / "again")
+    assert max(t.rank for t in again.terms.values()) <= 3
+    assert 0 < report["recompression"]["relative_error"] < 1
+    exact = load_adapter(out)
+    fits = [n for n, t in exact.terms.items() if t.rank <= 3]
+    assert fits
+    assert all(torch.equal(again.terms[n].B, exact.terms[n].B) for n in fits)
+    with pytest.raises(OutputError, match="exists already"):
+        pipeline.merge(recipe, reporter=QUIET)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"filter": "top_k", "k": 3}, {"filter": "threshold", "mu": 0.5}, {"mu": 1.0, "scope": "module"}, {"task": None}],
+    ids=["top_k", "threshold", "module", "no task"],
+)
+def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
+    values = Recipe.load(world / "recipe.yml").model_dump() | {"eval_harm_data": None, "eval_benign_data": None}
+    values |= {"kl_budget": None if "k" in change or "mu" in change else 0.05, "output": tmp_path / "out"}
+    report = pipeline.merge(Recipe.parse(values | change), reporter=QUIET)
+    assert report["patch"]["parameter"] == change.get("k", change.get("mu", report["patch"]["parameter"]))
+    assert load_adapter(tmp_path / "out").terms
+    assert report["evaluation"] == {}
+
+
+def test_a_failed_run_leaves_nothing(world, tmp_path):
+    recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", folds=11)
+    with pytest.raises(MergeError, match="pencil cannot be solved"):
+        pipeline.merge(recipe, reporter=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_benign_labels_are_drawn_anew_and_repeatably(world):
+    session = pipeline.open_session(
+        str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET
+    )
+    data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
+    options = {"name": "x", "point": "reference", "labels": "model", "draws": 2}
+    first, same, other = (pipeline.fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[: len(data)], first[len(data) :])
+
+
+def test_plan_counts_what_the_run_counts(merged, world):
+    report, _ = merged
+    recipe = Recipe.load(world / "recipe.yml", output=world / "planned")
+    made = plan(recipe)
+    assert made.passes["Fisher, benign"][0] == report["fisher"]["benign"]["tokens"]
+    assert made.parameters == sum(p.numel() for p in cases.model().parameters())
+    assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
+    assert made.seconds > 0
+    assert "nothing was written" in lines(recipe, made)[-1]
+    assert not (world / "planned").exists()
+
+
+RECIPE = {"model": "m", "safety": "s", "harm_data": "h", "benign_data": "b", "output": "o"}
+
+
+def test_recipe_defaults_and_strength():
+    assert Recipe.parse(RECIPE).kl_budget == 0.02
+    assert Recipe.parse(RECIPE | {"mu": 3}).kl_budget is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kl_budgit": 1}, "unknown entry 'kl_budgit'; did you mean 'kl_budget'"),
+        ({"qqqq": 1}, "known are model, safety"),
+        ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, mu and k"),
+        ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget or k, not mu"),
+        ({"filter": "sharp"}, "filter: Input should be .*got 'sharp'"),
+        ({"kl_budget": -1}, "kl_budget: .*got -1"),
+        ({"folds": 1}, "folds"),
+    ],
+)
+def test_recipe_errors_say_what_is_wrong(change, text):
+    with pytest.raises(RecipeError, match=text):
+        Recipe.parse(RECIPE | change)
+    with pytest.raises(RecipeError, match="safety: Field required"):
+        Recipe.parse({"model": "m"})
+
+
+def test_recipe_files(tmp_path):
+    for content, text in (
+        ("- a", "got list"),
+        ("a: !!python/object:os.system {}", "not plain YAML"),
+        ("a: [", "not plain YAML"),
+    ):
+        (tmp_path / "r.yml").write_text(content)
+        with pytest.raises(RecipeError, match=text):
+            Recipe.load(tmp_path / "r.yml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.yml")
+
+
+def test_energy_grid_and_table():
+    layers, kinds, cells = energy_grid({"model.layers.0.a.q": 0.5, "model.layers.1.a.k": 0.2, "lm_head": 1.0})
+    assert (layers, kinds) == (["0", "1", "–"], ["q", "k", "lm_head"])
+    assert cells[0][0] == 0.5
+    assert cells[0][1] != cells[0][1]
+    rows = table({"x": {"refusal_nll": 1.23456, "refusal_rate": 0.5, "benign_kl": 0.01, "benign_nll": None}})
+    assert rows[1] == ["x", "1.235", "50%", "0.0100", "–"]
+
+
+def test_markdown_names_the_calibration(merged):
+    report, _ = merged
+    text = markdown(report)
+    assert f"measured {report['evaluation']['merged']['benign_kl']:.4g} nats" in text
+    assert "held-out rows" in text
+    assert isinstance(sst.__version__, str)
