@@ -53,7 +53,7 @@ class Diagonal(Structure):
             return
         total, square, n = self._zeros(), self._zeros(), len(batch.spans)
         self._add_moments(batch, total, square)
-        self._join(total, square.sub_(total.square() / n).clamp_min_(0), torch.tensor(n, device=self.device))
+        self._join(total, square.sub_(total.square() / n).clamp_min_(0), torch.full((), n, device=self.device))
 
     def _add_moments(self, batch: TokenBatch, total: Tensor | None, square: Tensor) -> None:
         if batch.rows is None:

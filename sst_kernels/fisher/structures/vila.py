@@ -49,7 +49,7 @@ class Vila(Diagonal):
         if self.estimator == "sample":
             super()._update(batch)
             return
-        labels = torch.tensor(batch.counts.labels, device=self.device)
+        labels = torch.full((), batch.counts.labels, device=self.device)
         if not batch.counts.labels:
             raise ValueError('estimator="public" weighs a batch by its labels, and this batch counts none')
         total = batch.gradients().sum(0).reshape(self.shape)
