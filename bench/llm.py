@@ -1,0 +1,190 @@
+"""SST-Merge at the true shapes of large models: `python bench/llm.py --help`.
+
+Stages in order of importance; each row goes to the CSV as soon as it is measured, and `--minutes` is a budget: what does not fit is
+left out or extrapolated, and its row says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (
+    None,
+    "",
+):  # run as a script: import siblings as bench.*, and keep bench/profile.py off the top level
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.common import Ceilings, Recorder, free, measure_ceilings
+
+import torch  # isort: skip
+from bench import gates, merging, passes
+from bench.shapes import SHAPES
+
+STAGES = ("passes", "merge", "svd", "checkpointing", "peers", "ranks", "attention", "models")
+SCALES = {"tiny": ("llama-tiny", 4, 64, 32), "small": ("llama-small", 4, 128, 64), "full": ("llama-2-7b", 8, 512, 256)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device, record = options.device, Recorder(options.out, options.device, model=options.model)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    left = deadline(options.minutes)
+    error = gates.fisher_gate(device)
+    record("gate", "Fisher passes against one backward per sample", error=error)
+    ceilings = measure_ceilings(device, dtype, record)
+    ceilings64 = measure_ceilings(device, torch.float64, record)
+    free(device)
+    run = Run(options, record, ceilings, ceilings64, dtype, left)
+    failures = 0
+    for stage in options.stages:
+        if left() < 5:
+            print(f"time budget spent before stage {stage}", flush=True)
+            break
+        try:
+            getattr(run, stage)()
+        except Exception as problem:  # a stage that fails must not cost the rows of the next
+            traceback.print_exc()
+            record("error", stage, basis="failed", note=f"{type(problem).__name__}: {str(problem)[:200]}")
+            failures += 1
+        free(device)
+    print(f"{len(record.rows)} rows in {options.out}, {failures} stage(s) failed", flush=True)
+    return 1 if failures else 0
+
+
+class Run:
+    """One method per stage, sharing what they measured."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        record: Recorder,
+        ceilings: Ceilings,
+        ceilings64: Ceilings,
+        dtype: torch.dtype,
+        left: Callable[[], float],
+    ):
+        self.options, self.record, self.ceilings, self.ceilings64 = options, record, ceilings, ceilings64
+        self.dtype, self.left = dtype, left
+        self.shape, self.rank, self.targets = SHAPES[options.model], options.rank, options.targets
+        self.pass_ms: dict[str, float] = {}
+
+    def passes(self) -> None:
+        self.pass_ms = self._passes()
+
+    def merge(self) -> None:
+        """SST-Merge's own stages and its efficient peer, then end to end where the passes were measured."""
+        where = {"rank": self.rank, "targets": self.targets, "device": self.options.device}
+        totals = merging.sst_stages(
+            self.shape,
+            self.record,
+            self.ceilings64,
+            samples=self.options.samples,
+            repeats=self.options.repeats,
+            **where,
+        )
+        merging.factored_merges(self.shape, self.record, **where)
+        merging.peft_dare_linear(self.shape, self.record, **where)
+        names = ("core/full frozen", "core/full frozen, sampled labels at S=0")
+        if all(name in self.pass_ms for name in names):
+            batches = -(-self.options.samples // self.options.batch)
+            both = batches * sum(self.pass_ms[name] for name in names)
+            for scope, total in totals.items():
+                self.record(
+                    "end to end", f"SST-Merge {scope}", ms=both + total, basis="sum of measured", rank=self.rank,
+                    targets=self.targets, batch=self.options.batch, length=self.options.length,
+                    note=f"2 x {batches} Fisher batches {both:.0f} ms + solve, filter, export {total:.0f} ms",
+                )  # fmt: skip
+
+    def svd(self) -> None:
+        merging.peft_merges(
+            self.shape, self.record, rank=self.rank, targets=self.targets, device=self.options.device,
+            methods=("dare_linear_svd",), time_left=self._share(0.4),
+        )  # fmt: skip
+
+    def checkpointing(self) -> None:
+        wanted = ("core/full", "core/full frozen", "factor/diagonal", "factor/kronecker_lowrank l=64")
+        self._passes(checkpointing=True, variants=tuple(v for v in passes.VARIANTS if v.name in wanted))
+
+    def peers(self) -> None:
+        where = {"rank": self.rank, "targets": self.targets, "device": self.options.device}
+        merging.dense_merges(self.shape, self.record, time_left=self._share(0.3), **where)
+        merging.kfac_gevp(self.shape, self.record, time_left=self._share(0.3), **where)
+        merging.peft_merges(self.shape, self.record, methods=("svd", "ties_svd"), time_left=self._share(0.4), **where)
+
+    def ranks(self) -> None:
+        for rank in (64, 8, 32):
+            if self.left() > 5:
+                self._passes(rank=rank, variants=passes.VARIANTS[:1])
+                merging.sst_stages(
+                    self.shape, self.record, self.ceilings64, rank=rank, targets=self.targets,
+                    samples=self.options.samples, device=self.options.device, scopes=("global",), repeats=3,
+                )  # fmt: skip
+
+    def attention(self) -> None:
+        self._passes(targets="attention", variants=passes.VARIANTS[:1])
+
+    def models(self) -> None:
+        if self.options.scale != "full":
+            return
+        for name in SHAPES:
+            if name == self.options.model or name.startswith(("llama-tiny", "llama-small")) or self.left() < 20:
+                continue
+            shape, record = SHAPES[name], Recorder(self.options.out, self.options.device, model=name)
+            passes.fisher_passes(
+                shape, record, self.ceilings, rank=self.rank, targets=self.targets, batch=self.options.batch,
+                length=self.options.length, device=self.options.device, dtype=self.dtype,
+                checkpointing=name != "qwen2.5-7b", variants=passes.VARIANTS[:4:2], repeats=3, time_left=self.left,
+            )  # fmt: skip
+            merging.sst_stages(
+                shape, record, self.ceilings64, rank=self.rank, targets=self.targets, samples=self.options.samples,
+                device=self.options.device, scopes=("global",), repeats=3,
+            )  # fmt: skip
+            free(self.options.device)
+
+    def _passes(self, **changes) -> dict[str, float]:
+        settings = {"rank": self.rank, "targets": self.targets} | changes
+        return passes.fisher_passes(
+            self.shape, self.record, self.ceilings, batch=self.options.batch, length=self.options.length,
+            device=self.options.device, dtype=self.dtype, repeats=self.options.repeats, time_left=self.left, **settings,
+        )  # fmt: skip
+
+    def _share(self, fraction: float) -> Callable[[], float]:
+        return deadline(self.left() * fraction / 60)
+
+
+def deadline(minutes: float) -> Callable[[], float]:
+    """Seconds left of a budget that starts now."""
+    end = time.monotonic() + 60 * minutes
+    return lambda: end - time.monotonic()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default=None, help="full on a GPU, tiny on a CPU unless given")
+    parser.add_argument("--model", choices=SHAPES, default=None)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", choices=("all-linear", "attention"), default="all-linear")
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--length", type=int, default=None)
+    parser.add_argument("--samples", type=int, default=None, help="rows of each Fisher")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench-output")) / "llm.csv")
+    options = parser.parse_args(arguments)
+    options.scale = options.scale or ("full" if options.device.startswith("cuda") else "tiny")
+    for name, value in zip(("model", "batch", "length", "samples"), SCALES[options.scale]):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
