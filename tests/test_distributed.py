@@ -1,0 +1,109 @@
+"""Passes over 2 and 4 processes (gloo) against one process: every structure, uneven and empty shares, DDP, FSDP2."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sst_kernels.distributed import share_by_cost
+from tests.distributed_cases import CASES, SAMPLES, SHARES, accumulate, answers, on_rank
+
+SKETCHED = "lowrank-small"  # the one case that loses something
+EVERY = [*(case for case in CASES if case != SKETCHED), "eigen_kronecker"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    address = f"file://{tmp_path_factory.mktemp('gloo') / 'rendezvous'}"
+    multiprocessing.set_forkserver_preload(["tests.distributed_cases"])  # one import of torch for all ranks
+    with mp.get_context("forkserver").Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(on_rank, (address, results), nprocs=4, start_method="forkserver")
+        return [dict(results[rank]) for rank in range(4)]
+
+
+def alone(case: str) -> dict:
+    everything = list(range((SAMPLES + 1) // 2))
+    if case == "eigen_kronecker":
+        basis = accumulate(CASES["kronecker"], everything)
+        return answers(accumulate({"structure": case, "space": "factor", "basis": basis}, everything))
+    return answers(accumulate(CASES[case], everything))
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_the_total_is_that_of_one_process(case, ranks):
+    expected = alone(case)
+    for world in (2, 4):
+        total = ranks[0][case, world]
+        assert total["counts"] == expected["counts"]
+        assert sorted(total["groups"]) == sorted(expected["groups"]) == list(range(SAMPLES))
+        for mine, theirs in zip(total["dense"], expected["dense"], strict=True):
+            assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_all_ranks_hold_the_same_bits(case, ranks):
+    for world in (2, 4):
+        for rank in range(1, world):
+            for key, tensor in ranks[0][case, world]["state"].items():
+                assert torch.equal(tensor, ranks[rank][case, world]["state"][key]), (key, rank)
+
+
+def test_the_same_world_size_repeats_the_bits(ranks):
+    for world in (2, 4):
+        for key, tensor in ranks[0]["kronecker", world]["state"].items():
+            assert torch.equal(tensor, ranks[0]["again", world]["state"][key])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_rows_stand_in_rank_order_beside_their_groups(world, ranks):
+    total = ranks[0]["full", world]
+    order = [2 * i + j for share in SHARES[world] for i in share for j in range(min(2, SAMPLES - 2 * i))]
+    assert total["groups"] == order
+    expected = accumulate({}, list(range((SAMPLES + 1) // 2))).rows()[order]
+    torch.testing.assert_close(
+        total["state"]["state/joint/rows"], expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+    )
+
+
+def test_the_certificate_of_frequent_directions_survives(ranks):
+    """A sketch of fewer rows than samples: 0 ⪯ F − F̃ ⪯ Δ I for the total, to the rounding that Δ allows for."""
+    exact = accumulate({}, list(range((SAMPLES + 1) // 2))).rows().double()
+    for world in (2, 4):
+        total = ranks[0][SKETCHED, world]
+        sketch = total["state"]["state/joint/rows"].double()
+        gap = torch.linalg.eigvalsh(exact.T @ exact - sketch.T @ sketch) / SAMPLES
+        assert total["certificate"] > 0
+        assert gap[-1] <= total["certificate"]
+        assert gap[0] >= -total["rounding"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_wrapped_models_go_through_the_hooks(wrapper, ranks):
+    expected, total = alone("full"), ranks[0][wrapper]
+    assert total["counts"] == expected["counts"]
+    for mine, theirs in zip(total["dense"], expected["dense"], strict=True):
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_an_error_on_one_rank_is_raised_on_all(ranks):
+    assert ranks[2]["error"].startswith("ValueError: samples [0, 1] of this batch have no labels")
+    for rank in (0, 1, 3):
+        assert ranks[rank]["error"].startswith("RuntimeError: another rank failed")
+        assert "rank 2: ValueError: samples [0, 1]" in ranks[rank]["error"]
+
+
+def test_ranks_with_other_adapters_are_refused(ranks):
+    for rank in range(4):
+        assert "accumulates with other ['fingerprint']" in ranks[rank]["mismatch"]
+
+
+def test_costs_are_dealt_evenly_and_completely():
+    costs = [27.0, 8.0, 8.0, 8.0, 1.0, 1.0, 1.0]
+    shares = share_by_cost(costs, 2)
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    assert shares == [[0], [1, 2, 3, 4, 5, 6]]
+    assert share_by_cost([1.0], 3) == [[0], [], []]
