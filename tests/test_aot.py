@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
@@ -33,8 +36,12 @@ class Variant:
     pointers: dict[str, str]
     constants: dict[str, object]
     options: dict[str, int]
-    tensor_core: bool = True
-    unaligned: tuple[str, ...] = field(default=())
+
+    @property
+    def precision(self) -> str:
+        """ "exact" for 16-bit operands, else the precision asked for, or "" where nothing is multiplied."""
+        asked = self.constants.get("PRECISION", "")
+        return asked if " fp32 " in self.name or not asked else "exact"
 
 
 def variants(everything: bool) -> list[Variant]:
@@ -42,7 +49,6 @@ def variants(everything: bool) -> list[Variant]:
     import itertools
 
     import torch
-    import triton.language as tl
 
     from sst_kernels.ops import tiles
     from sst_kernels.ops.core_outer import kernel as core
@@ -57,20 +63,18 @@ def variants(everything: bool) -> list[Variant]:
         plan = dict(plan)
         options = {"num_warps": plan.pop("num_warps"), "num_stages": plan.pop("num_stages", 3)}
         plan.pop("parts", None)
-        core_dtypes = set(pointers.values()) | {constants.get("dtype", "")}
-        constants.pop("dtype", None)
         label = " ".join([name, *(f"{k}={v}" for k, v in (plan | constants | options).items())])
-        tensor_core = "float32" not in core_dtypes or constants.get("PRECISION") != "ieee"
-        out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options, tensor_core))
+        out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options))
 
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     ranks = (4, 8, 16, 32, 64, 128) if everything else (16,)
     widths = (576, 1536, 4096, 5120, 11008) if everything else (4096,)
+    flips = (False, True) if everything else (False,)
     for (short, dtype), precision in itertools.product(dtypes.items(), ("ieee", "tf32x3", "tf32")):
         wide = dtype == "float32"
         if precision != "ieee" and not wide:
             continue
-        if not everything and precision == "tf32":
+        if not everything and (precision == "tf32" or short == "fp16"):
             continue
         for r in ranks:
             add(
@@ -78,7 +82,6 @@ def variants(everything: bool) -> list[Variant]:
                 core.core_outer_kernel,
                 {"table": "int64", "spans": "int64", "scale": "float32", "out": "float32"},
                 core.plan(r, r, wide),
-                dtype=dtype,
                 DTYPE_LEFT=core._TYPES[getattr(torch, dtype)],
                 DTYPE_RIGHT=core._TYPES[getattr(torch, dtype)],
                 P=r,
@@ -86,7 +89,7 @@ def variants(everything: bool) -> list[Variant]:
                 HAS_SCALE=True,
                 PRECISION=precision,
             )
-        for r, d, flip in itertools.product(ranks, widths, (False, True)):
+        for r, d, flip in itertools.product(ranks, widths, flips):
             p, q = (d, r) if flip else (r, d)
             tokens = {"left": dtype, "right": dtype, "spans": "int64", "scale": "float32"}
             for N in (1, 8):
@@ -165,7 +168,6 @@ def variants(everything: bool) -> list[Variant]:
         {"partials": "float32", "out": "float32"},
         {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
     )
-    del tl
     return list(out.values())
 
 
@@ -228,8 +230,7 @@ def describe(variant: Variant, capability: int) -> dict[str, object]:
         "tf32": count(r"mma\S*\.tf32|kind::tf32"),
         "fma": count(r"\bfma\.rn\.f32"),
         "async_copies": count(r"cp\.async\.c[ag]|cp\.async\.bulk"),
-        "tensor_core": variant.tensor_core,
-        "asked_tf32": "tf32" in str(variant.constants.get("PRECISION", "")),
+        "precision": variant.precision,
     }
 
 
@@ -249,6 +250,55 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     json.dump(rows, sys.stdout)
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def rows(request):
+    """The table, from a process in which triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, *(["--all"] if request.param == "all" else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def offenders(rows, condition):
+    return [f"{r['kernel']} sm_{r['sm']}: {r}" for r in rows if not condition(r)]
+
+
+def test_every_architecture_is_there(rows):
+    assert {r["sm"] for r in rows} == set(ARCHITECTURES)
+
+
+def test_products_run_on_tensor_cores(rows):
+    """16-bit operands and TF32 multiply on tensor cores; float32 "ieee" products are fused multiply-adds."""
+    instructions = {80: ("mma_sync",), 90: ("mma_sync", "wgmma"), 100: ("mma_sync", "tcgen05")}
+
+    def holds(r):
+        used = sum(r[i] for i in instructions[r["sm"]])
+        return used > 0 if r["precision"] in ("exact", "tf32", "tf32x3") else r["precision"] == "" or r["fma"] > 0
+
+    assert not offenders(rows, holds)
+
+
+def test_tf32_only_where_asked(rows):
+    assert not offenders(rows, lambda r: (r["tf32"] > 0) == (r["precision"] in ("tf32", "tf32x3")))
+
+
+def test_shared_memory_and_registers_fit(rows):
+    def holds(r):
+        return r["shared_bytes"] <= SHARED_LIMIT[r["sm"]] and r["registers"] * r["warps"] * 32 <= REGISTERS_PER_SM
+
+    assert not offenders(rows, holds)
+
+
+def test_nothing_spills(rows):
+    assert not offenders(rows, lambda r: r["stack"] == 0 and r["local"] == 0)
+
+
+def test_sixteen_bit_loads_are_asynchronous(rows):
+    """Every tile of a 16-bit kernel is copied to shared memory while the previous one is multiplied."""
+    assert not offenders(rows, lambda r: r["async_copies"] > 0 or r["precision"] != "exact")
 
 
 if __name__ == "__main__":
