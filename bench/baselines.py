@@ -102,8 +102,8 @@ DENSE: dict[str, Callable[[Tasks], Tensor]] = {
     "DARE dense, no SVD": dare_dense,
 }
 FACTORED: dict[str, Callable[[Tasks], Factors]] = {
-    "TSV-Merge factors": tsv_factors,
-    "Subspace Boosting factors": boosting_factors,
     "Core Space": core_space,
     "Core Space QR": core_space_qr,
+    "TSV-Merge factors": tsv_factors,
+    "Subspace Boosting factors": boosting_factors,
 }

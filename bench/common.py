@@ -221,19 +221,30 @@ def _matmul_rate(device: str, dtype: torch.dtype, record: Recorder | None) -> fl
 
 def count_calls(run: Callable[[], Any], device: str) -> tuple[int, int]:
     """(kernel launches, host synchronisations) of one call of `run`. On a CPU: (outermost torch operations, 0)."""
+    if not device.startswith("cuda"):
+        return sum(event.cpu_parent is None for event in _profiled(run, on_gpu=False)), 0
+    names = [event.name for event in _profiled(run, on_gpu=True)]
+    waits = sum(name in _WAITS for name in names) - _own_waits()
+    return sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names), max(0, waits)
+
+
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+@functools.cache
+def _own_waits() -> int:
+    """Synchronisations that profiling itself brings."""
+    return sum(event.name in _WAITS for event in _profiled(lambda: None, on_gpu=True))
+
+
+def _profiled(run: Callable[[], Any], *, on_gpu: bool) -> Any:
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = device.startswith("cuda")
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         run()
         if on_gpu:
             torch.cuda.synchronize()
-    if not on_gpu:
-        return sum(event.cpu_parent is None for event in profiler.events()), 0
-    names = [event.name for event in profiler.events()]
-    launches = sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names)
-    waits = sum(name in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize") for name in names)
-    return launches, max(0, waits - 1)  # the one above is ours
+    return profiler.events()
 
 
 def free(device: str) -> None:

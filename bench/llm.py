@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 if __package__ in (
     None,
@@ -26,6 +27,7 @@ import torch  # isort: skip
 from bench import gates, merging, passes
 from bench.shapes import SHAPES
 
+T = TypeVar("T")
 STAGES = ("passes", "merge", "svd", "checkpointing", "peers", "ranks", "attention", "models")
 SCALES = {"tiny": ("llama-tiny", 4, 64, 32), "small": ("llama-small", 4, 128, 64), "full": ("llama-2-7b", 8, 512, 256)}
 
@@ -41,20 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings64 = measure_ceilings(device, torch.float64, record)
     free(device)
     run = Run(options, record, ceilings, ceilings64, dtype, left)
-    failures = 0
     for stage in options.stages:
         if left() < 5:
             print(f"time budget spent before stage {stage}", flush=True)
             break
-        try:
-            getattr(run, stage)()
-        except Exception as problem:  # a stage that fails must not cost the rows of the next
-            traceback.print_exc()
-            record("error", stage, basis="failed", note=f"{type(problem).__name__}: {str(problem)[:200]}")
-            failures += 1
+        run.attempt(stage, getattr(run, stage))
         free(device)
-    print(f"{len(record.rows)} rows in {options.out}, {failures} stage(s) failed", flush=True)
-    return 1 if failures else 0
+    print(f"{len(record.rows)} rows in {options.out}, {run.failures} failure(s)", flush=True)
+    return 1 if run.failures else 0
 
 
 class Run:
@@ -73,6 +69,17 @@ class Run:
         self.dtype, self.left = dtype, left
         self.shape, self.rank, self.targets = SHAPES[options.model], options.rank, options.targets
         self.pass_ms: dict[str, float] = {}
+        self.failures = 0
+
+    def attempt(self, name: str, part: Callable[[], T]) -> T | None:
+        """A part that fails leaves a row that says so, and must not cost the rows of the next."""
+        try:
+            return part()
+        except Exception as problem:
+            traceback.print_exc()
+            self.record("error", name, basis="failed", note=f"{type(problem).__name__}: {str(problem)[:200]}")
+            self.failures += 1
+            return None
 
     def passes(self) -> None:
         self.pass_ms = self._passes()
@@ -80,16 +87,11 @@ class Run:
     def merge(self) -> None:
         """SST-Merge's own stages and its efficient peer, then end to end where the passes were measured."""
         where = {"rank": self.rank, "targets": self.targets, "device": self.options.device}
-        totals = merging.sst_stages(
-            self.shape,
-            self.record,
-            self.ceilings64,
-            samples=self.options.samples,
-            repeats=self.options.repeats,
-            **where,
-        )
-        merging.factored_merges(self.shape, self.record, **where)
-        merging.peft_dare_linear(self.shape, self.record, **where)
+        totals = {}
+        for scope in ("global", "module"):
+            totals |= self.attempt(f"SST-Merge {scope}", lambda scope=scope: self._merge(scopes=(scope,))) or {}
+        self.attempt("factored merges", lambda: merging.factored_merges(self.shape, self.record, **where))
+        self.attempt("PEFT dare_linear", lambda: merging.peft_dare_linear(self.shape, self.record, **where))
         names = ("core/full frozen", "core/full frozen, sampled labels at S=0")
         if all(name in self.pass_ms for name in names):
             batches = -(-self.options.samples // self.options.batch)
@@ -113,18 +115,21 @@ class Run:
 
     def peers(self) -> None:
         where = {"rank": self.rank, "targets": self.targets, "device": self.options.device}
-        merging.dense_merges(self.shape, self.record, time_left=self._share(0.3), **where)
-        merging.kfac_gevp(self.shape, self.record, time_left=self._share(0.3), **where)
-        merging.peft_merges(self.shape, self.record, methods=("svd", "ties_svd"), time_left=self._share(0.4), **where)
+        parts = {
+            "dense merges": lambda: merging.dense_merges(self.shape, self.record, time_left=self._share(0.3), **where),
+            "K-FAC pencils": lambda: merging.kfac_gevp(self.shape, self.record, time_left=self._share(0.3), **where),
+            "PEFT svd": lambda: merging.peft_merges(
+                self.shape, self.record, methods=("svd", "ties_svd"), time_left=self._share(0.4), **where
+            ),
+        }
+        for name, part in parts.items():
+            self.attempt(name, part)
 
     def ranks(self) -> None:
         for rank in (64, 8, 32):
             if self.left() > 5:
                 self._passes(rank=rank, variants=passes.VARIANTS[:1])
-                merging.sst_stages(
-                    self.shape, self.record, self.ceilings64, rank=rank, targets=self.targets,
-                    samples=self.options.samples, device=self.options.device, scopes=("global",), repeats=3,
-                )  # fmt: skip
+                self._merge(rank=rank, scopes=("global",), repeats=3)
 
     def attention(self) -> None:
         self._passes(targets="attention", variants=passes.VARIANTS[:1])
@@ -139,7 +144,7 @@ class Run:
             passes.fisher_passes(
                 shape, record, self.ceilings, rank=self.rank, targets=self.targets, batch=self.options.batch,
                 length=self.options.length, device=self.options.device, dtype=self.dtype,
-                checkpointing=name != "qwen2.5-7b", variants=passes.VARIANTS[:4:2], repeats=3, time_left=self.left,
+                checkpointing=name == "llama-2-13b", variants=passes.VARIANTS[:4:2], repeats=3, time_left=self.left,
             )  # fmt: skip
             merging.sst_stages(
                 shape, record, self.ceilings64, rank=self.rank, targets=self.targets, samples=self.options.samples,
@@ -153,6 +158,17 @@ class Run:
             self.shape, self.record, self.ceilings, batch=self.options.batch, length=self.options.length,
             device=self.options.device, dtype=self.dtype, repeats=self.options.repeats, time_left=self.left, **settings,
         )  # fmt: skip
+
+    def _merge(self, **changes) -> dict[str, float]:
+        settings = {"rank": self.rank, "targets": self.targets, "repeats": self.options.repeats} | changes
+        return merging.sst_stages(
+            self.shape,
+            self.record,
+            self.ceilings64,
+            samples=self.options.samples,
+            device=self.options.device,
+            **settings,
+        )
 
     def _share(self, fraction: float) -> Callable[[], float]:
         return deadline(self.left() * fraction / 60)

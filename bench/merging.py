@@ -197,7 +197,8 @@ def factored_merges(
         singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
         for style, modules in (("module by module", singles), ("stacked by shape", groups)):
             run = lambda: [method(tasks) for tasks in modules]  # noqa: B023, E731
-            measured = measure(run, device, repeats=3)
+            method(modules[0])
+            measured = measure(run, device, repeats=3, warmup=0, seconds=4)
             record("merge", f"{name}, {style}", measured, rank=rank, targets=targets, error=error)
             totals[f"{name}, {style}"] = measured.median
             free(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -109,11 +110,11 @@ def fisher_passes(
                 continue
             try:
                 results |= _one(variant, model, tokens, plain, record, common, shape, ceilings, device, suffix, repeats)
-            except torch.OutOfMemoryError as error:
-                record("pass", variant.name + suffix, **common, basis="out of memory", note=str(error).split(". ")[0])
+            except Exception as error:  # one variant that fails must not cost the others
+                _failed(record, variant.name + suffix, common, error)
             free(device)
     except torch.OutOfMemoryError as error:
-        record("pass", f"plain{suffix}", **common, basis="out of memory", note=str(error).split(". ")[0])
+        _failed(record, f"plain{suffix}", common, error)
     return results
 
 
@@ -157,6 +158,13 @@ def _one(variant, model, tokens, plain, record, common, shape, ceilings, device,
         note=note,
     )
     return {variant.name: reference.median + added, f"plain for {variant.name}": reference.median}
+
+
+def _failed(record: Recorder, name: str, common: dict[str, Any], error: Exception) -> None:
+    if not isinstance(error, torch.OutOfMemoryError):
+        traceback.print_exception(error)
+    basis = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    record("pass", name, **common, basis=basis, note=f"{type(error).__name__}: {str(error)[:160]}")
 
 
 def _calls(step: Pass, device: str) -> dict[str, int]:
