@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from sst_kernels.fisher.base import Counts, TokenBatch
 from sst_kernels.fisher.structures import make_structure
-from sst_kernels.fisher.structures.kronecker_lowrank import test_matrix
+from sst_kernels.fisher.structures.kronecker_lowrank import sign_matrix
 from tests.structure_cases import CASES, SHAPE, batch, build, exact, first_pass, samples
 
 P, Q, N, T = 4, 6, 2, 3
@@ -49,7 +49,7 @@ def test_long_bfloat16_passes_stay_within_1e_5(long_pass):
     fisher = rows.mT @ rows / n
     kron, low, eigen = (structures[k] for k in ("kronecker", "kronecker_lowrank", "eigen_kronecker"))
     u, v = eigen._u_left.double(), eigen._u_right.double()
-    omega = test_matrix(Q, 3, 0, torch.device("cpu"), torch.float64)
+    omega = sign_matrix(Q, 3, 0, torch.device("cpu"), torch.float64)
     errors = {
         "full": relative(structures["full"].dense(), fisher),
         "lowrank": relative(structures["lowrank"].dense(), fisher),

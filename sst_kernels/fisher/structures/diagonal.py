@@ -37,7 +37,7 @@ class Diagonal(Structure):
     ):
         super().__init__(shape, device=device, sample=sample, count=count)
         self.centred = bool(centred)
-        self._sum = self._zeros() if centred else None
+        self._sum = self._zeros() if centred else torch.empty(0)
         self._square = self._zeros()  # Σ g², or M₂ when centred
         self._samples = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -106,9 +106,8 @@ class Diagonal(Structure):
         not exist."""
         check_columns(offset, shape, self.size)
         view = type(self)(shape, device=self.device, **self.options())
-        for name in ("_sum", "_square"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(view, name, tensor.reshape(-1)[offset : offset + view.size].reshape(shape))
+        for name in ("_sum", "_square") if self.centred else ("_square",):
+            setattr(view, name, getattr(self, name).reshape(-1)[offset : offset + view.size].reshape(shape))
         view._samples, view.counts = self._samples, self.counts
         return view
 

@@ -29,7 +29,7 @@ class EigenKronecker(Structure):
 
     def __init__(self, shape: tuple[int, int], *, basis: TwoSided | None = None, **options: Any):
         super().__init__(shape, **options)
-        self._u_left = self._u_right = self._moments = None
+        self._set_basis(torch.empty(self.shape[0], 0), torch.empty(self.shape[1], 0))
         if basis is not None:
             if basis.shape != self.shape:
                 raise ValueError(f"basis: expected a structure of shape {self.shape}, got {basis.shape}")
@@ -41,7 +41,7 @@ class EigenKronecker(Structure):
         self._moments = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=self.device)
 
     def _require_basis(self) -> None:
-        if self._moments is None:
+        if not self._moments.numel():
             raise RuntimeError(
                 "this eigen_kronecker Fisher has no eigenbases: pass basis=<the kronecker structure of a first pass>"
             )
@@ -66,16 +66,11 @@ class EigenKronecker(Structure):
         yield Sum([self._moments])
 
     def state_dict(self) -> dict[str, Tensor]:
-        self._require_basis()
         return {"u_left": self._u_left, "u_right": self._u_right, "moments": self._moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._set_basis(state["u_left"], state["u_right"])
         self._moments.copy_(state["moments"])
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._moments is None else super().nbytes
 
     def eigenvalues(self) -> Tensor:
         """s [p', q'], float64."""

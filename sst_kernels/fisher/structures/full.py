@@ -107,10 +107,11 @@ class Full(Structure):
         out = torch.zeros(self.size, self.size, dtype=torch.float32, device=self.device)
         return symmetrize_(gram(rows, None, None, out))
 
-    def _add_matrix(self, matrix: Tensor) -> None:
+    def _add_matrix(self, matrix: Tensor) -> Tensor:
         if self._matrix is None:
             self._matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
         self._matrix += matrix.to(self.device)
+        return self._matrix
 
     def _merge(self, other: Self) -> None:
         if other._matrix is not None:
@@ -124,9 +125,9 @@ class Full(Structure):
         yield Sum([state])
         total, folded = state.tolist()
         if folded or (self._mode == "fold" and total > self.size):
-            self._add_matrix(self._gram(self._buffer.rows))
+            matrix = self._add_matrix(self._gram(self._buffer.rows))
             self._buffer.clear()
-            yield Sum([self._matrix])
+            yield Sum([matrix])
             return
         rows = RowBuffer(self.size, self.device)
         rows.reserve(total)

@@ -16,16 +16,13 @@ from sst_kernels.fisher.structures.kronecker import TwoSided
 
 
 @lru_cache(maxsize=32)
-def test_matrix(d: int, rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sign_matrix(d: int, rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Ω [d, ℓ] of independent signs ±1: the same for every block, rank and machine that names the same seed.
 
     Signs are exact in bfloat16, so the matrix that multiplied the tokens is the matrix the reconstruction uses.
     """
     bits = torch.randint(0, 2, (d, rank), generator=torch.Generator().manual_seed(seed))
     return (2 * bits - 1).to(device, dtype)
-
-
-test_matrix.__test__ = False  # not a test, whatever its name says to pytest
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def _product(x: Tensor, spans: Tensor | None, scale: Tensor | None, rank: int, s
     """(Xᵀ D X Ω [d, ℓ] float32, tr Xᵀ D X), D = diag(scale²) over the tokens of the spans."""
     from sst_kernels.ops import sketch
 
-    omega = test_matrix(x.shape[1], rank, seed, x.device, x.dtype)
+    omega = sign_matrix(x.shape[1], rank, seed, x.device, x.dtype)
     out = torch.zeros(omega.shape, dtype=torch.float32, device=x.device)
     return sketch(x, omega, spans, scale, out), _trace(x, spans, scale)
 
@@ -73,6 +70,9 @@ class _SharedInput(threading.local):
     after another. A hit is the same live storage, unwritten since, under the same spans."""
 
     key: tuple | None = None
+    spans: Tensor | None = None
+    storage: StorageWeakRef
+    value: tuple[Tensor, Tensor]
 
     def product(self, x: Tensor, spans: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, rank, seed)
@@ -115,7 +115,7 @@ class _Side:
         if self.dense:
             values, vectors = psd_eigh(symmetric(self.sum) / count)
             return LowRankFactor(vectors, values, zero, zero)
-        vectors, values = nystrom(self.sum, test_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
+        vectors, values = nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
         trace = self.trace.clamp_min(0)
         values = values * (trace / values.sum().clamp_min(1e-300)).clamp_max(1)
         missing = trace - values.sum()

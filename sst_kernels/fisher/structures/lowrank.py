@@ -38,7 +38,7 @@ class LowRank(Structure):
         if rank < 1:
             raise ValueError(f"rank: expected a positive number of sketch rows, got {rank}")
         self.rank = int(rank)
-        self._buffer: Tensor | None = None
+        self._buffer = torch.empty(0, self.size, dtype=torch.float32, device=self.device)
         self._used = 0
         self._is_view = False
         self._shrinkage = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -50,8 +50,6 @@ class LowRank(Structure):
     @property
     def rows(self) -> Tensor:
         """B [≤ 2ℓ, n] float32, unnormalised: BᵀB approximates Σ g gᵀ. A view, valid until the next update."""
-        if self._buffer is None:
-            return torch.empty(0, self.size, dtype=torch.float32, device=self.device)
         return self._buffer[: self._used]
 
     @property
@@ -93,7 +91,7 @@ class LowRank(Structure):
         """Up to `wanted` rows of the buffer for writing; at least one."""
         if self._is_view:
             raise RuntimeError("this is a view of one block of a joint Fisher: update the joint Fisher instead")
-        if self._buffer is None:
+        if not len(self._buffer):
             self._buffer = torch.empty(2 * self.rank, self.size, dtype=torch.float32, device=self.device)
         if self._used == len(self._buffer):
             self._shrink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class SpectralKronecker(Operator):
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.s, self.s_left, self.s_right, self.s_rest
 
-    def _apply(self, spectrum: tuple[Tensor, Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
+    def _apply(self, spectrum: Sequence[Tensor], x: Tensor) -> Tensor:
         s, s_left, s_right, s_rest = spectrum
         u, v = self.u_left, self.u_right
         x = x.double().T.reshape(-1, len(u), len(v))
@@ -53,7 +55,7 @@ class SpectralKronecker(Operator):
         used = [torch.ones_like(t) if skip else t for t, skip in zip(self._spectrum(), unused, strict=True)]
         if not all(bool((t > 0).all()) for t in used):
             return None
-        return self._apply(tuple(1 / t for t in used), x)
+        return self._apply([1 / t for t in used], x)
 
     def damped(self, damping: float) -> SpectralKronecker:
         return SpectralKronecker(self.u_left, self.u_right, *(t + damping for t in self._spectrum()))
