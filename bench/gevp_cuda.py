@@ -160,6 +160,28 @@ def run_case(record: common.Recorder, case: str, kind: str, chosen: list[str], d
         common.free("cuda")
 
 
+def profile(case: str, kind: str, method: str) -> None:
+    """Prints where the time of one warm solve goes: kernels by total time, and the time between them."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    batch, n, k = (int(part) for part in case.split("x"))
+    a, b = pencil(kind, batch, n)
+    sst.gevp(a, b, k, method=method)
+    torch.cuda.synchronize()
+    with recorded(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        begin = time.perf_counter()
+        sst.gevp(a, b, k, method=method)
+        torch.cuda.synchronize()
+        wall = 1e3 * (time.perf_counter() - begin)
+    kernels = [x for x in profiler.key_averages() if x.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(x.self_device_time_total for x in kernels) / 1e3
+    print(f"{case} {method}: wall {wall:.2f} ms, kernels {busy:.2f} ms in {sum(x.count for x in kernels)} launches")
+    for x in sorted(kernels, key=lambda x: -x.self_device_time_total)[:18]:
+        name = x.key.replace("sst::cuda::", "").replace("(anonymous namespace)::", "").replace("void ", "")
+        print(f"{x.self_device_time_total / 1e3:9.3f} ms {x.count:5d} x  {name[:150]}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=CASES, help="batch x n x k, comma-separated")
@@ -167,7 +189,14 @@ def main() -> None:
     parser.add_argument("--kind", default="decay", choices=TARGETS)
     parser.add_argument("--seconds", type=float, default=140.0, help="no solver is started after this")
     parser.add_argument("--out", type=Path, default=common.ROOT / "bench" / "results" / "gevp_cuda.csv")
+    parser.add_argument(
+        "--profile", default="", choices=["", "direct", "jacobi_davidson"], help="profile this method instead"
+    )
     options = parser.parse_args()
+    if options.profile:
+        for case in options.cases.split(","):
+            profile(case, options.kind, options.profile)
+        return
     record = common.Recorder(options.out, "cuda", model=options.kind)
     deadline = time.monotonic() + options.seconds
     for case in options.cases.split(","):
