@@ -212,7 +212,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
     header, *body = table(rows)
     shown = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=True)
+        shown.add_column(name, **({"justify": "right", "min_width": len(name)} if i else {"overflow": "fold"}))
     for row in body:
         shown.add_row(*row)
     Console(highlight=False, width=max(88, Console().width)).print(shown)

@@ -56,7 +56,7 @@ class Dataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:  # an Example, or for slices a Dataset
         if isinstance(index, slice):
             return Dataset(self.examples[index], self.pad_id, self.path, self.sha256)
         return self.examples[index]
@@ -106,7 +106,7 @@ def load_dataset(path: str | Path, tokenizer: Any, *, max_length: int = 1024, li
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue

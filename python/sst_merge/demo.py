@@ -82,12 +82,12 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
         reference=session.reference,
         reporter=reporter,
     )
-    options = {"generate_tokens": recipe.generate_tokens}
+    options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     evaluations = {"no patch": evaluator(session.reference, label="no patch", **options)}
     for alpha in ALPHAS:
         name = f"plain addition, α = {alpha:g}"
         evaluations[name] = session.measure(evaluator, session.plain(alpha), f"plain α = {alpha:g}", **options)
-    points, adapter, patch = [], session.safety, None
+    points = []
     for alpha in MATCHED:
         target = evaluations[f"plain addition, α = {alpha:g}"].benign_kl
         patch, adapter = _match(session, evaluator, space, target, f"SST ≙ α = {alpha:g}")
@@ -95,6 +95,7 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
         evaluations[f"SST, KL matched to α = {alpha:g}"] = result
         points.append(pipeline.calibration_point(patch, result.benign_kl))
     session.seconds["evaluate"] = time.monotonic() - start
+    assert MATCHED, "the last matched patch is the one written"
     report = pipeline.describe(session, recipe, data, gain, cost, space, patch, adapter)
     report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
     report["calibration"] = points

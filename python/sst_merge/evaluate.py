@@ -89,16 +89,16 @@ class Evaluator:
         """Measure the model with `adapter` active (None: the bare base). `generate_tokens=0` skips generation."""
         result, label = Evaluation(), label or adapter or "base"
         if self.benign is not None:
-            result.benign_nll, result.benign_kl = self._benign(adapter, label, result.prompts)
+            result.benign_nll, result.benign_kl = self._benign(self.benign, adapter, label, result.prompts)
         if self.harmful is not None and not only_benign:
-            result.refusal_nll = self._harmful(adapter, label, result.prompts)
+            result.refusal_nll = self._harmful(self.harmful, adapter, label, result.prompts)
             if generate_tokens:
-                result.refusal_rate = self._generate(adapter, label, generate_tokens, result.prompts)
+                result.refusal_rate = self._generate(self.harmful, adapter, label, generate_tokens, result.prompts)
         return result
 
     @torch.inference_mode()
-    def _harmful(self, adapter: str | None, label: str, records: list[dict[str, Any]]) -> float:
-        data, total = self.harmful, 0.0
+    def _harmful(self, data: Dataset, adapter: str | None, label: str, records: list[dict[str, Any]]) -> float:
+        total = 0.0
         with active(self.model, adapter):
             for batch in self._track(data, f"{label}: refusal NLL"):
                 logits, targets, owner = answer_logits(self.model, batch)
@@ -110,8 +110,10 @@ class Evaluator:
         return total / sum(e.labels for e in data.examples)
 
     @torch.inference_mode()
-    def _benign(self, adapter: str | None, label: str, records: list[dict[str, Any]]) -> tuple[float, float]:
-        data, totals = self.benign, torch.zeros(2, dtype=torch.float64)
+    def _benign(
+        self, data: Dataset, adapter: str | None, label: str, records: list[dict[str, Any]]
+    ) -> tuple[float, float]:
+        totals = torch.zeros(2, dtype=torch.float64)
         for index, batch in enumerate(self._track(data, f"{label}: benign KL")):
             reference = self._reference_logits(index, batch)
             with active(self.model, adapter):
@@ -126,8 +128,10 @@ class Evaluator:
         return float(mean[0]), float(mean[1])
 
     @torch.inference_mode()
-    def _generate(self, adapter: str | None, label: str, tokens: int, records: list[dict[str, Any]]) -> float:
-        data, device = self.harmful, next(self.model.parameters()).device
+    def _generate(
+        self, data: Dataset, adapter: str | None, label: str, tokens: int, records: list[dict[str, Any]]
+    ) -> float:
+        device = next(self.model.parameters()).device
         by_line = {r["line"]: r for r in records if r["set"] == "harmful"}
         refused = 0
         chunks = self.reporter.track(

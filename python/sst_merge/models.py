@@ -43,8 +43,8 @@ def load_model(source: str | Path, *, dtype: str = "float32", device: str = "aut
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False).eval()
-    return model.to(resolve_device(device)), tokenizer
+    network: Any = model.requires_grad_(False).eval()
+    return network.to(resolve_device(device)), tokenizer
 
 
 def model_folder(source: str | Path) -> Path:
@@ -98,7 +98,11 @@ def _unpack(gguf: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(gguf.parent),
+            "gguf_file": gguf.name,
+            "local_files_only": True,
+        }
         with _progress_bars_off():
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -148,7 +152,7 @@ def attach(model: Any, name: str, adapter: Adapter) -> Any:
         model.add_adapter(name, config)
     else:
         model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
-    outcome = set_peft_model_state_dict(model, state_dict(adapter), adapter_name=name)
+    outcome: Any = set_peft_model_state_dict(model, state_dict(adapter), adapter_name=name)
     if outcome.unexpected_keys:
         raise ModelError(f"adapter {name}: PEFT did not place {outcome.unexpected_keys[:3]}; check its target modules")
     model.eval()

@@ -123,7 +123,7 @@ def fisher_pass(
 
 def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset) -> tuple[sst.Fisher, sst.Fisher]:
     """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe."""
-    common = {
+    common: dict[str, Any] = {
         "structure": recipe.structure,
         "structure_options": recipe.structure_options,
         "space": recipe.space,
@@ -172,7 +172,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "eval_harm": recipe.eval_harm_data,
         "eval_benign": recipe.eval_benign_data,
     }
-    options = {"max_length": recipe.max_length, "limit": recipe.limit}
+    options: dict[str, Any] = {"max_length": recipe.max_length, "limit": recipe.limit}
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 
 
@@ -320,7 +320,7 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
         tokens_per_batch=recipe.tokens_per_batch,
         reporter=session.reporter,
     )
-    options = {"generate_tokens": recipe.generate_tokens}
+    options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     results = {"no patch": evaluator(session.reference, label="no patch", **options)}
     results["plain addition"] = session.measure(evaluator, session.plain(1.0), "plain addition", **options)
     results["merged"] = session.measure(evaluator, adapter, "merged", **options)

