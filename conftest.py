@@ -14,6 +14,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--benchmark", action="store_true", help="run and time the benchmarks of bench/")
+
+
+def pytest_configure(config):
+    if config.getoption("--benchmark") and config.args_source is config.ArgsSource.TESTPATHS:
+        config.args = [str(ROOT / "bench")]
+
+
 def pytest_collection_modifyitems(items):
     import pytest
 

@@ -1,0 +1,130 @@
+"""The `cost` fixture: one benchmark, gated, warmed up, timed on the device's own clock, described by a full table row.
+
+`pytest bench` runs every gate and every function once; `pytest bench --benchmark` (or `--benchmark-only`) times them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bench.common import Ceilings, machine, measure_ceilings, peak_memory
+from bench.shapes import SHAPES, Shape
+
+import torch  # isort: skip
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = ("--benchmark", "--benchmark-only", "--benchmark-enable")
+    if not any(config.getoption(name, default=False) for name in wanted):
+        config.option.benchmark_disable = True
+
+
+class EventClock:
+    """Seconds on the GPU's own clock: each reading records an event and waits for it."""
+
+    def __init__(self) -> None:
+        self.last: torch.cuda.Event | None = None
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self.last is not None:
+            self.seconds += self.last.elapsed_time(event) / 1e3
+        self.last = event
+        return self.seconds
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def shape(device: str) -> Shape:
+    """Four layers of Llama-2-7B on a GPU, two of the scaled-down shape on a CPU."""
+    return SHAPES["llama-2-7b"].with_layers(4) if device == "cuda" else SHAPES["llama-tiny"].with_layers(2)
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: str) -> dict[torch.dtype, Ceilings]:
+    """Measured copy bandwidth and matrix rates."""
+    dtypes = (torch.bfloat16, torch.float64) if device == "cuda" else (torch.float32, torch.float64)
+    return {dtype: measure_ceilings(device, dtype) for dtype in dtypes}
+
+
+@dataclass
+class Cost:
+    """Call it with what to time; see `__call__`."""
+
+    benchmark: Any
+    device: str
+    ceilings: dict[torch.dtype, Ceilings]
+
+    def __call__(
+        self,
+        stage: str,
+        variant: str,
+        run: Callable[..., Any],
+        *,
+        inputs: Sequence[tuple] = ((),),
+        gate: Callable[[Any], float | None],
+        bytes: float = 0.0,
+        flops: float = 0.0,
+        dtype: torch.dtype | None = None,
+        rounds: int = 5,
+        **columns: Any,
+    ) -> Any:
+        """Check `run` on the first of `inputs` with `gate` (which raises, or returns an error to report), then time it.
+
+        inputs: argument tuples to rotate through: together several times the L2 cache where memory traffic is the point.
+        bytes, flops, dtype: the least work, for the floor. Returns what the gated call returned.
+        """
+        with peak_memory(self.device) as peak:
+            result = run(*inputs[0])
+        error = gate(result)
+        turn = iter(range(10**9))
+        if self.device == "cuda":
+            self.benchmark._timer = EventClock()
+        self.benchmark.pedantic(
+            run,
+            setup=lambda: (inputs[next(turn) % len(inputs)], {}),
+            rounds=rounds,
+            warmup_rounds=2,
+        )
+        ceiling = self.ceilings[dtype or next(iter(self.ceilings))]
+        floor = ceiling.floor_ms(bytes, flops) if bytes or flops else None
+        self.benchmark.extra_info.update(
+            machine(self.device),
+            stage=stage,
+            variant=variant,
+            basis="measured",
+            peak_mib=peak.mib,
+            error=error,
+            bytes=bytes or None,
+            flops=flops or None,
+            floor_ms=floor,
+            **columns,
+        )
+        if floor is not None and self.benchmark.stats is not None:
+            self.benchmark.extra_info["floor_fraction"] = floor / (1e3 * self.benchmark.stats.stats.median)
+        return result
+
+
+@pytest.fixture
+def cost(benchmark: Any, device: str, ceilings: dict[torch.dtype, Ceilings]) -> Cost:
+    benchmark.group = benchmark.name.split("[")[0]
+    return Cost(benchmark, device, ceilings)
+
+
+@pytest.fixture(autouse=True)
+def _begin_clean() -> None:
+    torch.manual_seed(int(time.time()) % 2**31)
