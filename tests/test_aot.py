@@ -41,10 +41,10 @@ class Variant:
     def precision(self) -> str:
         """ "exact" for 16-bit operands, else the precision asked for, or "" where nothing is multiplied."""
         asked = self.constants.get("PRECISION", "")
-        return asked if " fp32 " in self.name or not asked else "exact"
+        return asked if " fp32" in self.name.partition(" x fp32")[0] or not asked else "exact"
 
 
-def variants(everything: bool) -> list[Variant]:
+def variants(everything: bool, capability: int) -> list[Variant]:
     """All variants that the launchers' plans can choose at H100 size, or a few of them."""
     import itertools
 
@@ -57,6 +57,7 @@ def variants(everything: bool) -> list[Variant]:
     from sst_kernels.ops.gram import kernel as gram
     from sst_kernels.ops.sketch import kernel as sketch
 
+    chip = tiles.Chip(processors=132, reads_shared=capability >= 90)
     out: dict[str, Variant] = {}
 
     def add(name, kernel, pointers, plan, **constants):
@@ -97,11 +98,11 @@ def variants(everything: bool) -> list[Variant]:
                     f"factor_rows {short}",
                     rows.factor_rows_kernel,
                     tokens | {"out": "float32" if not (N == 8 and short == "bf16") else "bfloat16"},
-                    rows.plan(p, q, N, wide, 132),
+                    rows.plan(p, q, N, wide, chip),
                     HAS_SCALE=True,
                     PRECISION=precision,
                 )
-            plan = moments.plan(p, q, wide, 132)
+            plan = moments.plan(p, q, wide, chip)
             for kernel, options in (
                 (moments.factor_moments_kernel, plan),
                 (moments.short_moments_kernel, plan | {"BT": 32, "num_stages": 2}),
@@ -118,9 +119,9 @@ def variants(everything: bool) -> list[Variant]:
         for d, (spans, scaled, weighted) in itertools.product(
             widths, ((False, False, False), (True, False, False), (True, True, False), (False, False, True))
         ):
-            plan = gram.plan(d, wide, scaled, 132)
+            plan = gram.plan(d, wide, scaled, chip)
             if weighted:
-                plan |= {"num_warps": 8 if plan["BD"] == 128 else 4, "num_stages": 2}
+                plan = gram.plan_weighted(plan)
             add(
                 f"gram {short}",
                 gram.gram_kernel,
@@ -141,7 +142,7 @@ def variants(everything: bool) -> list[Variant]:
                 f"project {short}{' x fp32' if mixed else ''}",
                 sketch.project_kernel,
                 {"x": dtype, "u": "float32" if mixed or wide else dtype, "weights": "float32", "z": "float32"},
-                sketch.plan_project(4096, d, l, wide, 132),
+                sketch.plan_project(4096, d, l, wide, chip),
                 HAS_WEIGHTS=True,
                 PRECISION=precision,
             )
@@ -151,7 +152,7 @@ def variants(everything: bool) -> list[Variant]:
                 f"back {short}",
                 sketch.back_kernel,
                 {"x": dtype, "z": "float32", "weights": "float32", "y": "float32"},
-                sketch.plan_back(4096, d, l, wide, 132),
+                sketch.plan_back(4096, d, l, wide, chip),
                 HAS_WEIGHTS=True,
                 PRECISION=precision,
             )
@@ -241,8 +242,7 @@ def main() -> None:
     parser.add_argument("--sm", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     args = parser.parse_args()
-    chosen = [v for v in variants(args.all) if args.only in v.name]
-    rows = [describe(v, sm) for v in chosen for sm in args.sm]
+    rows = [describe(v, sm) for sm in args.sm for v in variants(args.all, sm) if args.only in v.name]
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as f:

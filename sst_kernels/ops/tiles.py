@@ -7,6 +7,8 @@ splits the float32 tile into three bfloat16 terms (8 bits each, 24 together); al
 from __future__ import annotations
 
 import contextlib
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -150,11 +152,23 @@ def launch(kernel, grid, *args, **meta) -> None:
         kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; an H100's 132 when there is none to ask (interpreter, ahead-of-time compilation)."""
+class Chip(NamedTuple):
+    """What a launch plan depends on: how many multiprocessors, and whether tensor cores read from shared memory.
+
+    Before sm_90 (`wgmma`, `tcgen05`) operands pass through registers, so a big tile is spread over more warps.
+    """
+
+    processors: int = 132
+    reads_shared: bool = True
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    """The GPU of `device`; an H100 when there is none to ask (the interpreter)."""
     if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Chip()
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.major >= 9)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

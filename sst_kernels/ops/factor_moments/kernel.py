@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from sst_kernels.ops.tiles import (
+    Chip,
     block,
+    chip,
     count_blocks,
     dot,
     launch,
@@ -18,7 +20,6 @@ from sst_kernels.ops.tiles import (
     load_tile,
     load_tile_t,
     next_block,
-    processors,
     rows_contiguous,
     short,
 )
@@ -145,13 +146,13 @@ def _add(out, tile, o_p, o_q, p, q, stride):
     tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + tile, mask=mask)
 
 
-def plan(p: int, q: int, wide: bool, processors: int) -> dict:
+def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
     """Tile and launch options. The narrow side is one block; the wide side shrinks until every processor has a tile.
 
     `wide` says that some operand is float32, whose products run on fewer tokens at a time to stay in registers.
     """
     BP, BQ = block(p, 64), block(q, 64)
-    while triton.cdiv(p, BP) * triton.cdiv(q, BQ) < processors * 15 // 16 and max(BP, BQ) > 16:
+    while triton.cdiv(p, BP) * triton.cdiv(q, BQ) < chip.processors * 15 // 16 and max(BP, BQ) > 16:
         BP, BQ = (BP, BQ // 2) if BQ >= BP else (BP // 2, BQ)
     return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
 
@@ -160,7 +161,7 @@ def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override)
     left, right = rows_contiguous(left), rows_contiguous(right)
     (S, p), q = left.shape, right.shape[1]
     wide = left.element_size() == 4 or right.element_size() == 4
-    meta = plan(p, q, wide, processors(left.device)) | override
+    meta = plan(p, q, wide, chip(left.device)) | override
     kernel = factor_moments_kernel
     if short(S, len(spans), 32):
         kernel, meta = short_moments_kernel, meta | {"BT": 32, "num_stages": 2}

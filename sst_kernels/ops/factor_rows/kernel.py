@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sst_kernels.ops.tiles import block, dot, launch, load_span, load_tile, load_tile_t, processors, rows_contiguous
+from sst_kernels.ops.tiles import Chip, block, chip, dot, launch, load_span, load_tile, load_tile_t, rows_contiguous
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def factor_rows_kernel(
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=(o_p < p)[:, None] & (o_q < q)[None, :])
 
 
-def plan(p: int, q: int, N: int, wide: bool, processors: int) -> dict:
+def plan(p: int, q: int, N: int, wide: bool, chip: Chip) -> dict:
     """Tile and launch options. The narrow side is one block; the wide side shrinks until every processor has work.
 
     `wide` says that some operand is float32, whose products run on fewer tokens at a time to stay in registers.
@@ -55,7 +55,7 @@ def plan(p: int, q: int, N: int, wide: bool, processors: int) -> dict:
     BP, BQ = block(p, 64), block(q, 64)
     if min(p, q) <= 32:
         BP, BQ = (BP, block(q, 128)) if p <= q else (block(p, 128), BQ)
-    while N * triton.cdiv(p, BP) * triton.cdiv(q, BQ) < 2 * processors and max(BP, BQ) > 32:
+    while N * triton.cdiv(p, BP) * triton.cdiv(q, BQ) < 2 * chip.processors and max(BP, BQ) > 32:
         BP, BQ = (BP, BQ // 2) if BQ >= BP else (BP // 2, BQ)
     return {"BT": 32 if wide else 64, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
 
@@ -64,7 +64,7 @@ def factor_rows(left, right, spans, scale, out, precision, **override):
     left, right = rows_contiguous(left), rows_contiguous(right)
     (S, p), q, N = left.shape, right.shape[1], len(spans)
     wide = left.element_size() == 4 or right.element_size() == 4
-    meta = plan(p, q, N, wide, processors(left.device)) | override
+    meta = plan(p, q, N, wide, chip(left.device)) | override
     grid = (N * triton.cdiv(p, meta["BP"]) * triton.cdiv(q, meta["BQ"]),)
     launch(
         factor_rows_kernel,

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 from sst_kernels.ops.tiles import (
+    Chip,
+    chip,
     count_blocks,
     dot,
     launch,
@@ -13,7 +15,6 @@ from sst_kernels.ops.tiles import (
     load_tile,
     load_tile_t,
     next_block,
-    processors,
     rows_contiguous,
     short,
     token_weights,
@@ -99,29 +100,35 @@ def _add_lower(out, tile, o_i, o_j, d, stride):
     tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + tile, mask=mask)
 
 
-def plan(d: int, wide: bool, scaled: bool, processors: int) -> dict:
+def plan(d: int, wide: bool, scaled: bool, chip: Chip) -> dict:
     """Tile and launch options.
 
     A 128-wide tile fills the tensor cores; two such programs share a processor, so that one multiplies while the other
     reads and writes `out`. A scaled sum keeps two accumulators and needs eight warps. Small matrices take small tiles.
     """
     if wide:
-        return {"BT": 16, "BD": 64, "num_warps": 4, "num_stages": 2}
+        return {"BT": 16, "BD": 64, "num_warps": 8, "num_stages": 2}
     BD = 128
-    while BD > 32 and triton.cdiv(d, BD) * (triton.cdiv(d, BD) + 1) // 2 < processors:
+    while BD > 32 and triton.cdiv(d, BD) * (triton.cdiv(d, BD) + 1) // 2 < chip.processors:
         BD //= 2
-    return {"BT": 64, "BD": BD, "num_warps": 8 if scaled and BD == 128 else 4, "num_stages": 3}
+    warps = 8 if BD == 128 and (scaled or not chip.reads_shared) else 4
+    return {"BT": 64, "BD": BD, "num_warps": warps, "num_stages": 3}
+
+
+def plan_weighted(meta: dict) -> dict:
+    """The same for weighted rows, which pass through registers in three terms: tiles of at most 64."""
+    return meta | {"BD": min(meta["BD"], 64), "num_warps": 4, "num_stages": 2}
 
 
 def gram(x, spans, scale, out, precision, **override):
     x = rows_contiguous(x)
     S, d = x.shape
-    meta = plan(d, x.element_size() == 4, scale is not None, processors(x.device)) | override
+    meta = plan(d, x.element_size() == 4, scale is not None, chip(x.device)) | override
     weights = None
     if spans is not None and short(S, len(spans), meta["BT"]):
         # Weighted rows need three products where whole samples need one, and any number of samples costs the same.
         weights, spans, scale = token_weights(S, spans, scale), None, None
-        meta |= {"num_warps": 8 if meta["BD"] == 128 else 4, "num_stages": 2}
+        meta = plan_weighted(meta)
     tiles = triton.cdiv(d, meta["BD"])
     launch(
         gram_kernel,

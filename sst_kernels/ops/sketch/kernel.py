@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from sst_kernels.ops.tiles import (
+    Chip,
     add_partials,
     block,
+    chip,
     dot,
     launch,
     load_tile,
-    processors,
     rows_contiguous,
     token_weights,
 )
@@ -98,27 +99,41 @@ def back_kernel(
     tl.store(p_y, tl.load(p_y, mask=mask, other=0.0) + acc, mask=mask)
 
 
-def plan_project(S: int, d: int, l: int, wide: bool, processors: int) -> dict:
+def plan_project(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
     """Tile and launch options; `parts` slices of d keep every processor busy when there are few tokens."""
     BT, BL = (64, block(l, 64)) if wide else (block(S, 128), block(l, 64))
     tiles = triton.cdiv(S, BT) * triton.cdiv(l, BL)
-    parts = min(max(1, processors // tiles), triton.cdiv(d, 512))
-    return {"parts": parts, "BT": BT, "BD": 32 if wide else 64, "BL": BL, "num_warps": 4, "num_stages": 3}
+    parts = min(max(1, chip.processors // tiles), triton.cdiv(d, 512))
+    return {
+        "parts": parts,
+        "BT": BT,
+        "BD": 32 if wide else 64,
+        "BL": BL,
+        "num_warps": 4 if chip.reads_shared else 8,
+        "num_stages": 3,
+    }
 
 
-def plan_back(S: int, d: int, l: int, wide: bool, processors: int) -> dict:
+def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
     """Tile and launch options; `parts` slices of the tokens keep every processor busy."""
     BD, BL = (64, block(l, 64)) if wide else (128, block(l, 64))
     tiles = triton.cdiv(d, BD) * triton.cdiv(l, BL)
-    parts = min(max(1, processors // tiles), triton.cdiv(S, 256))
-    return {"parts": parts, "BT": 32 if wide else 64, "BD": BD, "BL": BL, "num_warps": 4, "num_stages": 3}
+    parts = min(max(1, chip.processors // tiles), triton.cdiv(S, 256))
+    return {
+        "parts": parts,
+        "BT": 32 if wide else 64,
+        "BD": BD,
+        "BL": BL,
+        "num_warps": 4 if chip.reads_shared else 8,
+        "num_stages": 3,
+    }
 
 
 def project(x, u, precision, weights=None, **override):
     """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
     x, u = rows_contiguous(x), rows_contiguous(u)
     (S, d), l = x.shape, u.shape[1]
-    meta = plan_project(S, d, l, x.element_size() == 4, processors(x.device)) | override
+    meta = plan_project(S, d, l, x.element_size() == 4, chip(x.device)) | override
     parts = meta.pop("parts")
     part = triton.cdiv(triton.cdiv(d, parts), meta["BD"]) * meta["BD"]
     parts = triton.cdiv(d, part)
@@ -154,7 +169,7 @@ def sketch(x, omega, spans, scale, out, precision, **override):
     (S, d), l, device = x.shape, omega.shape[1], x.device
     weights = None if spans is None else token_weights(S, spans, scale)
     step = min(S, max(512, CHUNK_BYTES // (d * x.element_size())))
-    meta = plan_back(step, d, l, x.element_size() == 4, processors(device)) | override
+    meta = plan_back(step, d, l, x.element_size() == 4, chip(device)) | override
     parts = meta.pop("parts")
     part = triton.cdiv(triton.cdiv(step, parts), meta["BT"]) * meta["BT"]
     y = torch.zeros(triton.cdiv(step, part), d, l, dtype=torch.float32, device=device)
