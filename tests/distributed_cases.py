@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sst_kernels import fisher_accumulate, sequence_nll
+from sst_kernels import fisher_accumulate, sequence_nll, subspace
 from sst_kernels.fisher import Fisher
 from tests.models import tiny_batch, tiny_lora
 
@@ -77,6 +77,7 @@ def on_rank(rank: int, address: str, results: Any) -> None:
         first = accumulate(CASES["kronecker"], share, group)
         eigen = {"structure": "eigen_kronecker", "space": "factor", "basis": first}
         out["eigen_kronecker", world] = answers(accumulate(eigen, share, group))
+        out["solve", world] = _solve(share, group)
     if rank < 2:
         out["ddp"] = answers(_ddp(rank, pair))
         out["fsdp"] = answers(_fsdp(rank, pair))
@@ -85,6 +86,17 @@ def on_rank(rank: int, address: str, results: Any) -> None:
     results[rank] = out
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _solve(share: list[int], group: Any) -> dict[str, Any]:
+    """A module-scope pencil over the ranks, and the same by this rank alone."""
+    gain, cost = (accumulate({"point": point}, share, group) for point in ("patched", "reference"))
+    shared, alone = (subspace(gain, cost, scope="module", group=g) for g in (group, None))
+    return {
+        "shared": shared.values,
+        "alone": alone.values,
+        "patches": [s.soft(kl_budget=0.05) for s in (shared, alone)],
+    }
 
 
 def _ddp(rank: int, group: Any) -> Fisher:

@@ -89,6 +89,17 @@ def test_wrapped_models_go_through_the_hooks(wrapper, ranks):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_solves_are_those_of_one_rank(world, ranks):
+    for rank in range(world):
+        solved = ranks[rank]["solve", world]
+        assert torch.equal(solved["shared"], solved["alone"])
+        mine, theirs = solved["patches"]
+        for name, core in theirs.coordinates.items():
+            assert torch.equal(mine.coordinates[name], core)
+        assert torch.equal(solved["shared"], ranks[0]["solve", world]["shared"])
+
+
 def test_an_error_on_one_rank_is_raised_on_all(ranks):
     assert ranks[2]["error"].startswith("ValueError: samples [0, 1] of this batch have no labels")
     for rank in (0, 1, 3):

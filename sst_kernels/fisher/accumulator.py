@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -26,10 +26,9 @@ from sst_kernels.distributed import raise_together
 from sst_kernels.fisher.base import TokenBatch
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite
-from sst_kernels.fisher.loss import current_declaration, read_layout
+from sst_kernels.fisher.loss import current_declaration, named_inputs, read_layout
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
-from sst_kernels.ops import core_outer
 
 
 class Accumulator:
@@ -167,7 +166,7 @@ class Accumulator:
         self._read_flags()
         if not torch.is_grad_enabled():
             return
-        inputs = _bound(model, args, kwargs)
+        inputs = named_inputs(model, args, kwargs)
         declaration = current_declaration()
         if declaration is None:
             labels, reduction, source, groups = inputs.get("labels"), self._reduction, "data", None
@@ -290,7 +289,7 @@ class Accumulator:
             current.done = dict.fromkeys(current.done)
             self.fisher.note(current.source, current.layout.samples, current.groups)
             return
-        rows = self._core_rows(current, joint.device)
+        rows = current.core_rows(self.sites, joint.device)
         finite = rows.isfinite().all(1)
         counts, groups = current.counts, current.groups
         if self._nonfinite == "raise":
@@ -305,25 +304,6 @@ class Accumulator:
         joint.update(TokenBatch(empty, empty, spans, rows.new_ones(n), counts, rows))
         self.fisher.note(current.source, n, groups)
 
-    def _core_rows(self, current: Pass, device: torch.device) -> Tensor:
-        """[N, Σ r²] float32 on `device`: one `core_outer` per device that holds modules."""
-        by_device: dict[torch.device, list[LoraSite]] = {}
-        for site in self.sites:
-            by_device.setdefault(current.done[site.name][0].device, []).append(site)
-        parts = {}
-        for where, sites in by_device.items():
-            es, hs = zip(*(current.done[site.name] for site in sites))
-            out = torch.empty(current.layout.samples, sum(s.rank**2 for s in sites), device=where)
-            parts[where] = core_outer(es, hs, current.spans(where), current.scale(where), out)
-        if len(parts) == 1:
-            return next(iter(parts.values())).to(device)
-        pieces = {
-            s.name: p
-            for where, sites in by_device.items()
-            for s, p in zip(sites, parts[where].split([s.rank**2 for s in sites], 1))
-        }
-        return torch.cat([pieces[site.name].to(device) for site in self.sites], 1)
-
     def _read_flags(self) -> None:
         """Look at the finished batches' finite flags, one batch behind, so that the device is never waited for in mid-pass."""
         unread, self._unread = self._unread, []
@@ -334,18 +314,6 @@ class Accumulator:
                     f"batch {index}: the gradients of samples {samples} are not finite, and the Fisher holds them: accumulate again "
                     'without them, with nonfinite="skip", or with a smaller loss scale (fp16)'
                 )
-
-
-def _bound(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    forward: Callable = model.forward
-    names = forward.__code__.co_varnames[1 : forward.__code__.co_argcount] if hasattr(forward, "__code__") else ()
-    if len(names) < len(args):
-        raise ValueError(
-            "pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named"
-        )
-    return dict(zip(names, args)) | kwargs
 
 
 def _some(names: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +95,19 @@ def sequence_nll(
         else:
             answers = target[:, 1:].to(logits.device)[mask]
         return declaration.loss(nn.functional.cross_entropy(picked, answers, reduction="sum"))
+
+
+def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a forward call by name. ValueError for positional ones that cannot be named."""
+    if not args:
+        return kwargs
+    forward: Callable = model.forward
+    names = forward.__code__.co_varnames[1 : forward.__code__.co_argcount] if hasattr(forward, "__code__") else ()
+    if len(names) < len(args):
+        raise ValueError(
+            "pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named"
+        )
+    return dict(zip(names, args)) | kwargs
 
 
 @dataclass

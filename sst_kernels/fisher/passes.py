@@ -11,6 +11,7 @@ from torch import Tensor
 from sst_kernels.fisher.base import Counts
 from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import Layout
+from sst_kernels.ops import core_outer
 
 
 class Pass:
@@ -51,6 +52,25 @@ class Pass:
                 "routed or pooled tokens (mixture-of-experts, poolers) cannot be attributed to samples; leave them out with modules="
             )
         return flat.float() if flat.dtype == torch.float64 else flat
+
+    def core_rows(self, sites: Sequence[LoraSite], device: torch.device) -> Tensor:
+        """∂L/∂S of all samples and modules, [N, Σ r²] float32 on `device`: one `core_outer` per device that holds modules."""
+        by_device: dict[torch.device, list[LoraSite]] = {}
+        for site in sites:
+            by_device.setdefault(self.done[site.name][0].device, []).append(site)
+        parts = {}
+        for where, members in by_device.items():
+            es, hs = zip(*(self.done[site.name] for site in members))
+            out = torch.empty(self.layout.samples, sum(s.rank**2 for s in members), device=where)
+            parts[where] = core_outer(es, hs, self.spans(where), self.scale(where), out)
+        if len(parts) == 1:
+            return next(iter(parts.values())).to(device)
+        pieces = {
+            s.name: p
+            for where, members in by_device.items()
+            for s, p in zip(members, parts[where].split([s.rank**2 for s in members], 1))
+        }
+        return torch.cat([pieces[site.name].to(device) for site in sites], 1)
 
     def spans(self, device: torch.device) -> Tensor:
         return self._on(device)[0]

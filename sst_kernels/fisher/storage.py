@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **header})
     metadata = {"sst_kernels": text, "sha256": _checksum(text, held)}
-    temporary = None
+    temporary = path.with_name(f"{partial_prefix(path)}{secrets.token_hex(6)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=partial_prefix(path))
-        temporary = Path(name)
-        os.close(handle)
         save_file(held, temporary, metadata)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
@@ -47,8 +45,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header
             f"{path} could not be written ({error}); {before}: free space or choose another place"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_tensors(

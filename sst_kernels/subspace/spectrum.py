@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sst_kernels.distributed import gather_objects, gather_rows, raise_together, share_by_cost
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank, gevp
 from sst_kernels.subspace.coordinates import FrobeniusCoordinates
@@ -42,13 +45,55 @@ def global_spectrum(gain: Tensor, cost: Tensor, damping: float, patch: Tensor) -
 
 
 def module_spectra(
-    gain: Sequence[Tensor], cost: Sequence[Tensor], damping: float, patch: Tensor, slices: Sequence[slice]
+    gain: Sequence[Tensor],
+    cost: Sequence[Tensor],
+    damping: float,
+    patch: Tensor,
+    slices: Sequence[slice],
+    group: Any = None,
 ) -> list[Spectrum]:
-    """One pencil per module from its dense matrices [m, m]; modules of one size are solved as a batch."""
+    """One pencil per module from its dense matrices [m, m]; modules of one size are solved as a batch.
+
+    The ranks of a torch.distributed `group`, which hold the same matrices, share the modules by cost m³ and exchange what they
+    solved: the same bits as without, since a pencil is solved alike alone and in company.
+    """
+    modules = range(len(gain))
+    if group is None:
+        solved = _solve_modules(modules, gain, cost, damping, patch, slices)
+        return [solved[i] for i in modules]
+    shares = share_by_cost([float(len(matrix)) ** 3 for matrix in gain], dist.get_world_size(group))
+    solved, error = {}, None
+    try:
+        solved = _solve_modules(shares[dist.get_rank(group)], gain, cost, damping, patch, slices)
+    except Exception as own:
+        error = own
+    raise_together(error, group)
+    routes = {
+        i: route for part in gather_objects({i: s.route for i, s in solved.items()}, group) for i, route in part.items()
+    }
+    flat = [torch.cat([s.values, s.components, s.vectors.mT.flatten()]) for _, s in sorted(solved.items())]
+    pieces = gather_rows(torch.cat(flat)[:, None] if flat else patch.new_empty(0, 1), group)
+    for share, piece in zip(shares, pieces, strict=True):
+        members = sorted(share)
+        sizes = [len(gain[i]) for i in members]
+        for i, m, part in zip(members, sizes, piece[:, 0].split([m * (m + 2) for m in sizes])):
+            values, components, vectors = part.split([m, m, m * m])
+            solved[i] = Spectrum(slices[i], values, vectors.reshape(m, m).mT, components, routes[i])
+    return [solved[i] for i in modules]
+
+
+def _solve_modules(
+    modules: Iterable[int],
+    gain: Sequence[Tensor],
+    cost: Sequence[Tensor],
+    damping: float,
+    patch: Tensor,
+    slices: Sequence[slice],
+) -> dict[int, Spectrum]:
     spectra: dict[int, Spectrum] = {}
     by_size: dict[int, list[int]] = {}
-    for i, matrix in enumerate(gain):
-        by_size.setdefault(len(matrix), []).append(i)
+    for i in modules:
+        by_size.setdefault(len(gain[i]), []).append(i)
     for size, members in by_size.items():
         a = torch.stack([gain[i] for i in members])
         b = torch.stack([cost[i] for i in members]) + damping * torch.eye(size, dtype=a.dtype, device=a.device)
@@ -59,7 +104,7 @@ def module_spectra(
             spectra[i] = Spectrum(
                 slices[i], solved.values[j].clamp_min(0), solved.vectors[j], components[j], solved.route
             )
-    return [spectra[i] for i in range(len(gain))]
+    return spectra
 
 
 def dense_blocks(fisher: Fisher, coordinates: FrobeniusCoordinates, device: torch.device) -> list[Tensor]:

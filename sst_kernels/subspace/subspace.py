@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ def subspace(
     damping: float = 3.0,
     folds: int = 4,
     mix_points: bool = False,
+    group: Any = None,
 ) -> Subspace:
     """Solve F_gain v = λ (F_cost + ε M) v for the adapter that both Fishers describe.
 
@@ -74,14 +76,16 @@ def subspace(
         folds: cross-fitting folds for held-out predictions (at least 2); groups of samples stay together.
         mix_points: allow Fishers taken at different evaluation points. Points that were both given explicitly to
             `fisher_accumulate` count as asked for.
+        group: torch.distributed group whose ranks hold the same Fishers and share the solves of scope "module" by cost; every
+            rank gets the whole result.
 
     Raises ValueError when the Fishers do not describe one adapter, are in factor space, lie at different points without being
     asked for, or hold too little data for the folds.
     """
     if scope not in ("global", "module"):
         raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
-    if not damping > 0:
-        raise ValueError(f"damping must be positive (the cost Fisher alone is singular), got {damping}")
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping must be positive and finite (the cost Fisher alone is singular), got {damping}")
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
     gain.check_same(cost, what="solve the pencil of two Fishers")
@@ -95,7 +99,10 @@ def subspace(
         raise ValueError(
             f"the Fishers lie at different points {points}: give point= to both passes, or mix_points=True, to ask for that"
         )
-    return Subspace(gain, cost, scope, damping, folds)
+    for fisher, name in ((gain, "gain"), (cost, "cost")):
+        if not fisher.counts.sequences:
+            raise ValueError(f"the {name} Fisher holds no sequences: run backward passes before solving")
+    return Subspace(gain, cost, scope, damping, folds, group)
 
 
 @dataclass
@@ -116,6 +123,7 @@ class Subspace:
     scope: str
     damping: float
     folds: int
+    group: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._has_rows = all(f.meta["structure"] == "full" and not _folded(f) for f in (self.gain, self.cost))
@@ -141,7 +149,7 @@ class Subspace:
         elif self.scope == "module":
             gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
             self._epsilon = self.damping * sum(float(b.trace()) for b in cost_blocks) / self._z.size
-            self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices)
+            self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices, self.group)
             self._folds, self._rows = [], None
             self._blocks = (gain_blocks, cost_blocks)
         else:
@@ -196,7 +204,8 @@ class Subspace:
         if self.scope == "global":
             return global_spectrum(u, w, self._epsilon, self._patch)
         slices = list(self._z.slices.values())
-        return module_spectra(block_grams(u, slices), block_grams(w, slices), self._epsilon, self._patch, slices)
+        grams = (block_grams(rows, slices) for rows in (u, w))
+        return module_spectra(*grams, self._epsilon, self._patch, slices, self.group)
 
     def _sketch(self, fisher: Fisher) -> Tensor:
         operator = getattr(fisher.joint, "operator", lambda: None)()
