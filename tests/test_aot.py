@@ -105,7 +105,7 @@ def variants(everything: bool, capability: int) -> list[Variant]:
             plan = moments.plan(p, q, wide, chip)
             for kernel, options in (
                 (moments.factor_moments_kernel, plan),
-                (moments.short_moments_kernel, plan | {"BT": 32, "num_stages": 2}),
+                (moments.short_moments_kernel, moments.plan_short(plan, wide)),
             ):
                 add(
                     f"{kernel.__name__.removesuffix('_kernel')} {short}",

@@ -117,7 +117,7 @@ def plan(d: int, wide: bool, scaled: bool, chip: Chip) -> dict:
 
 def plan_weighted(meta: dict) -> dict:
     """The same for weighted rows, which pass through registers in three terms: tiles of at most 64."""
-    return meta | {"BD": min(meta["BD"], 64), "num_warps": 4, "num_stages": 2}
+    return meta | {"BT": min(meta["BT"], 32), "BD": min(meta["BD"], 64), "num_warps": 4, "num_stages": 2}
 
 
 def gram(x, spans, scale, out, precision, **override):

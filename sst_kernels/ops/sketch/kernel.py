@@ -121,7 +121,7 @@ def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
     parts = min(max(1, chip.processors // tiles), triton.cdiv(S, 256))
     return {
         "parts": parts,
-        "BT": 32 if wide else 64,
+        "BT": 64 if chip.reads_shared and not wide else 32,
         "BD": BD,
         "BL": BL,
         "num_warps": 4 if chip.reads_shared else 8,
