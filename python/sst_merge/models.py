@@ -151,7 +151,7 @@ def attach(model: Any, name: str, adapter: Adapter) -> Any:
             model.delete_adapter(name)
         model.add_adapter(name, config)
     else:
-        model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        model = get_peft_model(model, config, adapter_name=name)
     outcome: Any = set_peft_model_state_dict(model, state_dict(adapter), adapter_name=name)
     if outcome.unexpected_keys:
         raise ModelError(f"adapter {name}: PEFT did not place {outcome.unexpected_keys[:3]}; check its target modules")

@@ -1,0 +1,76 @@
+"""The README's and docs' own text, run: Python blocks, console commands, the recipe."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sst_merge import cli
+from sst_merge.recipe import Recipe
+from tests import merge_cases as cases
+from tests.models import tiny_batch, tiny_lora
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
+    assert found, f"{name} has no {language} block"
+    return found
+
+
+def test_python_blocks_of_the_readme(capsys):
+    setting = {
+        "model": tiny_lora(),
+        "harm_batches": [tiny_batch(4, seed=s) for s in range(2)],
+        "benign_batches": [tiny_batch(4, seed=s) for s in range(2, 5)],
+    }
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), setting)
+    assert setting["S"].shape == (3, 3)
+    assert setting["patch"].prediction.cost_per_label <= 0.02
+    assert "Prediction(held_out=True" in capsys.readouterr().out
+
+
+def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases.model_folder(tmp_path / "path/to/model")
+    cases.adapter_folder(tmp_path / "path/to/task-adapter", seed=1)
+    cases.adapter_folder(tmp_path / "path/to/safety-adapter", seed=2)
+    for name, word in (("refusals", "rob"), ("benign", "bake"), ("other-refusals", "steal"), ("other-benign", "fry")):
+        cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
+    text = "".join(blocks("README.md", "console")).replace("\\\n", " ")
+    commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
+    assert [c[:2] for c in commands] == [["sst-merge", "merge"], ["sst-merge", "evaluate"]]
+    for _, *arguments in commands:
+        result = CliRunner().invoke(cli.app, [*arguments, "--quiet"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "merged/adapter_config.json").is_file()
+
+
+def test_the_documented_recipe_names_every_entry(tmp_path):
+    (tmp_path / "recipe.yml").write_text(blocks("docs/cli.md", "yaml")[0], encoding="utf-8")
+    recipe = Recipe.load(tmp_path / "recipe.yml")
+    missing = set(Recipe.model_fields) - recipe.model_fields_set
+    assert missing <= {"mu", "k", "space", "structure_options"}
+    for name, field in Recipe.model_fields.items():
+        if name in ("structure", "folds", "damping", "label_draws", "harm_point", "benign_labels", "max_length"):
+            assert getattr(recipe, name) == field.default
+
+
+def test_csv_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import csv_to_jsonl
+
+    (tmp_path / "a.csv").write_text('goal,target\n"Break, in",x\nSteal,y\nLie,z\n')
+    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "a.csv"), str(tmp_path / "a.jsonl"), "--rows", "0:2"])
+    csv_to_jsonl.main()
+    from sst_merge.data import load_dataset
+
+    assert [e.prompt for e in load_dataset(tmp_path / "a.jsonl", cases.tokenizer())] == ["Break, in", "Steal"]
+    with pytest.raises(FileExistsError):
+        csv_to_jsonl.main()
