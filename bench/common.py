@@ -66,7 +66,7 @@ def machine(device: str) -> dict[str, str]:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
         name, driver = torch.cuda.get_device_name(device), driver[0] if driver else "unknown"
     else:
-        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} thread(s)", ""
+        name, driver = _cpu_name(), ""
     return {
         "device": name,
         "driver": driver,
@@ -129,10 +129,10 @@ class Measured:
 def measure(
     run: Callable[[], Any], device: str, *, repeats: int = 5, warmup: int = 1, seconds: float | None = None
 ) -> Measured:
-    """Time `run` on the device: events on a GPU, wall clock on a CPU; stop early once `seconds` are spent (after one run)."""
+    """Time `run` on the device: events on a GPU, `cpu_clock` on a CPU; stop early once `seconds` are spent (after one run)."""
     for _ in range(warmup):
         run()
-    clock = _events if device.startswith("cuda") else _wall
+    clock = _events if device.startswith("cuda") else _on_cpu
     times: list[float] = []
     start = time.monotonic()
     with peak_memory(device) as peak:
@@ -172,10 +172,17 @@ def _events(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end)
 
 
-def _wall(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+def cpu_clock() -> Callable[[], float]:
+    """Seconds on a CPU. One thread is timed by the CPU time of the process, which is what it would take on an idle machine: the wall
+    clock of a shared one measures its neighbours. Several threads are timed by the wall clock."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _on_cpu(run: Callable[[], Any]) -> float:
+    clock = cpu_clock()
+    begin = clock()
     run()
-    return 1e3 * (time.perf_counter() - begin)
+    return 1e3 * (clock() - begin)
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,11 @@ def _installed(name: str) -> bool:
 
 
 def _cpu_name() -> str:
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}"
+
+
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
