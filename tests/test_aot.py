@@ -45,7 +45,7 @@ class Variant:
 
 
 def variants(everything: bool, capability: int) -> list[Variant]:
-    """All variants that the launchers' plans can choose at H100 size, or a few of them."""
+    """All variants that the launchers' plans can choose at H100 size, or a few: bfloat16, and the float32 products."""
     import itertools
 
     import torch
@@ -77,6 +77,7 @@ def variants(everything: bool, capability: int) -> list[Variant]:
             continue
         if not everything and (precision == "tf32" or short == "fp16"):
             continue
+        few = wide and not everything
         for r in ranks:
             add(
                 f"core_outer {short} r={r}",
@@ -90,7 +91,7 @@ def variants(everything: bool, capability: int) -> list[Variant]:
                 HAS_SCALE=True,
                 PRECISION=precision,
             )
-        for r, d, flip in itertools.product(ranks, widths, flips):
+        for r, d, flip in itertools.product(ranks, () if few else widths, flips):
             p, q = (d, r) if flip else (r, d)
             tokens = {"left": dtype, "right": dtype, "spans": "int64", "scale": "float32"}
             for N in (1, 8):
@@ -117,7 +118,8 @@ def variants(everything: bool, capability: int) -> list[Variant]:
                     PRECISION=precision,
                 )
         for d, (spans, scaled, weighted) in itertools.product(
-            widths, ((False, False, False), (True, False, False), (True, True, False), (False, False, True))
+            () if few else widths,
+            ((False, False, False), (True, False, False), (True, True, False), (False, False, True)),
         ):
             plan = gram.plan(d, wide, scaled, chip)
             if weighted:
