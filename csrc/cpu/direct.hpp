@@ -100,6 +100,7 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
         const bool zero = gevp::finish_column(result, p, j, n, top, bottom, unscale_value, unscale_vector);
         if (zero) result.status[p] = code(Status::rank_deficient);
     }
+    gevp::order_zeros(result, p, k);
 }
 
 }  // namespace sst::cpu

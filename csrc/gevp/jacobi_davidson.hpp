@@ -103,6 +103,7 @@ void finish(Backend& backend, const State& state, Batch<const double> x, const d
         finish_column(result, p, j, n, theta(p, 0, 0), theta(p, k - 1, 0), sb / sa, sqrt(sb));
     });
     backend.each(everything, SST_LAMBDA(int64_t p) {
+        order_zeros(result, p, k);
         for (int64_t j = 0; j < k && result.status[p] == code(Status::converged); ++j) {
             if (result.values(p, j, 0) == 0.0) result.status[p] = code(Status::rank_deficient);
         }

@@ -56,7 +56,7 @@ SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int
                                  double vector) {
     double &theta = result.values(p, j, 0), &bound = result.bounds(p, j, 0);
     const double floor = n * std::numeric_limits<double>::epsilon() * (fabs(first) > fabs(last) ? fabs(first) : fabs(last));
-    const bool zero = fabs(theta) <= floor || fabs(theta) <= 2 * bound;
+    const bool zero = fabs(theta) <= floor || fabs(theta) <= bound;
     int64_t peak = 0;
     for (int64_t i = 1; i < n; ++i) {
         if (fabs(result.vectors(p, i, j)) > fabs(result.vectors(p, peak, j))) peak = i;
@@ -66,6 +66,22 @@ SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int
     theta = zero ? 0.0 : theta * value;
     bound *= value;
     return zero;
+}
+
+/// Values next to zero on the same side follow it, so that the finished values of problem p stay sorted.
+SST_HD inline void order_zeros(const Result& result, int64_t p, int64_t k) {
+    bool seen = false;
+    for (int64_t j = 0; j < k; ++j) {
+        double& value = result.values(p, j, 0);
+        seen = seen || value == 0.0;
+        if (seen && value > 0.0) value = 0.0;
+    }
+    seen = false;
+    for (int64_t j = k - 1; j >= 0; --j) {
+        double& value = result.values(p, j, 0);
+        seen = seen || value == 0.0;
+        if (seen && value < 0.0) value = 0.0;
+    }
 }
 
 }  // namespace sst::gevp

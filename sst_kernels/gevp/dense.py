@@ -36,7 +36,7 @@ def gevp_dense(
         cuda.solve_direct(where, k, addresses, a.device)
         return outputs
     native = _native.cuda() if a.is_cuda else _native.cpu()
-    options = native.Options.for_problem(n, k)
+    options = native.Options.for_problem(n, k, a.is_cuda)
     options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
     options.preconditioner = PRECONDITIONERS[preconditioner]
     options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0

@@ -21,7 +21,7 @@ def operator_jacobi_davidson(
     n, device = gain.n, gain.device
     native = _native.cuda() if device.type == "cuda" else _native.cpu()
     probe = cost.solve(torch.zeros(n, 1, dtype=torch.float64, device=device))
-    options = native.Options.for_problem(n, k)
+    options = native.Options.for_problem(n, k, device.type == "cuda")
     options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
     options.preconditioner = PRECONDITIONERS["diagonal" if probe is None else "exact"]
     options.inner_steps = 20 if probe is None else 0

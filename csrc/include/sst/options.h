@@ -28,17 +28,19 @@ struct Options {
     bool verify = false;  ///< always run a verification cycle; otherwise only behind a cluster as wide as the block
     Preconditioner preconditioner = Preconditioner::cholesky;
 
-    /// Shapes that the measurements favour: basis 64 up to k = 16 keeps the projected problem in one CTA's shared memory.
-    static Options for_problem(int64_t n, int64_t k) {
+    /// Shapes that the measurements favour. Wide blocks (a GPU's): basis 64 up to k = 16 keeps the projected problem in one CTA's
+    /// shared memory. Narrow ones (a CPU's) take fewer products to converge and a smaller projected problem more often.
+    static Options for_problem(int64_t n, int64_t k, bool wide = true) {
         Options options;
         options.k = k;
-        options.block = std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8));
-        options.keep = (k + options.block - 1) / options.block * options.block + options.block;
-        options.basis = std::max<int64_t>(64, options.keep + 5 * options.block);
-        options.basis = options.basis / options.block * options.block;
-        options.previous = std::min(options.block, k);
-        const int64_t least = options.keep + 2 * options.block;
-        while (options.basis + options.block > n && options.basis > least) options.basis -= options.block;
+        options.block = wide ? std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8))
+                             : std::min<int64_t>(16, std::max<int64_t>(4, (k + 15) / 16 * 4));
+        const int64_t b = options.block;
+        options.keep = (k + b - 1) / b * b + b;
+        options.previous = std::min(b, k);
+        options.basis = wide ? std::max<int64_t>(64, options.keep + 5 * b) : std::max<int64_t>(32, 3 * k);
+        options.basis = std::max(options.basis, options.keep + 3 * b) / b * b;
+        while (options.basis + b > n && options.basis > options.keep + 2 * b) options.basis -= b;
         return options;
     }
 };
