@@ -24,11 +24,11 @@ if __package__ in (
 from bench.common import Ceilings, Recorder, free, measure_ceilings
 
 import torch  # isort: skip
-from bench import gates, merging, passes
+from bench import gates, importance, merging, passes
 from bench.shapes import SHAPES
 
 T = TypeVar("T")
-STAGES = ("passes", "merge", "svd", "checkpointing", "peers", "ranks", "attention", "models")
+STAGES = ("passes", "merge", "svd", "checkpointing", "importance", "peers", "ranks", "attention", "models")
 SCALES = {"tiny": ("llama-tiny", 4, 64, 32), "small": ("llama-small", 4, 128, 64), "full": ("llama-2-7b", 8, 512, 256)}
 
 
@@ -124,6 +124,12 @@ class Run:
         }
         for name, part in parts.items():
             self.attempt(name, part)
+
+    def importance(self) -> None:
+        importance.importance_passes(
+            self.shape, self.record, rank=self.rank, batch=self.options.batch, length=self.options.length, layers=8,
+            device=self.options.device, dtype=self.dtype, repeats=self.options.repeats,
+        )  # fmt: skip
 
     def ranks(self) -> None:
         for rank in (64, 8, 32):
