@@ -69,7 +69,8 @@ class Study:
             self.check_time()
             start = time.monotonic()
             self._cache[key] = make()
-            self.say(f"{key}: {time.monotonic() - start:.1f} s")
+            if (seconds := time.monotonic() - start) > 0.5:
+                self.say(f"{key}: {seconds:.1f} s")
         return self._cache[key]
 
     def say(self, text: str) -> None:
@@ -216,10 +217,12 @@ class Study:
 
         f_low, f_high = nll(low), nll(high)
         for _ in range(3):
-            if f_low <= 0:
-                break
-            low -= math.log(100)
-            f_low = nll(low)
+            if f_low > 0:
+                low -= math.log(100)
+                f_low = nll(low)
+            if f_high < 0:
+                high += math.log(100)
+                f_high = nll(high)
         if f_low > 0 or f_high < 0:
             raise ValueError(f"refusal NLL {target} is out of reach: {f_low + target:.3f} … {f_high + target:.3f}")
         for i in range(12):

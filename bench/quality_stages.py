@@ -165,7 +165,8 @@ def prompts(s: Study) -> None:
     base = s.cost(Config())
     head = prompt_head(lab)
     everything = s.benign("fisher")
-    extra = s.once("more gsm8k", lambda: lab.rows(lab.own_answers(everything[s.args.prompts :]), "probe", 0.0, 4))
+    rest = everything[s.args.prompts :]
+    extra = s.once("more gsm8k", lambda: lab.rows(lab.own_answers(rest), "probe", 0.0, 4)) if rest else None
     invented = s.once("invented", lambda: lab.rows(_invented(s, head), "probe", 0.0, 4)) if head else None
     for name, more in (("sst-soft more gsm8k", extra), ("sst-soft invented", invented)):
         c = Config(name)
