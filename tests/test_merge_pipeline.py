@@ -16,6 +16,7 @@ from sst_merge.plan import lines, plan
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from sst_merge.report import PLOTS, energy_grid, markdown, table
+from sst_merge.session import open_session
 from tests import merge_cases as cases
 
 QUIET = Reporter(quiet=True)
@@ -74,9 +75,7 @@ def test_output_is_what_the_report_says(merged, world):
 
 def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
     _, out = merged
-    session = pipeline.open_session(
-        str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET
-    )
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     recipe = Recipe.load(world / "recipe.yml")
     data = pipeline.load_data(recipe, session.tokenizer)
     gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
@@ -121,16 +120,15 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
 
 
 def test_a_failed_run_leaves_nothing(world, tmp_path):
-    recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", folds=11)
-    with pytest.raises(MergeError, match="pencil cannot be solved"):
-        pipeline.merge(recipe, reporter=QUIET)
-    assert list(tmp_path.iterdir()) == []
+    for change, text in (({"folds": 11}, "pencil cannot be solved"), ({"structure": "round"}, "Fisher pass .* failed")):
+        recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", **change)
+        with pytest.raises(MergeError, match=text):
+            pipeline.merge(recipe, reporter=QUIET)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_benign_labels_are_drawn_anew_and_repeatably(world):
-    session = pipeline.open_session(
-        str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET
-    )
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
     options = {"name": "x", "point": "reference", "labels": "model", "draws": 2}
     first, same, other = (pipeline.fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,15 +110,16 @@ def fisher(
     quiet: Quiet = False,
 ) -> None:
     """One Fisher pass of an adapter over a data file, saved as safetensors with its metadata."""
-    from . import pipeline
     from .data import load_dataset
     from .output import output_file
+    from .pipeline import fisher_pass
+    from .session import open_session
 
     reporter = Reporter(quiet)
     with output_file(output, force=force) as partial:
-        session = pipeline.open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
+        session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
         dataset = load_dataset(data, session.tokenizer, max_length=max_length)
-        result = pipeline.fisher_pass(
+        result = fisher_pass(
             session,
             dataset,
             name=data.stem,
@@ -156,13 +158,13 @@ def evaluate(
     """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones."""
     import torch
 
-    from . import pipeline
     from .data import load_dataset
+    from .session import evaluate_folders
 
     if harmful is None and benign is None:
         raise MergeError("nothing to measure on: give --harmful, --benign or both")
     torch.manual_seed(seed)
-    results = pipeline.evaluate_folders(
+    results = evaluate_folders(
         model,
         adapter or [],
         task,
@@ -212,7 +214,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
     header, *body = table(rows)
     shown = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
-        shown.add_column(name, **({"justify": "right", "min_width": len(name)} if i else {"overflow": "fold"}))
+        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
     for row in body:
         shown.add_row(*row)
     Console(highlight=False, width=max(88, Console().width)).print(shown)
@@ -220,6 +222,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Entry point: a MergeError is the user's to read, so its text is printed without a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")  # not the user's to act on
     try:
         app()
     except MergeError as error:

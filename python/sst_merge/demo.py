@@ -17,6 +17,7 @@ from .output import output_folder
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
+from .session import Session, open_session
 
 ALPHAS = (0.3, 0.5, 1.0)
 MATCHED = (0.3, 0.5)  # the α of plain addition whose measured benign KL SST is given as well
@@ -67,7 +68,7 @@ def run(
 
 def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
     reporter.say("[bold]SST-Merge demo[/bold]: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter")
-    session = pipeline.open_session(
+    session = open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
     )
     data = pipeline.load_data(recipe, session.tokenizer)
@@ -103,7 +104,7 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
 
 
 def _match(
-    session: pipeline.Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 4
+    session: Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 4
 ) -> tuple[Any, Adapter]:
     """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: secant steps in log scale."""
     budget, tried = target, []

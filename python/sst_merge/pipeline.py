@@ -3,86 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import sst_kernels as sst
 
-from .adapters import Adapter, load_adapter, write_adapter
-from .algebra import concatenate, recompress, transform
+from .adapters import Adapter, write_adapter
+from .algebra import recompress
 from .data import Dataset, batches, load_dataset
 from .errors import MergeError
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import attach, check_fit, load_model
-from .output import output_file, output_folder
+from .output import output_folder
 from .progress import Reporter, batch_tokens
 from .recipe import Recipe
 from .report import write_report
-
-TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
-
-
-@dataclass
-class Session:
-    """A model with the task and the safety adapter on it; the reference is base + task, the patch absent."""
-
-    model: Any
-    tokenizer: Any
-    safety: Adapter
-    task: Adapter | None
-    reporter: Reporter
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def reference(self) -> str | None:
-        return TASK if self.task is not None else None
-
-    def merged(self, coordinates: Mapping[str, Tensor]) -> Adapter:
-        """task + the patch at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
-        return self._with_task(1.0, transform(self.safety, coordinates))
-
-    def plain(self, alpha: float) -> Adapter:
-        """task + α · safety: task arithmetic, the baseline."""
-        return self._with_task(alpha, self.safety)
-
-    def measure(self, evaluator: Evaluator, adapter: Adapter, label: str, **options: Any) -> Evaluation:
-        """Put an adapter on the model, evaluate it, take it off again."""
-        attach(self.model, CANDIDATE, adapter)
-        try:
-            return evaluator(CANDIDATE, label=label, **options)
-        finally:
-            self.model.delete_adapter(CANDIDATE)
-
-    def _with_task(self, weight: float, patch: Adapter) -> Adapter:
-        return concatenate([*([(1.0, self.task)] if self.task is not None else []), (weight, patch)])
-
-
-def open_session(
-    model: str,
-    safety: Path,
-    task: Path | None = None,
-    *,
-    dtype: str = "float32",
-    device: str = "auto",
-    reporter: Reporter,
-) -> Session:
-    """Load a model with its adapters. Raises ModelError or AdapterError."""
-    start = time.monotonic()
-    patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
-    for adapter in filter(None, (patch, base_task)):
-        for warning in check_fit(network, adapter):
-            reporter.say(f"[yellow]{adapter.path}: {warning}")
-    network = attach(network, SAFETY, patch)
-    if base_task is not None:
-        network = attach(network, TASK, base_task)
-    return Session(network, tokenizer, patch, base_task, reporter, {"load": time.monotonic() - start})
+from .session import SAFETY, TASK, Session, open_session
 
 
 def fisher_pass(
@@ -110,13 +49,14 @@ def fisher_pass(
     model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
     model.requires_grad_(False)
     steps = batches(data, tokens_per_batch) * draws
-    with sst.fisher_accumulate(
-        model, adapter=SAFETY, space=space, structure=structure, scope=scope, point=point, **(structure_options or {})
-    ) as accumulator:
+    options = {"space": space, "structure": structure, "scope": scope, "point": point, **(structure_options or {})}
+    with (
+        _for_the_user(f"the Fisher pass over {data.path or name} failed"),
+        sst.fisher_accumulate(model, adapter=SAFETY, **options) as accumulator,
+    ):
         for batch in session.reporter.track(steps, f"Fisher: {name}", size=batch_tokens):
-            sst.sequence_nll(
-                model, batch.inputs(device), labels=labels, generator=generator, groups=batch.rows
-            ).backward()
+            inputs = batch.inputs(device)
+            sst.sequence_nll(model, inputs, labels=labels, generator=generator, groups=batch.rows).backward()
     session.seconds[f"fisher_{name}"] = time.monotonic() - start
     return accumulator.fisher
 
@@ -147,21 +87,21 @@ def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset
 def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) -> sst.Subspace:
     """The safety subspace: F_harm v = λ (F_benign + εM) v, with cross-fitted folds for predictions."""
     start = time.monotonic()
-    try:
+    with _for_the_user("the pencil cannot be solved"):
         space = sst.subspace(
             gain, cost, scope=recipe.scope, damping=recipe.damping, folds=recipe.folds, mix_points=True
         )
-    except ValueError as error:
-        raise MergeError(f"the pencil cannot be solved: {error}") from error
     session.seconds["subspace"] = time.monotonic() - start
     return space
 
 
 def filtered(space: sst.Subspace, recipe: Recipe) -> sst.Patch:
     """The patch that the recipe's filter and strength keep."""
-    if recipe.kl_budget is not None:
-        return getattr(space, recipe.filter)(kl_budget=recipe.kl_budget)
-    return space.top_k(recipe.k) if recipe.filter == "top_k" else getattr(space, recipe.filter)(recipe.mu)
+    choose = getattr(space, recipe.filter)
+    with _for_the_user("the patch cannot be filtered"):
+        if recipe.kl_budget is not None:
+            return choose(kl_budget=recipe.kl_budget)
+        return choose(recipe.k if recipe.filter == "top_k" else recipe.mu)
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
@@ -207,52 +147,6 @@ def merge(recipe: Recipe, *, force: bool = False, reporter: Reporter | None = No
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_report(report, folder)
     return report
-
-
-def evaluate_folders(
-    model: str,
-    adapters: Sequence[Path],
-    task: Path | None,
-    *,
-    load: Callable[[Any], list[Dataset | None]],
-    output: Path | None = None,
-    force: bool = False,
-    generate_tokens: int = 24,
-    tokens_per_batch: int = 1024,
-    device: str = "auto",
-    dtype: str = "float32",
-    reporter: Reporter,
-) -> dict[str, Evaluation]:
-    """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
-
-    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON.
-    """
-    with output_file(output, force=force) if output is not None else nullcontext() as partial:
-        network, tokenizer = load_model(model, dtype=dtype, device=device)
-        folders = {str(path): load_adapter(path) for path in adapters}
-        reference = None
-        for name, adapter in {**({TASK: load_adapter(task)} if task is not None else {}), **folders}.items():
-            for warning in check_fit(network, adapter):
-                reporter.say(f"[yellow]{name}: {warning}")
-        if task is not None:
-            network, reference = attach(network, TASK, load_adapter(task)), TASK
-        harmful, benign = load(tokenizer)
-        evaluator = Evaluator(
-            network,
-            tokenizer,
-            harmful=harmful,
-            benign=benign,
-            reference=reference,
-            tokens_per_batch=tokens_per_batch,
-            reporter=reporter,
-        )
-        results = {"reference": evaluator(reference, label="reference", generate_tokens=generate_tokens)}
-        for name, adapter in folders.items():
-            evaluator.model = attach(evaluator.model, CANDIDATE, adapter)
-            results[name] = evaluator(CANDIDATE, label=Path(name).name, generate_tokens=generate_tokens)
-        if partial is not None:
-            write_prompts(partial, results)
-    return results
 
 
 def describe(
@@ -326,6 +220,17 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
     results["merged"] = session.measure(evaluator, adapter, "merged", **options)
     session.seconds["evaluate"] = time.monotonic() - start
     return results
+
+
+@contextmanager
+def _for_the_user(what: str) -> Iterator[None]:
+    """sst_kernels raises ValueError and FloatingPointError with advice; the user reads it under one headline."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except (ValueError, FloatingPointError) as error:
+        raise MergeError(f"{what}: {error}") from error
 
 
 def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""A model with adapters on it: what Fisher passes, baselines and evaluations share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .adapters import Adapter, load_adapter
+from .algebra import concatenate, transform
+from .data import Dataset
+from .evaluate import Evaluation, Evaluator, write_prompts
+from .models import attach, check_fit, load_model
+from .output import output_file
+from .progress import Reporter
+
+TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
+
+
+@dataclass
+class Session:
+    """A model with the task and the safety adapter on it; the reference is base + task, the patch absent."""
+
+    model: Any
+    tokenizer: Any
+    safety: Adapter
+    task: Adapter | None
+    reporter: Reporter
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str | None:
+        return TASK if self.task is not None else None
+
+    def merged(self, coordinates: Mapping[str, Tensor]) -> Adapter:
+        """task + the patch at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
+        return self._with_task(1.0, transform(self.safety, coordinates))
+
+    def plain(self, alpha: float) -> Adapter:
+        """task + α · safety: task arithmetic, the baseline."""
+        return self._with_task(alpha, self.safety)
+
+    def measure(self, evaluator: Evaluator, adapter: Adapter, label: str, **options: Any) -> Evaluation:
+        """Put an adapter on the model, evaluate it, take it off again."""
+        attach(self.model, CANDIDATE, adapter)
+        try:
+            return evaluator(CANDIDATE, label=label, **options)
+        finally:
+            self.model.delete_adapter(CANDIDATE)
+
+    def _with_task(self, weight: float, patch: Adapter) -> Adapter:
+        return concatenate([*([(1.0, self.task)] if self.task is not None else []), (weight, patch)])
+
+
+def open_session(
+    model: str,
+    safety: Path,
+    task: Path | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    reporter: Reporter,
+) -> Session:
+    """Load a model with its adapters. Raises ModelError or AdapterError."""
+    start = time.monotonic()
+    patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    _warn(network, [patch, base_task], reporter)
+    network = attach(network, SAFETY, patch)
+    if base_task is not None:
+        network = attach(network, TASK, base_task)
+    return Session(network, tokenizer, patch, base_task, reporter, {"load": time.monotonic() - start})
+
+
+def evaluate_folders(
+    model: str,
+    adapters: Sequence[Path],
+    task: Path | None,
+    *,
+    load: Callable[[Any], list[Dataset | None]],
+    output: Path | None = None,
+    force: bool = False,
+    generate_tokens: int = 24,
+    tokens_per_batch: int = 1024,
+    device: str = "auto",
+    dtype: str = "float32",
+    reporter: Reporter,
+) -> dict[str, Evaluation]:
+    """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
+
+    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON.
+    """
+    with output_file(output, force=force) if output is not None else nullcontext() as partial:
+        folders = {str(path): load_adapter(path) for path in adapters}
+        base_task = load_adapter(task) if task is not None else None
+        network, tokenizer = load_model(model, dtype=dtype, device=device)
+        _warn(network, [base_task, *folders.values()], reporter)
+        reference = None
+        if base_task is not None:
+            network, reference = attach(network, TASK, base_task), TASK
+        harmful, benign = load(tokenizer)
+        evaluator = Evaluator(
+            network,
+            tokenizer,
+            harmful=harmful,
+            benign=benign,
+            reference=reference,
+            tokens_per_batch=tokens_per_batch,
+            reporter=reporter,
+        )
+        results = {"reference": evaluator(reference, label="reference", generate_tokens=generate_tokens)}
+        for name, adapter in folders.items():
+            evaluator.model = attach(evaluator.model, CANDIDATE, adapter)
+            results[name] = evaluator(CANDIDATE, label=Path(name).name, generate_tokens=generate_tokens)
+        if partial is not None:
+            write_prompts(partial, results)
+    return results
+
+
+def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
+    for adapter in filter(None, adapters):
+        for warning in check_fit(model, adapter):
+            reporter.say(f"[yellow]{adapter.path}: {warning}")
