@@ -131,8 +131,10 @@ def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.con
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
     total = tl.zeros([BLOCK], tl.float32)
-    for k in range(parts):
-        total += tl.load(partials + k * size + o, mask=mask, other=0.0)
+    p_part = partials + o
+    for _ in range(parts):
+        total += tl.load(p_part, mask=mask, other=0.0)
+        p_part += size
     p_out = out + (o // width) * stride + o % width
     tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + total, mask=mask)
 
