@@ -121,7 +121,7 @@ def train(model: Any, tokenizer: Any, rows: list[Row], name: str, args: argparse
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 1, pct_start=0.1)
     losses: list[Tensor] = []
     while len(losses) < steps:
-        for chosen in torch.randperm(len(rows), generator=generator).split(16):
+        for chosen in torch.randperm(len(rows), generator=generator).split(16)[: steps - len(losses)]:
             picked = [rows[i] for i in chosen.tolist()]
             optimizer.zero_grad()
             total = sum(r.labels for r in picked)
