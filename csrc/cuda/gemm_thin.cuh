@@ -26,7 +26,7 @@ __device__ inline void put(double& entry, double alpha, double sum, double beta)
 
 /// Z = alpha X op(Y) + beta Z. A CTA owns kTile rows; its warps share out the summands of each panel and are added in order.
 template <class TX, int NB>
-__global__ void __launch_bounds__(kThinThreads)
+__global__ void __launch_bounds__(kThinThreads, NB == 8 ? 2 : 1)
     thin_rows_kernel(Active active, int row_tiles, bool transpose_y, double alpha, Batch<const TX> x, Batch<const double> y,
                      double beta, Batch<double> z, int first_column, Span span) {
   __shared__ __align__(16) double staged[kPanel * NB];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThinThreads)
 
 /// Z = alpha X' op(Y) + beta Z. A warp owns `Each` columns of X and runs down them, lane by lane along the summands.
 template <class TX, int NB, int Each>
-__global__ void __launch_bounds__(kThinThreads)
+__global__ void __launch_bounds__(kThinThreads, 2)
     thin_columns_kernel(Active active, int row_tiles, bool transpose_y, double alpha, Batch<const TX> x, Batch<const double> y,
                         double beta, Batch<double> z, int first_column, Span span) {
   __shared__ double staged[NB * kPanel];
