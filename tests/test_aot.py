@@ -3,19 +3,22 @@
 Shown for each: the tensor-core instruction is there, TF32 only where asked, shared memory fits, nothing spills. The
 compiler must not be the interpreter, which this session's conftest.py chose, so a process of its own compiles:
 
-    python tests/test_aot.py [--all] [--csv bench/results/aot.csv]
+    python tests/test_aot.py [--all] [--jobs 8] [--csv bench/results/aot.csv]
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 REGISTERS_PER_SM = 65536
+sys.path.insert(0, str(ROOT))
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
 
@@ -44,7 +48,8 @@ class Variant:
         return asked if " fp32" in self.name.partition(" x fp32")[0] or not asked else "exact"
 
 
-def variants(everything: bool, capability: int) -> list[Variant]:
+@functools.cache
+def variants(everything: bool, capability: int) -> dict[str, Variant]:
     """All variants that the launchers' plans can choose at H100 size, or a few: bfloat16, and the float32 products."""
     import itertools
 
@@ -171,7 +176,7 @@ def variants(everything: bool, capability: int) -> list[Variant]:
         {"partials": "float32", "out": "float32"},
         {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
     )
-    return list(out.values())
+    return out
 
 
 def compile_variant(variant: Variant, capability: int):
@@ -215,8 +220,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
 
 
-def describe(variant: Variant, capability: int) -> dict[str, object]:
-    """One row of the table: resources and instruction mix."""
+def describe(everything: bool, capability: int, name: str) -> dict[str, object]:
+    """One row of the table: resources and instruction mix of the variant of that name."""
+    variant = variants(everything, capability)[name]
     binary = compile_variant(variant, capability)
     ptx = binary.asm["ptx"]
     count = lambda pattern: len(re.findall(pattern, ptx))  # noqa: E731
@@ -242,9 +248,15 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every configuration, not a representative few")
     parser.add_argument("--csv", type=Path, help="write the table here")
     parser.add_argument("--sm", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     args = parser.parse_args()
-    rows = [describe(v, sm) for sm in args.sm for v in variants(args.all, sm) if args.only in v.name]
+    jobs = [(args.all, sm, name) for sm in args.sm for name in variants(args.all, sm) if args.only in name]
+    if args.jobs == 1:
+        rows = [describe(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+            rows = list(pool.map(describe, *zip(*jobs), chunksize=4))
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as f:
@@ -304,5 +316,4 @@ def test_sixteen_bit_loads_are_asynchronous(rows):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
