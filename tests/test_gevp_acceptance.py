@@ -60,7 +60,8 @@ def drvsg(kind, n, rng):
 def residual_ratio(a, b, values, vectors, cond):
     """xSGT01's ||A Z - B Z D|| / (||A|| ||Z|| n ulp); LAPACK passes below 20, with cond(B) = 10.
 
-    For larger cond(B) the backward error of B enters as well: ||A|| + |D| ||B|| takes the place of ||A||.
+    For larger cond(B) the backward error of B enters as well: ||A|| + |D| ||B|| takes the place of ||A||, and where LAPACK's own
+    solver leaves more than 20 its ratio is the limit.
     """
     told = values != 0  # the others are within their bound of zero and are tested for that
     if not told.any():
@@ -84,10 +85,11 @@ def test_direct_passes_lapack_drvsg(n, cond):
         result = solve(a, b, k, "direct")
         values, vectors = result.values.numpy(), result.vectors.numpy()
         assert result.statuses()[0].usable, kind
-        assert residual_ratio(a, b, values, vectors, cond) < 20, kind
+        lapack = [x[..., ::-1][..., :k] for x in sl.eigh(a, b)]
+        assert residual_ratio(a, b, values, vectors, cond) < max(20, residual_ratio(a, b, *lapack, cond)), kind
         assert np.abs(vectors.T @ b @ vectors - np.eye(k)).max() < 10 * n * ULP + ULP * cond, kind
         assert (np.diff(values) <= 0).all(), kind
-        exact = sl.eigh(a, b, eigvals_only=True)[::-1][:k]
+        exact = lapack[0]
         zero = values == 0
         assert (np.abs(exact) <= 2 * result.error_bound.numpy() + 10 * n * ULP * cond * np.linalg.norm(a, 2))[zero].all(), kind
 
