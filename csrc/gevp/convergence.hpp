@@ -38,7 +38,7 @@ void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cyc
         double worst = 0.0, sum = 0.0;
         bool finite = !indefinite[p];
         for (int64_t j = 0; j < options.k; ++j) {
-            finite = finite && isfinite(rho(p, j, 0)) && isfinite(theta(p, j, 0));
+            finite = finite && 0.0 * rho(p, j, 0) == 0.0 && 0.0 * theta(p, j, 0) == 0.0;
             worst = rho(p, j, 0) > worst ? rho(p, j, 0) : worst;
             sum += theta(p, j, 0);
         }
