@@ -210,6 +210,8 @@ class Fisher(Mapping[str, Structure]):
                 name: make_structure(kind, shapes[name], device=device, **saved["options"])
                 for name, saved in header["holders"].items()
             }
+            if holders.keys() != ({"joint"} if header["joint"] else {b.name for b in blocks}):
+                raise KeyError("holders")
             joint = holders.pop("joint") if header["joint"] else None
             metric = {
                 m: (tensors[f"metric/{m}/left"].cpu(), tensors[f"metric/{m}/right"].cpu())
@@ -246,7 +248,12 @@ class Fisher(Mapping[str, Structure]):
             raise ValueError(f"the saved state is of another pass: {', '.join(differing)} differ; start this pass anew")
         for name, structure in self._holders().items():
             prefix = f"state/{name}/"
-            structure.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            structure.load_state_dict(state)
+            if _shapes(structure.state_dict()) != _shapes(state):
+                raise ValueError(
+                    f"the saved state of {name!r} has other tensors than {structure!r}: it is damaged, save it anew"
+                )
             structure.counts = Counts(**saved[name]["counts"])
         self.groups = list(header["groups"])
         self.meta |= {key: header["meta"].get(key) for key in ("labels", "groups")}
@@ -272,6 +279,10 @@ class Fisher(Mapping[str, Structure]):
             f"structure={m['structure']}, scope={m['scope']}, point={m['point']}, labels={m['labels']}, "
             f"sequences={c.sequences}, labels={c.labels}, bytes={self.nbytes})"
         )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
 
 
 def _for(block: Block, options: dict[str, Any]) -> dict[str, Any]:

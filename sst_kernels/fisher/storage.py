@@ -31,7 +31,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header
     path = Path(path)
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **header})
-    metadata = {"sst_kernels": text, "sha256": _checksum(text, held)}
+    metadata = {"sst_kernels": f"{_checksum(text, held)} {text}"}  # one entry: safetensors shuffles several
     temporary = path.with_name(f"{partial_prefix(path)}{secrets.token_hex(6)}")
     try:
         save_file(held, temporary, metadata)
@@ -62,17 +62,17 @@ def read_tensors(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}): write it again") from error
-    text = metadata.get("sst_kernels", "null")
+    checksum, _, text = metadata.get("sst_kernels", "- null").partition(" ")
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its header is damaged ({error}): write it again") from error
     found = header.get("schema") if isinstance(header, dict) else None
     if found != SCHEMA:
         raise ValueError(
             f"{path} is no file of sst_kernels with schema {SCHEMA} (found {found}): write it with this version"
         )
-    if metadata.get("sha256") != _checksum(text, tensors):
+    if checksum != _checksum(text, tensors):
         raise ValueError(f"{path} is damaged (its checksum does not match its contents): write it again")
     return header, {name: t.to(device) for name, t in tensors.items()}
 

@@ -1,0 +1,197 @@
+"""What a Fisher pass and a pencil will take in memory, said before the first batch.
+
+`state` is what the structure holds when the pass ends (its `nbytes`), `peak` the most that it and its own temporaries take at
+any time. The model, its activations and the logits are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sst_kernels.fisher.base import Block
+from sst_kernels.fisher.structures.algebra import CHUNK
+
+SINGLE, DOUBLE = 4, 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes: of the state at the end of a pass, and at its peak."""
+
+    state: int
+    peak: int
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Of two structures side by side: states add; temporaries live one at a time."""
+        temporary = max(self.peak - self.state, other.peak - other.state)
+        return Estimate(self.state + other.state, self.state + other.state + temporary)
+
+
+def estimate(
+    structure: str,
+    blocks: Sequence[Block],
+    samples: int,
+    *,
+    batch: int = 1,
+    space: str = "core",
+    scope: str = "global",
+    sample: str = "sequence",
+    options: Mapping[str, Any] | None = None,
+) -> Estimate:
+    """The memory of a pass over `samples` sequences (tokens for sample="token") in batches of `batch`.
+
+    `blocks`, `space`, `scope` and `options` as in `fisher_accumulate`. ValueError for an unknown structure.
+    """
+    if structure not in _SIZES:
+        raise ValueError(f"structure: expected one of {sorted(_SIZES)}, got {structure!r}")
+    given = dict(options or {})
+    joint = scope == "global" and space == "core" and sample == "sequence" and given.get("rows") != "fold"
+    if joint and structure in ("full", "diagonal", "lowrank"):
+        size = sum(b.size for b in blocks)
+        own = _SIZES[structure]((size, 1), samples, batch, given)
+        return Estimate(own.state, own.peak + SINGLE * batch * size)
+    if structure == "full" and scope == "module":
+        given.setdefault("rows", "fold")
+    parts = [_SIZES[structure](b.shape, samples, batch, given) for b in blocks]
+    return sum(parts[1:], parts[0])
+
+
+def estimate_solve(
+    sizes: Sequence[int], gain_rows: int, cost_rows: int, *, scope: str = "global", folds: int = 4
+) -> int:
+    """Peak bytes of `subspace` over modules of `sizes` = r² coordinates with that many rows each (0: no rows are kept)."""
+    n, rows = sum(sizes), gain_rows + cost_rows
+    held = 2 * DOUBLE * n * rows  # all rows in float64, and each fold's share of them once more
+    if scope == "module":
+        squares = DOUBLE * sum(m * m for m in sizes)
+        vectors = squares * (folds + 1 if rows else 1)
+        return held + vectors + 6 * squares
+    k = min(n, gain_rows)
+    vectors = DOUBLE * n * k * (folds + 1)
+    working = DOUBLE * n * (3 * gain_rows + 2 * cost_rows)
+    return held + vectors + working
+
+
+def available(device: torch.device | str) -> int | None:
+    """Bytes that this process may still take on a device; None where that cannot be known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_meminfo(), _cgroup()]
+    return min((f for f in found if f is not None), default=None)
+
+
+def require(needed: Estimate, device: torch.device | str, alternatives: Mapping[str, Estimate]) -> None:
+    """MemoryError, naming those alternatives that would fit, unless `needed.peak` bytes are free on `device`."""
+    free = available(device)
+    if free is None or needed.peak <= free:
+        return
+    fitting = [f"{what} ({_gib(e.peak)})" for what, e in alternatives.items() if e.peak <= free]
+    advice = (
+        f"these would fit: {'; '.join(fitting)}" if fitting else "use fewer sequences, fewer modules or a lower rank"
+    )
+    raise MemoryError(
+        f"the Fisher state would take {_gib(needed.peak)} on {device} and {_gib(free)} are free; {advice}"
+    )
+
+
+def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    n = shape[0] * shape[1]
+    if options.get("rows", "keep") == "keep":
+        return Estimate(SINGLE * n * samples, SINGLE * n * _doubled(samples, batch)[1])
+    period = (n // batch + 1) * batch  # rows that have arrived when more than n wait
+    folded = samples >= period
+    state = SINGLE * n * (samples % period) + DOUBLE * n * n * folded
+    capacity, growing = _doubled(min(samples, period), batch)
+    folding = (DOUBLE + 4 * SINGLE) * n * n * folded
+    return Estimate(state, max(SINGLE * n * capacity + folding, SINGLE * n * growing))
+
+
+def _doubled(rows: int, batch: int) -> tuple[int, int]:
+    """Rows that a doubling buffer has room for in the end, and the most that it holds while it is copied."""
+    capacity, peak = 0, 0
+    while capacity < rows:
+        wanted = max(min(rows, capacity // batch * batch + batch), 2 * capacity)
+        peak, capacity = max(peak, capacity + wanted), wanted
+    return capacity, peak
+
+
+def _diagonal(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    n, centred = shape[0] * shape[1], options.get("centred", False)
+    state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
+    return Estimate(state, state + SINGLE * n * (batch + (5 if centred else 3)))
+
+
+def _vila(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    return _diagonal(shape, samples, batch, {**options, "centred": True})
+
+
+def _kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    state = SINGLE * sum(d * d for d in shape) + DOUBLE
+    return Estimate(state, state + SINGLE * max(d * d for d in shape))
+
+
+def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    rank = options.get("rank", 64)
+    sides = [d * min(d, rank) for d in shape]
+    drawn = [d * rank for d in shape if d > rank]  # the test matrices: kept as the tokens' type, drawn as integers
+    state = SINGLE * sum(sides) + 3 * DOUBLE
+    return Estimate(state, state + SINGLE * sum(drawn) + (2 * DOUBLE + SINGLE) * max(drawn, default=0))
+
+
+def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    p, q = shape
+    state = SINGLE * (p * p + q * q + p * q)
+    return Estimate(state, state + 2 * SINGLE * p * q * batch)
+
+
+def _lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    return _sketch(shape[0] * shape[1], samples, options.get("rank", 128))
+
+
+def _kronecker_svd(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
+    n = shape[0] * shape[1]
+    return _sketch(n, samples, options.get("sketch") or min(n, 256))
+
+
+def _sketch(n: int, samples: int, rank: int) -> Estimate:
+    full = 2 * rank
+    used = samples if samples <= full else rank + (samples - full - 1) % rank + 1
+    shrinking = DOUBLE * 3 * (full * full + min(CHUNK, full * n)) // 2 if samples > full else 0
+    return Estimate(SINGLE * n * used + 2 * DOUBLE, SINGLE * n * full + shrinking)
+
+
+_SIZES: dict[str, Callable[[tuple[int, int], int, int, Mapping[str, Any]], Estimate]] = {
+    "full": _full,
+    "diagonal": _diagonal,
+    "vila": _vila,
+    "kronecker": _kronecker,
+    "kronecker_lowrank": _kronecker_lowrank,
+    "eigen_kronecker": _eigen_kronecker,
+    "lowrank": _lowrank,
+    "kronecker_svd": _kronecker_svd,
+}
+
+
+def _meminfo() -> int | None:
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    fields = (line.split() for line in path.read_text().splitlines())
+    return next((int(f[1]) * 1024 for f in fields if f[0] == "MemAvailable:"), None)
+
+
+def _cgroup() -> int | None:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.exists() or not used.exists() or (text := limit.read_text().strip()) == "max":
+        return None
+    return max(0, int(text) - int(used.read_text()))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 26 else f"{size / 2**20:.2f} MiB"
