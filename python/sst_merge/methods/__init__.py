@@ -1,0 +1,28 @@
+"""Every merging method behind one interface: `METHODS[name].merge(inputs, strength) -> Adapter`."""
+
+from __future__ import annotations
+
+import difflib
+
+from ..errors import RecipeError
+from . import masks, peft_svd, projection, regmean, sparse, spectral, sst, task_arithmetic
+from .base import Inputs, Method
+from .evidence import Evidence
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for module in (task_arithmetic, sst, masks, regmean, projection, sparse, spectral, peft_svd)
+    for method in module.METHODS
+}
+
+__all__ = ["METHODS", "Evidence", "Inputs", "Method", "find"]
+
+
+def find(name: str) -> Method:
+    """The method of that name. Raises RecipeError with the nearest one."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+    raise RecipeError(
+        f"unknown method {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}")
+    )

@@ -1,0 +1,97 @@
+"""What data-aware methods know: Fishers of the safety adapter and input Grams of its modules, collected once, when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sst_kernels as sst
+
+from ..data import Dataset, batches
+from ..pipeline import fisher_pass
+from ..session import SAFETY, TASK, Session
+
+
+@dataclass
+class Evidence:
+    """Fitting data on a session. `draws`: label draws per benign prompt. Everything asked for is kept."""
+
+    session: Session
+    harm: Dataset
+    benign: Dataset
+    tokens_per_batch: int = 1024
+    draws: int = 2
+    seed: int = 0
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def fishers(
+        self, structure: str = "full", *, space: str = "core", scope: str = "global", point: str = "patched"
+    ) -> tuple[sst.Fisher, sst.Fisher]:
+        """(gain, cost): refusals with the data's labels at `point`; benign answers with drawn labels at the reference."""
+        common = {
+            "structure": structure,
+            "space": space,
+            "scope": scope,
+            "tokens_per_batch": self.tokens_per_batch,
+            "seed": self.seed,
+        }
+        gain = self._once(
+            ("gain", structure, space, scope, point),
+            lambda: fisher_pass(self.session, self.harm, name="harm", point=point, **common),
+        )
+        cost = self._once(
+            ("cost", structure, space, scope),
+            lambda: fisher_pass(
+                self.session, self.benign, name="benign", point="reference", labels="model", draws=self.draws, **common
+            ),
+        )
+        return gain, cost
+
+    def subspace(
+        self, structure: str = "full", *, scope: str = "global", point: str = "patched", damping: float = 3.0
+    ) -> sst.Subspace:
+        gain, cost = self.fishers(structure, scope=scope, point=point)
+        return self._once(
+            ("subspace", structure, scope, point, damping),
+            lambda: sst.subspace(gain, cost, scope=scope, damping=damping, mix_points=True),
+        )
+
+    def grams(self, side: str) -> dict[str, Tensor]:
+        """Σ_t x_t xᵀ_t [d_in, d_in] float64 of every adapted module's input, over the tokens of one side's data."""
+        return self._once(("gram", side), lambda: self._grams(self.harm if side == "harm" else self.benign, side))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _grams(self, data: Dataset, side: str) -> dict[str, Tensor]:
+        session, out, mask = self.session, {}, None
+        device = next(session.model.parameters()).device
+        own = SAFETY if side == "harm" else TASK
+        active = own if own == SAFETY or session.task is not None else SAFETY
+        session.model.base_model.set_adapter(active)
+
+        def see(name: str, module: Any, args: tuple) -> None:
+            x = args[0][mask].double()
+            out[name] = out.get(name, 0) + (x.T @ x).cpu()
+
+        names = {*session.safety.terms, *(session.task.terms if session.task is not None else ())}
+        modules = {n: m for n, m in session.model.get_base_model().named_modules() if n in names}
+        handles = [m.register_forward_pre_hook(partial(see, n)) for n, m in modules.items()]
+        try:
+            for batch in batches(data, self.tokens_per_batch):
+                inputs = batch.inputs(device)
+                inputs.pop("labels")
+                mask = inputs["attention_mask"].bool()
+                session.model(**inputs, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out

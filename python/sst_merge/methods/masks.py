@@ -1,0 +1,84 @@
+"""Elementwise methods in factor space (entries of A and B): they depend on the gauge of the adapter, as published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.structures.vila import select_top, vila_ratio
+
+from ..adapters import Adapter, LoraTerm
+from .base import Inputs, Method, check_strength, with_task
+from .sst import SHARES
+
+_NEEDS = ("harm", "benign", "model")
+_DAMPING = 1e-8
+
+
+def _masked(inputs: Inputs, weigh: Callable[[str, LoraTerm], tuple[Tensor, Tensor]]) -> Adapter:
+    terms = {}
+    for name, term in inputs.safety.terms.items():
+        on_a, on_b = weigh(name, term)
+        terms[name] = LoraTerm((term.A.double() * on_a).float(), (term.B.double() * on_b).float(), term.scaling)
+    return with_task(inputs, replace(inputs.safety, terms=terms))
+
+
+def _diagonals(inputs: Inputs) -> Callable[[str], list[tuple[Tensor, Tensor]]]:
+    gain, cost = inputs.require().fishers("diagonal", space="factor")
+
+    def of(name: str) -> list[tuple[Tensor, Tensor]]:
+        blocks = [f"{name}.lora_{side}" for side in "AB"]
+        return [tuple(f[b].diagonal().reshape(f.blocks[b].shape).cpu() for f in (gain, cost)) for b in blocks]
+
+    return of
+
+
+def _diagonal_sst(inputs: Inputs, strength: float) -> Adapter:
+    """Keep the share `strength` of all entries with the largest λ = F_harm / F_benign."""
+    check_strength(strength, 0.0, 1.0)
+    diagonals = _diagonals(inputs)
+    names = list(inputs.safety.terms)
+    floor = _DAMPING * max(float(c.max()) for n in names for _, c in diagonals(n))
+    ratios = {n: [h / (b + floor) for h, b in diagonals(n)] for n in names}
+    mask = select_top(torch.cat([r.flatten() for n in names for r in ratios[n]]), strength)
+    sizes = [r.numel() for n in names for r in ratios[n]]
+    parts = iter(mask.split(sizes))
+    kept = {n: tuple(next(parts).reshape(r.shape) for r in ratios[n]) for n in names}
+    return _masked(inputs, lambda name, term: kept[name])
+
+
+def _fisher_average(inputs: Inputs, strength: float) -> Adapter:
+    """Fisher-weighted mean of patch (F_harm) and no patch (F_benign): entries times F_h / (F_h + F_b (1 − s)/s)."""
+    check_strength(strength, 0.0, 1.0)
+    if strength == 0:
+        return with_task(inputs, inputs.safety, 0.0)
+    diagonals, rest = _diagonals(inputs), (1 - strength) / strength
+
+    def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
+        a, b = (h / (h + rest * c).clamp_min(torch.finfo(torch.float64).tiny) for h, c in diagonals(name))
+        return a, b
+
+    return _masked(inputs, weigh)
+
+
+def _vila(inputs: Inputs, strength: float) -> Adapter:
+    """Keep the output rows of each module (rows of B) with the largest harm-to-benign ratio of VILA importances."""
+    check_strength(strength, 0.0, 1.0)
+    harm, benign = inputs.require().fishers("vila", space="factor")
+
+    def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
+        sides = [tuple(f[f"{name}.lora_{s}"] for s in "AB") for f in (harm, benign)]
+        rows = select_top(vila_ratio(*sides).cpu(), strength)
+        return torch.ones(1, dtype=torch.float64), rows.double()[:, None]
+
+    return _masked(inputs, weigh)
+
+
+METHODS = [
+    Method("diagonal-sst", "public SST-Merge implementations", "elementwise λ mask on A and B, empirical and model-sampled diagonal Fishers", "share of entries", SHARES, _diagonal_sst, _NEEDS),
+    Method("fisher-average", "arXiv:2111.09832", "diagonal Fisher-weighted mean with the unpatched model, entries of A and B", "weight of the patch", SHARES, _fisher_average, _NEEDS),
+    Method("sst-vila", "ours, with the importances of arXiv:2508.21300", "output rows by harm/benign ratio", "share of rows", SHARES, _vila, _NEEDS),
+]  # fmt: skip

@@ -1,0 +1,82 @@
+"""SST-Merge in its forms: structures × scopes × filters × evaluation points, and controls that share its machinery."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import sst_kernels as sst
+from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+
+from ..adapters import Adapter
+from .base import Inputs, Method, check_strength, from_cores
+
+BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
+_BOTH = ("harm", "benign", "model")
+
+
+def _budget(structure: str, scope: str, point: str, rule: str, inputs: Inputs, strength: float) -> Adapter:
+    space = inputs.require().subspace(structure, scope=scope, point=point)
+    return from_cores(inputs, getattr(space, rule)(kl_budget=strength).coordinates)
+
+
+def _gain_only(inputs: Inputs, strength: float) -> Adapter:
+    """The patch's part in the top eigenvectors of F_harm alone, a share of them; metric: Frobenius norm of ΔW."""
+    check_strength(strength, 0.0, 1.0)
+    gain, _ = inputs.require().fishers()
+    z = _coordinates(gain)
+    rows = z.gradients(gain.rows().cpu())
+    _, _, directions = torch.linalg.svd(rows, full_matrices=False)
+    kept = directions[: round(strength * len(directions))]
+    return from_cores(inputs, z.to_cores(kept.T @ (kept @ z.patch())))
+
+
+def _random(inputs: Inputs, strength: float) -> Adapter:
+    """The patch's part in random directions of each module, a share of them."""
+    check_strength(strength, 0.0, 1.0)
+    gain, _ = inputs.require().fishers()
+    z = _coordinates(gain)
+    patch, generator = z.patch(), torch.Generator().manual_seed(inputs.seed)
+    for where in z.slices.values():
+        n = where.stop - where.start
+        basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0][
+            :, : round(strength * n)
+        ]
+        patch[where] = basis @ (basis.T @ patch[where])
+    return from_cores(inputs, z.to_cores(patch))
+
+
+def _coordinates(fisher: sst.Fisher) -> FrobeniusCoordinates:
+    return FrobeniusCoordinates(list(fisher.blocks.values()), fisher.metric, torch.device("cpu"))
+
+
+def _form(
+    name: str, structure: str, scope: str, point: str = "patched", rule: str = "soft", source: str = "ours"
+) -> Method:
+    variant = f"{structure} Fisher, core space, {scope} scope, {rule} filter, F_harm at the {point} point"
+    return Method(
+        name,
+        source,
+        variant,
+        "KL budget, nats per label token",
+        BUDGETS,
+        partial(_budget, structure, scope, point, rule),
+        _BOTH,
+    )
+
+
+METHODS = [
+    _form("sst", "full", "global"),
+    _form("sst-reference", "full", "global", "reference"),
+    _form("sst-top-k", "full", "global", rule="top_k"),
+    _form("sst-threshold", "full", "global", rule="threshold"),
+    _form("sst-module", "full", "module"),
+    _form("sst-lowrank", "lowrank", "global"),
+    _form("sst-kfac", "kronecker", "module", source="ours, with the factors of arXiv:1503.05671"),
+    _form("sst-kpsvd", "kronecker_svd", "module", source="ours, with the factors of arXiv:2201.10285"),
+    _form("sst-diagonal", "diagonal", "module"),
+    Method("fisher-only", "after AlignGuard-LoRA, arXiv:2508.02079", "merge-time form, ours: top eigenvectors of F_harm alone, F_benign ignored", "share of eigenvectors", SHARES, _gain_only, _BOTH),
+    Method("random-subspace", "control", "random directions per module in place of the pencil's", "share of directions", SHARES, _random, _BOTH),
+]  # fmt: skip

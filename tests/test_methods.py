@@ -1,0 +1,247 @@
+"""Merging methods against independent implementations: PEFT, the published dense forms, and definitions written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sst_kernels.testing import assert_close, tolerance
+from sst_merge.adapters import Adapter, LoraTerm
+from sst_merge.errors import MergeError, RecipeError
+from sst_merge.methods import METHODS, Evidence, Inputs, find
+from sst_merge.methods.base import densely, thin_svd
+from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
+from sst_merge.methods.spectral import subspace_boost, tsv_merge
+from sst_merge.pipeline import load_data
+from sst_merge.progress import Reporter
+from sst_merge.recipe import Recipe
+from sst_merge.session import SAFETY, TASK, open_session
+from tests import merge_cases as cases
+
+ROUND = 1e-6  # one float32 rounding of factors whose product is compared
+
+
+def term(seed: int, rank: int, d_out: int = 12, d_in: int = 10, scaling: float = 2.0) -> LoraTerm:
+    generator = torch.Generator().manual_seed(seed)
+    return LoraTerm(
+        torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator), scaling
+    )
+
+
+def full_term(delta: torch.Tensor) -> LoraTerm:
+    return LoraTerm(torch.eye(delta.shape[1], dtype=torch.float64), delta, 1.0)
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    task = Adapter({"a": term(0, 2), "b": term(1, 3)})
+    safety = Adapter({"b": term(2, 4), "c": term(3, 2)})
+    return Inputs(task, safety)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Inputs:
+    root = tmp_path_factory.mktemp("methods")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "task", seed=1, r=2, use_rslora=True)
+    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj", "up_proj"])
+    for name, word in (("harm", "steal"), ("benign", "bake")):
+        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(10, word))
+    recipe = Recipe.parse(
+        {name: root / name for name in ("model", "task", "safety", "output")}
+        | {"model": str(root / "model"), "harm_data": root / "harm.jsonl", "benign_data": root / "benign.jsonl"}
+    )
+    session = open_session(recipe.model, recipe.safety, recipe.task, device="cpu", reporter=Reporter(quiet=True))
+    data = load_data(recipe, session.tokenizer)
+    return Inputs(session.task, session.safety, Evidence(session, data["harm"], data["benign"]))
+
+
+def test_names_sources_and_lookup():
+    for name, method in METHODS.items():
+        assert name == method.name
+        assert method.source
+        assert method.variant
+        assert len(method.strengths) == len(set(method.strengths))
+    with pytest.raises(RecipeError, match="did you mean 'dare-ties'"):
+        find("dare_ties")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_a_finite_adapter_of_the_models_shapes(world, name):
+    method = find(name)
+    merged = method.merge(world, method.strengths[-1])
+    shapes = {n: t.delta().shape for a in (world.task, world.safety) for n, t in a.terms.items()}
+    assert merged.terms.keys() <= shapes.keys()
+    for module, made in merged.terms.items():
+        delta = made.delta()
+        assert delta.shape == shapes[module]
+        assert delta.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "no patch" and not n.startswith("safe-lora")])
+def test_methods_depend_on_their_strength_and_repeat_bit_for_bit(world, name):
+    method = find(name)
+    low, high, again = (
+        method.merge(world, s) for s in (method.strengths[0], method.strengths[-1], method.strengths[-1])
+    )
+    assert high.terms.keys() == again.terms.keys()
+    assert all(torch.equal(high.terms[n].delta(), again.terms[n].delta()) for n in high.terms)
+    changed = [
+        n for n in high.terms if n not in low.terms or not torch.equal(low.terms[n].delta(), high.terms[n].delta())
+    ]
+    assert changed
+
+
+def test_data_aware_methods_ask_for_data(inputs):
+    for method in METHODS.values():
+        if method.needs:
+            with pytest.raises(MergeError, match=r"harm_data|task adapter"):
+                method.merge(inputs, method.strengths[-1])
+
+
+def test_plain_is_pefts_cat(world):
+    session, alpha = world.evidence.session, 0.3
+    session.model.add_weighted_adapter([TASK, SAFETY], [1.0, alpha], "cat", combination_type="cat")
+    expected = cases_deltas(session.model, "cat")
+    session.model.delete_adapter("cat")
+    merged = find("plain").merge(world, alpha)
+    for name, made in merged.terms.items():
+        assert_close(name, made.delta(), expected[name], ROUND)
+
+
+def test_peft_svd_loses_nothing_at_the_sum_of_ranks(world):
+    merged, plain = find("peft-svd").merge(world, 0.7), find("plain").merge(world, 0.7)
+    for name, made in merged.terms.items():
+        assert_close(name, made.delta(), plain.terms[name].delta(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude"])
+def test_sparse_methods_on_full_factors_are_pefts_dense_rule(world, name):
+    """PEFT's own merge at full rank is the same rule; ours goes through float64."""
+    session, rule = world.evidence.session, {"ties": "ties_svd", "magnitude": "magnitude_prune_svd"}[name]
+    session.model.add_weighted_adapter(
+        [TASK, SAFETY], [1.0, 0.5], "peer", combination_type=rule, svd_rank=32, density=0.5, svd_full_matrices=False
+    )
+    expected = cases_deltas(session.model, "peer")
+    session.model.delete_adapter("peer")
+    merged = find(name).merge(world, 0.5)
+    shared = world.task.terms.keys() & world.safety.terms.keys()
+    assert shared
+    for module in shared:
+        assert_close(module, merged.terms[module].delta(), expected[module], 1e-4)
+
+
+def cases_deltas(model, adapter: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight(adapter).double()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight") and adapter in layer.lora_A
+    }
+
+
+def test_tsv_is_the_published_form_on_full_rank_deltas():
+    """Task singular vectors, arXiv:2412.00081: top 1/T of each task's triplets, Procrustes on both sides, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(8, 8, dtype=torch.float64, generator=generator) for _ in range(2)]
+    triplets = [torch.linalg.svd(d) for d in deltas]
+    u = torch.cat([t[0][:, :4] for t in triplets], 1)
+    s = torch.cat([t[1][:4] for t in triplets])
+    v = torch.cat([t[2][:4] for t in triplets])
+    pu, _, qu = torch.linalg.svd(u, full_matrices=False)
+    pv, _, qv = torch.linalg.svd(v, full_matrices=False)
+    published = (pu @ qu) @ torch.diag(s) @ (pv @ qv)
+    made = tsv_merge([full_term(d) for d in deltas], [1.0, 1.0], [4, 4])
+    assert_close("tsv", made.delta(), published, ROUND)
+
+
+def test_tsv_stays_put_under_noise_where_the_full_space_form_does_not():
+    terms = [term(0, 2), term(1, 3)]
+    clean = tsv_merge(terms, [1.0, 1.0], [2, 3]).delta()
+    noisy = [
+        LoraTerm(t.A.double() + 1e-12 * torch.randn(t.A.shape, dtype=torch.float64), t.B.double(), t.scaling)
+        for t in terms
+    ]
+    assert_close("tsv under noise", tsv_merge(noisy, [1.0, 1.0], [2, 3]).delta(), clean, ROUND)
+
+
+def test_subspace_boosting_is_the_published_form_on_full_rank_deltas():
+    delta = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, s, vh = torch.linalg.svd(delta)
+    cutoff = next(i for i in range(8) if float(s[: i + 1].sum() / s.sum()) >= 0.5)
+    published = u @ torch.diag(s.clamp_min(s[cutoff])) @ vh
+    bu, bs, bvh = subspace_boost(*thin_svd([full_term(delta)], [1.0]))
+    assert_close("boost", (bu * bs) @ bvh, published, 1e-10)
+
+
+def test_thin_svd_spans_the_weighted_sum():
+    terms = [term(0, 2), term(1, 3)]
+    u, s, vh = thin_svd(terms, [1.0, 0.5])
+    assert len(s) == 5
+    assert_close("svd", (u * s) @ vh, terms[0].delta() + 0.5 * terms[1].delta(), 1e-13)
+
+
+def test_regmean_is_the_least_squares_solution():
+    """argmin_W Σ_i ‖(W − ΔW_i) X_iᵀ‖² with shrunken Grams, by its normal equations."""
+    terms, generator = [term(0, 2), term(1, 3)], torch.Generator().manual_seed(2)
+    xs = [torch.randn(40, 10, dtype=torch.float64, generator=generator) for _ in terms]
+    grams = [x.T @ x for x in xs]
+    made = regmean(terms, grams, [1.0, 0.5]).delta()
+    shrunk = [w * (OFF_DIAGONAL * g + (1 - OFF_DIAGONAL) * torch.diag(g.diag())) for w, g in zip((1.0, 0.5), grams)]
+    expected = torch.linalg.solve(sum(shrunk), sum(t.delta() @ g for t, g in zip(terms, shrunk)).T).T
+    assert_close("regmean", made, expected, 10 * ROUND)
+
+
+def test_gram_evidence_counts_tokens_without_padding(world):
+    grams = world.evidence.grams("harm")
+    seen = []
+    plain = world.evidence.session.model
+    with torch.no_grad(), plain.disable_adapter():
+        for example in world.evidence.harm.examples:
+            ids = torch.tensor([example.tokens])
+            hidden = plain.get_base_model().model.embed_tokens(ids)
+            normed = plain.get_base_model().model.layers[0].input_layernorm(hidden)[0].double()
+            seen.append(normed.T @ normed)
+    assert_close("first layer", grams["model.layers.0.self_attn.q_proj"], sum(seen), tolerance(400) * 10)
+
+
+def test_export_rank_is_stated(inputs):
+    inputs.rank = 2
+    merged = densely(inputs, sum)
+    assert max(t.rank for t in merged.terms.values()) == 2
+    assert "exported at rank 2" in merged.notes[-1]
+
+
+def test_dense_export_is_exact(inputs):
+    merged = densely(inputs, sum)
+    plain = find("plain").merge(inputs, 1.0)
+    for name, made in merged.terms.items():
+        assert_close(name, made.delta(), plain.terms[name].delta(), 10 * ROUND)
+
+
+def test_safe_lora_projects_onto_the_safety_directions(inputs):
+    merged = find("safe-lora").merge(inputs, 1.0)
+    v = inputs.safety.terms["b"].delta()
+    expected = v @ v.T @ inputs.task.terms["b"].delta() / v.norm()
+    assert_close("b", merged.terms["b"].delta(), expected, 10 * ROUND)
+    assert torch.equal(merged.terms["a"].A, inputs.task.terms["a"].A)
+
+
+def test_knots_without_conflicts_is_the_sum():
+    """Where one adapter is silent, TIES at density 1 keeps the other."""
+    from sst_merge.methods.spectral import knots_ties
+
+    delta = term(0, 3).delta()
+    with pytest.warns(UserWarning, match="no pruning"):
+        made = knots_ties([delta, torch.zeros_like(delta)], 1.0, 1.0)
+    assert_close("knots", made, delta, 1e-12)
+
+
+def test_lora_config_variants_are_refused_by_name(tmp_path):
+    from sst_merge.adapters import load_adapter
+    from sst_merge.errors import AdapterError
+
+    model = get_peft_model(cases.model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="DoRA"):
+        load_adapter(tmp_path)
