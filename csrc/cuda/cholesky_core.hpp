@@ -14,17 +14,17 @@ namespace sst::cuda::cholesky {
 
 template <class T>
 SST_HD inline T pivot_row(const T* w, int ld, int j, int i, T root) {
-  return i == j ? T(1) / root : (i < j ? w[j * ld + i] : w[i * ld + j]) / root;
+    return i == j ? T(1) / root : (i < j ? w[j * ld + i] : w[i * ld + j]) / root;
 }
 
 template <class T>
 SST_HD inline void eliminate(T* w, int ld, const T* r, int j, int i, int c) {
-  if (i < j || c > i) return;
-  T& entry = w[i * ld + c];
-  if (i == j)
-    entry = r[c];
-  else
-    entry = (c == j ? T(0) : entry) - r[i] * r[c];
+    if (i < j || c > i) return;
+    T& entry = w[i * ld + c];
+    if (i == j)
+        entry = r[c];
+    else
+        entry = (c == j ? T(0) : entry) - r[i] * r[c];
 }
 
 }  // namespace sst::cuda::cholesky

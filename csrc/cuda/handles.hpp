@@ -14,65 +14,65 @@
 namespace sst::cuda {
 
 struct Handles {
-  cusolverDnHandle_t solver = nullptr;
-  cusolverDnParams_t parameters = nullptr;
-  std::int64_t* pinned = nullptr;
-  std::vector<char> host;
+    cusolverDnHandle_t solver = nullptr;
+    cusolverDnParams_t parameters = nullptr;
+    std::int64_t* pinned = nullptr;
+    std::vector<char> host;
 
-  explicit Handles(cudaStream_t stream) {
-    SST_TRY(cusolverDnCreate(&solver));
-    SST_TRY(cusolverDnSetStream(solver, stream));
-    SST_TRY(cusolverDnCreateParams(&parameters));
-    SST_TRY(cudaMallocHost(&pinned, sizeof(std::int64_t)));
-  }
-  Handles(const Handles&) = delete;
-  Handles& operator=(const Handles&) = delete;
-  ~Handles() {
-    cudaFreeHost(pinned);
-    if (parameters) cusolverDnDestroyParams(parameters);
-    if (solver) cusolverDnDestroy(solver);
-  }
+    explicit Handles(cudaStream_t stream) {
+        SST_TRY(cusolverDnCreate(&solver));
+        SST_TRY(cusolverDnSetStream(solver, stream));
+        SST_TRY(cusolverDnCreateParams(&parameters));
+        SST_TRY(cudaMallocHost(&pinned, sizeof(std::int64_t)));
+    }
+    Handles(const Handles&) = delete;
+    Handles& operator=(const Handles&) = delete;
+    ~Handles() {
+        cudaFreeHost(pinned);
+        if (parameters) cusolverDnDestroyParams(parameters);
+        if (solver) cusolverDnDestroy(solver);
+    }
 };
 
 /// Borrows handles for one solve; two solves at once on the same stream get two.
 class Lease {
 public:
-  explicit Lease(cudaStream_t stream) {
-    int device = 0;
-    SST_TRY(cudaGetDevice(&device));
-    key_ = {device, stream};
-    const std::lock_guard<std::mutex> locked(mutex());
-    auto& idle = pool()[key_];
-    if (idle.empty()) {
-      handles_ = std::make_unique<Handles>(stream);
-    } else {
-      handles_ = std::move(idle.back());
-      idle.pop_back();
+    explicit Lease(cudaStream_t stream) {
+        int device = 0;
+        SST_TRY(cudaGetDevice(&device));
+        key_ = {device, stream};
+        const std::lock_guard<std::mutex> locked(mutex());
+        auto& idle = pool()[key_];
+        if (idle.empty()) {
+            handles_ = std::make_unique<Handles>(stream);
+        } else {
+            handles_ = std::move(idle.back());
+            idle.pop_back();
+        }
     }
-  }
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
-  ~Lease() {
-    const std::lock_guard<std::mutex> locked(mutex());
-    pool()[key_].push_back(std::move(handles_));
-  }
-  Handles& operator*() const { return *handles_; }
-  Handles* operator->() const { return handles_.get(); }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    ~Lease() {
+        const std::lock_guard<std::mutex> locked(mutex());
+        pool()[key_].push_back(std::move(handles_));
+    }
+    Handles& operator*() const { return *handles_; }
+    Handles* operator->() const { return handles_.get(); }
 
 private:
-  using Key = std::pair<int, cudaStream_t>;
-  static std::mutex& mutex() {
-    static std::mutex one;
-    return one;
-  }
-  /// Never destroyed: at process exit the driver may be gone before this is.
-  static std::map<Key, std::vector<std::unique_ptr<Handles>>>& pool() {
-    static auto* const all = new std::map<Key, std::vector<std::unique_ptr<Handles>>>;
-    return *all;
-  }
+    using Key = std::pair<int, cudaStream_t>;
+    static std::mutex& mutex() {
+        static std::mutex one;
+        return one;
+    }
+    /// Never destroyed: at process exit the driver may be gone before this is.
+    static std::map<Key, std::vector<std::unique_ptr<Handles>>>& pool() {
+        static auto* const all = new std::map<Key, std::vector<std::unique_ptr<Handles>>>;
+        return *all;
+    }
 
-  Key key_;
-  std::unique_ptr<Handles> handles_;
+    Key key_;
+    std::unique_ptr<Handles> handles_;
 };
 
 }  // namespace sst::cuda

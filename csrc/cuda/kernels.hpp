@@ -21,8 +21,8 @@ enum class Span { all, until_row, from_row, until_column, from_column };
 
 /// Z = alpha op(X) op(Y) + beta Z. Z may be X when X is not transposed and Z has at most kTile columns.
 template <class TX, class TY, class TZ>
-void gemm(cudaStream_t stream, Active active, Op op_x, Op op_y, double alpha, Batch<const TX> x, Batch<const TY> y,
-          double beta, Batch<TZ> z, Span span = Span::all);
+void gemm(cudaStream_t stream, Active active, Op op_x, Op op_y, double alpha, Batch<const TX> x, Batch<const TY> y, double beta,
+          Batch<TZ> z, Span span = Span::all);
 
 /// F = L L' (lower triangle read) becomes L^-1 in place: with the inverse at hand a triangular solve is one product instead of
 /// a chain of n / 64 small ones. Left-looking by blocks of kTile, then inverted block row by block row; `strip` is kTile x n.

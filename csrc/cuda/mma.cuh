@@ -7,48 +7,48 @@
 namespace sst::cuda {
 
 __device__ inline void mma_8x8x4(double (&c)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+d"(c[0]), "+d"(c[1])
-      : "d"(a), "d"(b));
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(c[0]), "+d"(c[1])
+        : "d"(a), "d"(b));
 }
 
 /// acc += x' y over `depth` (a multiple of 4) staged slices; x and y point at the warp's first row and column.
 template <int depth, int ld>
 __device__ void warp_product(double (&acc)[4][4][2], const double* x, const double* y) {
-  const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
+    const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
 #pragma unroll
-  for (int k = 0; k < depth; k += 4) {
-    double a[4], b[4];
+    for (int k = 0; k < depth; k += 4) {
+        double a[4], b[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = x[(k + inner) * ld + outer + 8 * i];
+        for (int i = 0; i < 4; ++i) a[i] = x[(k + inner) * ld + outer + 8 * i];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) b[j] = y[(k + inner) * ld + outer + 8 * j];
+        for (int j = 0; j < 4; ++j) b[j] = y[(k + inner) * ld + outer + 8 * j];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) mma_8x8x4(acc[i][j], a[i], b[j]);
-  }
+            for (int j = 0; j < 4; ++j) mma_8x8x4(acc[i][j], a[i], b[j]);
+    }
 }
 
 template <int depth, int ld>
 __device__ void warp_product(float (&acc)[4][4][2], const float* x, const float* y) {
-  const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
+    const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
 #pragma unroll
-  for (int k = 0; k < depth; ++k) {
-    float a[4];
-    float2 b[4];
+    for (int k = 0; k < depth; ++k) {
+        float a[4];
+        float2 b[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = x[k * ld + outer + 8 * i];
+        for (int i = 0; i < 4; ++i) a[i] = x[k * ld + outer + 8 * i];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) b[j] = *reinterpret_cast<const float2*>(&y[k * ld + 2 * inner + 8 * j]);
+        for (int j = 0; j < 4; ++j) b[j] = *reinterpret_cast<const float2*>(&y[k * ld + 2 * inner + 8 * j]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        acc[i][j][0] = fmaf(a[i], b[j].x, acc[i][j][0]);
-        acc[i][j][1] = fmaf(a[i], b[j].y, acc[i][j][1]);
-      }
-  }
+            for (int j = 0; j < 4; ++j) {
+                acc[i][j][0] = fmaf(a[i], b[j].x, acc[i][j][0]);
+                acc[i][j][1] = fmaf(a[i], b[j].y, acc[i][j][1]);
+            }
+    }
 }
 
 }  // namespace sst::cuda

@@ -5,19 +5,19 @@ namespace sst::cuda {
 
 template <class S>
 std::size_t direct_bytes(std::int64_t batch, std::int64_t n, std::int64_t k, cudaStream_t stream) {
-  Arena arena;
-  CudaBackend backend(batch, stream);
-  const DirectSolve<S> solve(arena, backend, n, k);
-  return arena.used();
+    Arena arena;
+    CudaBackend backend(batch, stream);
+    const DirectSolve<S> solve(arena, backend, n, k);
+    return arena.used();
 }
 
 template <class S>
 void solve_direct(Batch<const S> a, Batch<const S> b, std::int64_t batch, std::int64_t k, const Result& result, void* workspace,
                   std::size_t bytes, cudaStream_t stream) {
-  const Range range("gevp direct");
-  Arena arena(workspace, bytes);
-  CudaBackend backend(batch, stream);
-  DirectSolve<S>(arena, backend, a.rows, k).run(a, b, result);
+    const Range range("gevp direct");
+    Arena arena(workspace, bytes);
+    CudaBackend backend(batch, stream);
+    DirectSolve<S>(arena, backend, a.rows, k).run(a, b, result);
 }
 
 template std::size_t direct_bytes<float>(std::int64_t, std::int64_t, std::int64_t, cudaStream_t);
