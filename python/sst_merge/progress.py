@@ -18,8 +18,8 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"– {self.unit}/s", style="cyan")
+        speed = f"{task.completed / task.elapsed:,.0f}" if task.completed and task.elapsed else "–"
+        return Text(f"{speed:>5} {self.unit}/s", style="cyan", no_wrap=True)
 
 
 class Reporter:
@@ -38,8 +38,8 @@ class Reporter:
         """Iterate over `items` under a bar; `size(item)` is how much work an item is, in `unit`."""
         items = list(items)
         columns = (
-            TextColumn("{task.description:<34}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description:<30}"),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(unit),
             TimeElapsedColumn(),

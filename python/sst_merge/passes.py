@@ -1,0 +1,149 @@
+"""Fisher passes over data: shared over ranks, checkpointed, and halving the batches that memory does not hold."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import sst_kernels as sst
+from sst_kernels.fisher import Accumulator, Checkpoints, item_seed, rank_path
+
+from .data import Batch, Dataset, batches, collate
+from .errors import MergeError
+from .progress import batch_tokens
+from .session import SAFETY, TASK, Session
+
+
+@dataclass(frozen=True)
+class Continuity:
+    """Where a run keeps its checkpoints, how often it writes them (in batches), and whether it goes on from them."""
+
+    folder: Path
+    every: int
+    resume: bool = False
+
+    def path(self, name: str) -> Path:
+        """The checkpoint of the pass called `name`, one per rank."""
+        return rank_path(self.folder / f"{name}.checkpoint", world())
+
+
+def world() -> Any:
+    """The group of all ranks under torchrun or accelerate; None in a single process."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def fisher_pass(
+    session: Session,
+    data: Dataset,
+    *,
+    name: str,
+    point: str,
+    labels: str = "data",
+    draws: int = 1,
+    structure: str = "full",
+    structure_options: Mapping[str, Any] | None = None,
+    space: str = "core",
+    scope: str = "global",
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    continuity: Continuity | None = None,
+) -> sst.Fisher:
+    """One Fisher of the safety adapter over a dataset, task adapter on: labels from the data, or drawn from the model.
+
+    The draws of one prompt share a group, so that cross-fitting never predicts a prompt from itself. Ranks share the
+    batches, and all end with the total. Labels depend on `seed`, the draw and the batch, not on where a run stopped.
+    """
+    model, start, group = session.model, time.monotonic(), world()
+    model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
+    model.requires_grad_(False)
+    steps = list(enumerate(batches(data, tokens_per_batch) * draws))
+    if group is not None:
+        steps = steps[dist.get_rank() :: dist.get_world_size()]
+    options = {"space": space, "structure": structure, "scope": scope, "point": point, **(structure_options or {})}
+    path = continuity.path(name) if continuity is not None else None
+    resume = path if continuity is not None and continuity.resume and path is not None and path.exists() else None
+    with sst.fisher_accumulate(model, adapter=SAFETY, group=group, resume=resume, **options) as accumulator:
+        run = _BatchRunner(session, accumulator, data, labels)
+        items = session.reporter.track(steps, f"Fisher: {name}", size=lambda step: batch_tokens(step[1]))
+        identity = hashlib.sha256(
+            f"{data.sha256} {len(data)} {labels} {draws} {tokens_per_batch} {seed}".encode()
+        ).hexdigest()
+        keep = Checkpoints(accumulator, path, every=continuity.every, identity=identity[:16]) if continuity else None
+        with keep or nullcontext():
+            if keep is not None and keep.done:
+                session.reporter.say(f"{name}: the first {keep.done} of {len(steps)} batches come from {path}")
+            for number, batch in keep.remaining(items) if keep is not None else items:
+                run(batch, item_seed(seed, number))
+            if keep is not None:
+                keep.save()
+    session.seconds[f"fisher_{name}"] = time.monotonic() - start
+    return accumulator.fisher
+
+
+class _BatchRunner:
+    """Forward and backward of one batch; in halves from the first one on that memory does not hold.
+
+    The statistics are sums over sequences, so halving changes nothing but rounding and, with labels drawn from the model, which
+    of the equally probable labels are drawn.
+    """
+
+    def __init__(self, session: Session, accumulator: Accumulator, data: Dataset, labels: str):
+        self.session, self.accumulator, self.data, self.labels = session, accumulator, data, labels
+        self.device = next(session.model.parameters()).device
+        self.most = float("inf")  # padded tokens of a batch that are known to fit
+
+    def __call__(self, batch: Batch, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        waiting = [batch]
+        while waiting:
+            batch = waiting.pop()
+            if batch_tokens(batch) > self.most and len(batch.rows) > 1:
+                waiting += reversed(self._halves(batch))
+            elif not self._fits(batch, generator):
+                self._shrink(batch)
+                waiting += reversed(self._halves(batch))
+
+    def _fits(self, batch: Batch, generator: torch.Generator) -> bool:
+        try:
+            inputs = batch.inputs(self.device)
+            sst.sequence_nll(
+                self.session.model, inputs, labels=self.labels, generator=generator, groups=batch.rows
+            ).backward()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self.accumulator.abandon()
+            return False
+        return True
+
+    def _shrink(self, batch: Batch) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows, tokens = len(batch.rows), batch_tokens(batch)
+        if rows == 1:
+            raise MergeError(
+                f"a single sequence of {tokens} tokens (line {self.data[batch.rows[0]].line} of {self.data.path}) does not fit into "
+                "memory: lower max_length, or use a smaller dtype or another device"
+            )
+        self.most = min(self.most, tokens / 2)
+        self.session.reporter.say(
+            f"[yellow]out of memory at {rows} sequences, {tokens} tokens: going on with batches half as large"
+        )
+
+    def _halves(self, batch: Batch) -> list[Batch]:
+        middle = (len(batch.rows) + 1) // 2
+        return [collate(self.data, rows) for rows in (batch.rows[:middle], batch.rows[middle:])]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the host or on a device."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
