@@ -105,7 +105,9 @@ def seconds(solve, a, b, k, repeats: int) -> tuple[float, np.ndarray]:
 
 
 def header() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "date": date.today().isoformat(),
         "commit": commit,
@@ -141,7 +143,9 @@ def crossover(orders: list[int], ks: list[int]) -> list[dict]:
             for kind in ("decay", "flat"):
                 a, b = pencil(n, kind)
                 spent = {method: seconds(ours(method), a, b, k, 7)[0] for method in ("direct", "jacobi_davidson")}
-                row = {"device": "cpu", "pencil": kind, "n": n, "k": k} | {name: f"{s:.5f}" for name, s in spent.items()}
+                row = {"device": "cpu", "pencil": kind, "n": n, "k": k} | {
+                    name: f"{s:.5f}" for name, s in spent.items()
+                }
                 table.append(row | meta)
                 print(*row.values(), flush=True)
     return table
@@ -151,10 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", default="64,128,256,512,1024,2048")
     parser.add_argument("--k", default="8,16,32")
-    parser.add_argument("--crossover", action="store_true", help="time the two routes only; bench/results/gevp_crossover.csv")
+    parser.add_argument(
+        "--crossover", action="store_true", help="time the two routes only; bench/results/gevp_crossover.csv"
+    )
     arguments = parser.parse_args()
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
-        raise SystemExit("set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1: process time over several threads is not comparable")
+        raise SystemExit(
+            "set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1: process time over several threads is not comparable"
+        )
     torch.set_num_threads(1)
     orders, ks = ([int(x) for x in text.split(",")] for text in (arguments.n, arguments.k))
     table = crossover(orders, ks) if arguments.crossover else measure(orders, ks)

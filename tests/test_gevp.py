@@ -60,7 +60,17 @@ def test_each_problem_of_a_mixed_batch_has_its_own_status(method):
     skew[0, 1] += a.abs().max()
     singular = torch.zeros_like(b)
     singular[: n // 2, : n // 2] = torch.eye(n // 2)
-    pairs = [(a, b), (nan_upper, b), (a, -b), (nan_lower, b), (a, inf_b), (skew, b), (a, singular), (torch.zeros_like(a), b), (a, b)]
+    pairs = [
+        (a, b),
+        (nan_upper, b),
+        (a, -b),
+        (nan_lower, b),
+        (a, inf_b),
+        (skew, b),
+        (a, singular),
+        (torch.zeros_like(a), b),
+        (a, b),
+    ]
     result = gevp(torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]), k, method=method)
     assert [status.name for status in result.statuses()] == [
         "converged", "non_finite", "not_positive_definite", "non_finite", "non_finite", "not_symmetric", "not_positive_definite",
@@ -87,7 +97,11 @@ def test_a_batch_is_bitwise_its_problems(preconditioner):
     n, k = 72, 4
     problems = [pencil(n, seed) for seed in range(3)] + [pencil(n, 3, rank=2)]
     flat = torch.diag(1 + 1e-3 * torch.arange(n, dtype=torch.float64))
-    problems += [(flat, problems[0][1]), (problems[1][0], -problems[1][1]), (problems[0][0] * float("nan"), problems[0][1])]
+    problems += [
+        (flat, problems[0][1]),
+        (problems[1][0], -problems[1][1]),
+        (problems[0][0] * float("nan"), problems[0][1]),
+    ]
     a, b = (torch.stack(side) for side in zip(*problems))
     native = _native.cpu()
 
@@ -97,7 +111,9 @@ def test_a_batch_is_bitwise_its_problems(preconditioner):
         options.preconditioner = PRECONDITIONERS[preconditioner]
         options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0
         size = native.workspace_bytes(len(a), n, options, False, threads, chunk)
-        workspace = torch.full((size,), 255, dtype=torch.uint8)  # all-ones bytes are NaN: nothing may be read before it is written
+        workspace = torch.full(
+            (size,), 255, dtype=torch.uint8
+        )  # all-ones bytes are NaN: nothing may be read before it is written
         addresses = [tensor.data_ptr() for tensor in outputs]
         where = (a.data_ptr(), n * n, b.data_ptr(), n * n, False, len(a), n)
         native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, threads, chunk)
@@ -140,7 +156,9 @@ def test_float32_storage_is_accumulated_in_float64(method):
 
 def test_rounding_asymmetry_is_solved_as_the_symmetric_part():
     a, b = pencil(96)
-    noisy = a + 1e-8 * a.abs().max() * torch.randn(96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noisy = a + 1e-8 * a.abs().max() * torch.randn(
+        96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     assert_solves(gevp(noisy, b, 4, method="jacobi_davidson"), (noisy + noisy.mT) / 2, b)
 
 
@@ -153,9 +171,7 @@ def test_empty_batches_and_no_pairs():
 @pytest.mark.skipif(not BOEING.exists(), reason="the Harwell-Boeing files are not on this machine")
 @pytest.mark.parametrize("method", METHODS)
 def test_lund_in_both_orders(method):
-    stiffness, mass = (
-        torch.tensor(scipy.io.mmread(BOEING / name).toarray()) for name in ("LUNDA.mtx", "lund_b.mtx")
-    )
+    stiffness, mass = (torch.tensor(scipy.io.mmread(BOEING / name).toarray()) for name in ("LUNDA.mtx", "lund_b.mtx"))
     top = gevp(stiffness, mass, 5, method=method)
     published = torch.tensor([2204623.635, 1328524.824, 657507.918, 416860.929, 373135.767], dtype=torch.float64)
     assert (top.values - published).abs().max() < 1e-3
@@ -189,7 +205,10 @@ def operators(seed=0):
         "diagonal": (Diagonal(torch.rand(108, generator=g)), Diagonal(torch.rand(108, generator=g) + 0.1)),
         "eigenbasis": (EigenKronecker(left, right, spectrum()), EigenKronecker(left, right, spectrum(), 0.1)),
         "kronecker": (Kronecker(psd(9), psd(12)), Kronecker(psd(9), psd(12), 0.1, 0.2)),
-        "split_projection": (LowRank(torch.randn(20, 108, generator=g)), LowRank(torch.randn(30, 108, generator=g), 0.1)),
+        "split_projection": (
+            LowRank(torch.randn(20, 108, generator=g)),
+            LowRank(torch.randn(30, 108, generator=g), 0.1),
+        ),
         "cholesky_projection": (LowRank(torch.randn(20, 108, generator=g)), Dense(psd(108))),
         "stored": (EigenKronecker(left, right, spectrum()), KroneckerSum([(psd(9), psd(12)), (psd(9), psd(12))])),
     }

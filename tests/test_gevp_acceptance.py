@@ -91,7 +91,9 @@ def test_direct_passes_lapack_drvsg(n, cond):
         assert (np.diff(values) <= 0).all(), kind
         exact = lapack[0]
         zero = values == 0
-        assert (np.abs(exact) <= 2 * result.error_bound.numpy() + 10 * n * ULP * cond * np.linalg.norm(a, 2))[zero].all(), kind
+        assert (np.abs(exact) <= 2 * result.error_bound.numpy() + 10 * n * ULP * cond * np.linalg.norm(a, 2))[
+            zero
+        ].all(), kind
 
 
 @pytest.mark.parametrize("cond", [10, 1e4, 1e6])
@@ -200,7 +202,7 @@ def test_every_copy_of_a_multiple_eigenvalue(method, multiplicity, k):
     rng = np.random.default_rng(5)
     n = 150
     values = rng.uniform(0, 4, n)
-    values[: multiplicity] = 10.0 * (1 + 1e-12 * np.arange(multiplicity))
+    values[:multiplicity] = 10.0 * (1 + 1e-12 * np.arange(multiplicity))
     values[multiplicity : multiplicity + 2] = 5.0
     factor, q = np.linalg.cholesky(spd(n, 1e4, rng)), ortho_group.rvs(n, random_state=rng)
     a, b = factor @ (q * values) @ q.T @ factor.T, factor @ factor.T

@@ -33,15 +33,14 @@ def operator_jacobi_davidson(
         start = address - base
         return workspace[start : start + 8 * n * columns].view(torch.float64).view(columns, n).mT
 
-    weights = cost.diagonal()[:, None] if probe is None else None
+    weights = cost.diagonal()[:, None]
+
+    def precondition(x: torch.Tensor) -> torch.Tensor:
+        return x / weights if probe is None else cost.solve(x)
 
     def apply(which: int, source: int, target: int, columns: int) -> None:
         x = block(source, columns)
-        if which == 2:
-            image = x / weights if weights is not None else cost.solve(x)
-        else:
-            image = (gain, cost)[which].matmul(x)
-        block(target, columns).copy_(image)
+        block(target, columns).copy_((gain.matmul, cost.matmul, precondition)[which](x))
 
     outputs = empty_outputs(1, n, k, device)
     native.solve_operator(apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes)

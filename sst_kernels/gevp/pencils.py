@@ -58,7 +58,7 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
         return _dense(gain, k, method)
     if not iterate and (method == "direct" or gain.n <= DENSE_LIMIT):
         return Route("stored", f"n = {gain.n}: the operators are stored and solved as dense matrices")
-    if isinstance(gain, Dense) and gain.matrix.ndim > 2 or isinstance(cost, Dense) and cost.matrix.ndim > 2:
+    if (isinstance(gain, Dense) and gain.matrix.ndim > 2) or (isinstance(cost, Dense) and cost.matrix.ndim > 2):
         raise ValueError(
             "a batch of dense matrices pairs with another batch of dense matrices only; solve one pencil at a time"
         )
