@@ -58,7 +58,7 @@ class Shape:
     def step_flops(self, batch: int, length: int, rank: int, targets: str = "all-linear") -> float:
         """Forward plus backward with a frozen base, without recomputation: each weight multiplies every token once forward
         and once for the activation gradient; each LoRA factor once more for its own gradient; causal attention twice
-        forward and four times backward, over half the square."""
+        forward and four times backward, over half the square. The first layer's q, k, v need no input gradient; that is left in."""
         tokens = batch * length
         lora = sum(rank * (p + q) for p, q in self.modules(targets).values())
         attention = 6 * 2 * batch * length**2 * self.hidden * self.layers / 2

@@ -1,0 +1,78 @@
+"""Arithmetic that the report prints beside measurements, and marks as estimated: memory that fits, hours that a study takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.shapes import Shape
+
+GIB = 2**30
+
+
+def coordinates(shape: Shape, rank: int, targets: str = "all-linear") -> int:
+    """Core coordinates of all modules together: n = r² · modules."""
+    return rank**2 * len(shape.modules(targets))
+
+
+def weight_bytes(shape: Shape) -> int:
+    """bfloat16 weights, input embedding included."""
+    return 2 * (shape.weights + shape.hidden * shape.vocabulary)
+
+
+def activation_bytes(shape: Shape, batch: int, length: int) -> int:
+    """A checkpointed frozen pass: layer inputs, one layer's intermediates, logits in bfloat16 and three times float32."""
+    tokens = batch * length
+    kept = 2 * tokens * shape.hidden * shape.layers
+    live = tokens * (24 * shape.hidden + 10 * shape.intermediate)
+    return kept + live + tokens * shape.vocabulary * 14
+
+
+def row_bytes(shape: Shape, rank: int, samples: int) -> int:
+    """Both float32 row buffers of `samples` sequences each."""
+    return 2 * 4 * samples * coordinates(shape, rank)
+
+
+def solve_bytes(shape: Shape, rank: int, samples: int) -> int:
+    """float64 during `subspace()`: both row sets, the eigenvectors of the pencil and of four folds, four work arrays."""
+    return 8 * (2 + 5 + 4) * samples * coordinates(shape, rank)
+
+
+def most_samples(shape: Shape, rank: int, gib: float, batch: int = 8, length: int = 512) -> int:
+    """Largest N (rows of each Fisher) whose pass and solve both fit beside the weights."""
+    room = gib * GIB * 0.94 - weight_bytes(shape)
+    if room < activation_bytes(shape, batch, length):
+        return 0
+    in_pass = (room - activation_bytes(shape, batch, length)) / row_bytes(shape, rank, 1)
+    in_solve = room / (row_bytes(shape, rank, 1) + solve_bytes(shape, rank, 1))
+    return int(min(in_pass, in_solve))
+
+
+@dataclass(frozen=True)
+class Study:
+    """The safety-tax study of the next phase: what is run, how often."""
+
+    models: int = 2
+    tasks: int = 3
+    seeds: int = 3
+    methods: int = 8
+    strengths: int = 6
+    fisher_sequences: int = 512 + 2 * 512
+    train_sequences: int = 3 * 10_000
+    evaluated_tokens: int = 400 * 256 + 1319 * 256
+    generated_per_second: float = 2000.0
+
+    @property
+    def merges(self) -> int:
+        return self.models * self.tasks * self.seeds * self.methods * self.strengths
+
+    def hours(self, train_ms: float, fisher_ms: float, batch: int = 8) -> dict[str, float]:
+        """GPU hours per part from the measured time of a training step and of a Fisher step."""
+        runs = self.models * self.tasks * self.seeds
+        return {
+            "training task and safety adapters": 2 * runs * self.train_sequences / batch * train_ms / 3.6e6,
+            "Fisher passes": runs * self.fisher_sequences / batch * fisher_ms / 3.6e6,
+            "generation and judging of every merge": self.merges
+            * self.evaluated_tokens
+            / self.generated_per_second
+            / 3600,
+        }

@@ -1,0 +1,242 @@
+"""The instrument itself: its clock, its tables, its gates, its baselines, and what a Fisher pass adds to a step in calls."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sst_kernels as sst
+from bench import baselines, common, estimates, export, gates, llm, passes, scaling, workload
+from bench.shapes import SHAPES, Shape
+from sst_kernels.testing import error_ratio
+
+TINY = Shape("tiny", "llama", 32, 48, 2, 4, 2, 61)
+
+
+def tasks(seed=0, p=24, q=20, r=3, batch=()):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*batch, *size, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [(draw(p, r), draw(r, q)) for _ in range(2)]
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("name", "billions", "modules"),
+        [
+            ("llama-2-7b", 6.607, 224),
+            ("llama-3.1-8b", 7.505, 224),
+            ("qwen2.5-7b", 7.070, 196),
+            ("llama-2-13b", 12.852, 280),
+        ],
+    )
+    def test_published_sizes(self, name, billions, modules):
+        shape = SHAPES[name]
+        assert shape.weights / 1e9 == pytest.approx(billions, abs=2e-3)
+        assert len(shape.modules()) == modules
+        assert len(shape.modules("attention")) == modules * 4 // 7
+
+    def test_modules_are_those_of_the_model(self):
+        model = workload.build_model(TINY, rank=2, length=8, device="cpu", dtype=torch.float32)
+        found = {
+            name.removeprefix("base_model.model."): tuple(layer.base_layer.weight.shape)
+            for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        assert found == TINY.modules()
+
+    def test_step_flops_match_what_torch_counts(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        shape, batch, length = Shape("flops", "llama", 64, 96, 2, 4, 4, 128), 2, 32
+        model = workload.build_model(shape, rank=4, length=length, device="cpu", dtype=torch.float32, attention="eager")
+        step = passes.Pass(model, workload.token_batch(shape, batch, length, "cpu"))
+        with FlopCounterMode(display=False) as counter:
+            step()
+        square = 6 * batch * length**2 * shape.hidden * shape.layers  # eager attention computes the masked half too
+        first = 2 * batch * length * 3 * (64 * 64 + 4 * 64)  # q, k, v of the first layer: their input needs no gradient
+        assert counter.get_total_flops() == shape.step_flops(batch, length, 4) + square - first
+
+
+class TestClock:
+    def test_one_thread_is_timed_by_its_own_work(self):
+        import time
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            slept = common.measure(lambda: time.sleep(0.05), "cpu", repeats=2)
+        finally:
+            torch.set_num_threads(threads)
+        assert slept.median < 25
+
+    def test_a_budget_stops_early_but_never_before_one_run(self):
+        assert len(common.measure(lambda: None, "cpu", repeats=9, seconds=0.0).times) == 1
+
+    def test_median_and_quartiles(self):
+        columns = common.Measured([4.0, 1.0, 2.0, 3.0, 5.0]).columns()
+        assert (columns["ms"], columns["iqr_ms"], columns["runs"]) == (3.0, 2.0, 5)
+
+
+class TestTables:
+    def test_rows_are_on_disk_at_once_and_carry_the_machine(self, tmp_path):
+        path = tmp_path / "rows.csv"
+        record = common.Recorder(path, "cpu", model="m")
+        record("pass", "plain", common.Measured([1.0, 3.0]), note='with, commas and "quotes"')
+        common.Recorder(path, "cpu", model="n")("pass", "other", ms=2.0)
+        with path.open(newline="") as file:
+            first, second = csv.DictReader(file)
+        assert (first["ms"], first["model"], first["note"]) == ("2", "m", 'with, commas and "quotes"')
+        assert second["model"] == "n"
+        assert all(first[key] for key in ("device", "versions", "commit", "date"))
+
+    def test_an_unknown_column_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="speed"):
+            common.Recorder(tmp_path / "rows.csv", "cpu")("pass", "plain", speed=1)
+
+    def test_commit_of_a_tree_without_git_is_given(self, monkeypatch):
+        monkeypatch.setenv("SST_COMMIT", "abc123")
+        assert common.commit.__wrapped__() == "abc123"
+
+    def test_benchmark_json_becomes_rows(self, tmp_path):
+        run = tmp_path / "run.json"
+        entry = {
+            "stats": {"median": 0.25, "iqr": 0.01, "rounds": 5},
+            "extra_info": {"stage": "gevp", "variant": "x", "other": 1},
+        }
+        run.write_text(json.dumps({"benchmarks": [entry]}))
+        (row,) = export.from_benchmark(run)
+        assert (row["ms"], row["iqr_ms"], row["stage"], row["runs"]) == ("250", "10", "gevp", 5)
+        assert "other" not in row
+
+    def test_ncu_log_becomes_one_row_per_kernel(self, tmp_path):
+        log = tmp_path / "ncu_raw_ops.csv"
+        log.write_text(
+            "==PROF== Connected\n"
+            '"ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed"\n'
+            '"","","ns","%"\n'
+            '"0","void gram<float>(int)","2,000","50"\n"1","gram(int)","4,000","70"\n"2","sketch_kernel","1,000","80"\n'
+        )
+        gram, sketch = export.from_ncu([log])
+        assert (gram["kernel"], gram["launches"], gram["time_us"], gram["dram_percent"]) == ("gram", 2, "3", "60")
+        assert (sketch["stage"], sketch["time_us"]) == ("ops", "1")
+
+
+class TestBaselines:
+    def test_gate(self):
+        assert gates.baseline_gate("cpu") < 1e-12
+
+    def test_dense_tsv_of_a_single_task_is_its_own_best_approximation(self):
+        B, A = tasks(r=20)[0]
+        assert error_ratio(baselines.tsv_dense([(B, A)]) @ torch.eye(20, dtype=B.dtype), _polar_scaled(B @ A)) < 1e-10
+
+    def test_boosting_keeps_singular_vectors_and_raises_the_small_values(self):
+        pairs = tasks()
+        total = sum(B @ A for B, A in pairs)
+        left, right = baselines.boosting_factors(pairs, energy=0.5)
+        before, after = (torch.linalg.svdvals(x)[:6] for x in (total, left @ right))
+        kept = int((before.cumsum(0) / before.sum() < 0.5).sum())
+        torch.testing.assert_close(after[: kept + 1], before[: kept + 1])
+        torch.testing.assert_close(after[kept:], before[kept].expand(6 - kept))
+
+    @pytest.mark.parametrize("name", list(baselines.FACTORED))
+    def test_stacked_modules_give_each_module_its_own(self, name):
+        stacked = tasks(batch=(3,))
+        left, right = baselines.FACTORED[name](stacked)
+        for i in range(3):
+            one_left, one_right = baselines.FACTORED[name]([(B[i], A[i]) for B, A in stacked])
+            torch.testing.assert_close(left[i] @ right[i], one_left @ one_right)
+
+    def test_dare_keeps_the_expectation(self):
+        torch.manual_seed(0)
+        pairs = tasks(p=8, q=8)
+        mean = sum(baselines.dare_dense(pairs, 0.5) for _ in range(4000)) / 4000
+        assert error_ratio(mean, sum(B @ A for B, A in pairs)) < 0.1
+
+
+def _polar_scaled(x):
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return (u * s) @ vh
+
+
+class TestCallsOfAPass:
+    """Host cost, counted instead of timed: what the core Fisher adds to a training step."""
+
+    def setup_method(self):
+        self.model = workload.build_model(TINY, rank=2, length=16, device="cpu", dtype=torch.float32)
+        self.step = passes.Pass(self.model, workload.token_batch(TINY, 2, 16, "cpu"))
+
+    def test_one_launch_for_all_modules_and_few_operations_per_module(self):
+        modules = len(TINY.modules())
+        plain, _ = common.count_calls(self.step, "cpu")
+        with sst.fisher_accumulate(self.model, "safety"):
+            events = common._profiled(self.step, on_gpu=False)
+        names = [event.name for event in events]
+        assert names.count("sst_kernels::core_outer") == 1
+        added = sum(event.cpu_parent is None for event in events) - plain
+        assert added <= 10 * modules + 60, f"{added} operations more than the plain step, {modules} modules"
+
+    @pytest.mark.gpu
+    def test_launches_and_waits_on_a_gpu(self):
+        model = workload.build_model(TINY, rank=4, length=16, device="cuda", dtype=torch.bfloat16)
+        step = passes.Pass(model, workload.token_batch(TINY, 2, 16, "cuda"))
+        step()
+        plain = common.count_calls(step, "cuda")
+        with sst.fisher_accumulate(model, "safety"):
+            step()
+            hooked = common.count_calls(step, "cuda")
+        assert plain[0] > 0
+        assert hooked[0] - plain[0] <= 3 * len(TINY.modules()) + 40
+        assert hooked[1] - plain[1] <= 6
+
+
+class TestEstimates:
+    def test_core_coordinates_of_7b(self):
+        assert estimates.coordinates(SHAPES["llama-2-7b"], 16) == 57344
+
+    def test_dense_kfac_of_7b(self):
+        assert SHAPES["llama-2-7b"].kfac_bytes() / 2**30 == pytest.approx(65.4, abs=0.1)
+
+    def test_a_card_that_cannot_hold_the_weights_fits_nothing(self):
+        assert estimates.most_samples(SHAPES["llama-2-13b"], 16, 24) == 0
+        assert (
+            estimates.most_samples(SHAPES["llama-2-7b"], 16, 80)
+            > estimates.most_samples(SHAPES["llama-2-7b"], 32, 80)
+            > 256
+        )
+
+
+def test_power_law_fit_recovers_its_exponent():
+    assert scaling.exponent([(x, 3 * x**1.7) for x in (1, 2, 5, 9)]) == pytest.approx(1.7)
+    assert math.isclose(scaling.exponent([(1, 2.0), (10, 2.0)]), 0, abs_tol=1e-12)
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_llm_bench_runs(tmp_path):
+    out = tmp_path / "llm.csv"
+    assert llm.main(["--scale", "tiny", "--batch", "2", "--length", "16", "--samples", "8", "--repeats", "1", "--minutes", "5",
+                     "--stages", "passes", "merge", "svd", "importance", "peers", "--out", str(out)]) == 0  # fmt: skip
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"gate", "ceiling", "pass", "gevp", "filter", "export", "merge", "end to end", "importance"} <= {
+        r["stage"] for r in rows
+    }
+    assert all(math.isfinite(float(r["ms"])) for r in rows if r["ms"])
+
+
+@pytest.mark.slow
+def test_a_profile_without_a_gpu_is_a_chrome_trace(tmp_path):
+    command = [sys.executable, "-m", "bench.profile", "gevp", "--small", "--out", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=common.ROOT).stdout
+    assert "nsys profile --capture-range=cudaProfilerApi" in shown
+    assert "ncu --clock-control none --profile-from-start off" in shown
+    assert json.loads((tmp_path / "trace_gevp.json").read_text())["traceEvents"]
+
+
+def test_standard_library_profile_is_reachable_beside_ours():
+    """`python bench/x.py` puts bench/ first on the path, where profile.py must not hide the module that cProfile imports."""
+    code = f"import sys; sys.path.insert(0, {str(common.ROOT / 'bench')!r}); import cProfile; cProfile.Profile()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,129 @@
+"""The report is a pure function of the committed tables, and figures in prose are the tables'."""
+
+import csv
+
+import pytest
+
+from bench import cite, report, results
+from bench.common import COLUMNS, ROOT
+
+
+def row(**cells):
+    base = dict.fromkeys(COLUMNS, "") | {
+        "stage": "pass", "model": "llama-2-7b", "targets": "all-linear", "rank": "16", "batch": "8", "length": "512",
+        "variant": "plain", "basis": "measured", "ms": "250", "iqr_ms": "1", "runs": "5",
+        "device": "NVIDIA H100", "driver": "1", "commit": "abc", "date": "2026-01-01",
+    }  # fmt: skip
+    return base | cells
+
+
+def folder(tmp_path, rows):
+    with (tmp_path / "llm.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return results.Results(tmp_path)
+
+
+def test_committed_report_is_what_the_tables_give():
+    assert report.OUTPUT.read_text(encoding="utf-8") == report.render(results.Results())
+
+
+def test_rendering_twice_gives_the_same_bytes():
+    found = results.Results()
+    assert report.render(found) == report.render(results.Results())
+
+
+def test_report_without_any_measurement_says_so(tmp_path):
+    text = report.render(results.Results(tmp_path))
+    assert "Not measured yet." in text
+    assert "| open |" in text
+    assert "nan" not in text.lower().split()
+
+
+def test_verdicts_follow_the_rows(tmp_path):
+    rows = [
+        row(),
+        row(variant="core/full", ms="255", ratio="1.02", above_plain_mib="12"),
+        row(variant="factor/diagonal", ms="300", ratio="1.2", above_plain_mib="500"),
+        row(stage="merge", variant="SST-Merge global: subspace + filter + export", ms="900"),
+        row(stage="end to end", variant="SST-Merge global", ms="20000"),
+        row(stage="merge", variant="PEFT dare_linear_svd", ms="400000", basis="scaled"),
+    ]
+    targets = report.render(folder(tmp_path, rows)).split("## (a)")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in targets if line.startswith("| ")]
+    verdict = {line[0]: line[-1] for line in cells}
+    assert verdict["Fisher pass (core/full) over plain forward + backward"] == "met"
+    assert verdict["factor/diagonal over plain"] == "missed"
+    assert verdict["GEVP + filter + export, all 224 modules, core space"] == "met"
+    assert verdict["PEFT dare_linear_svd over SST-Merge end to end"] == "met"
+    assert verdict["factor/kronecker_lowrank l=64 over plain"] == "open"
+
+
+def test_the_last_measurement_of_a_subject_stands(tmp_path):
+    found = folder(tmp_path, [row(ms="1"), row(ms="2"), row(ms="")])
+    assert [r["ms"] for r in found.all(variant="plain")] == [""]
+    assert found.one(variant="core/full") is None
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [
+        (0.0123, "12.3 µs"),
+        (5.678, "5.68 ms"),
+        (123.4, "123 ms"),
+        (9.996, "10.0 ms"),
+        (4567, "4.57 s"),
+        (7e5, "11.7 min"),
+        (None, "–"),
+    ],
+)
+def test_durations(ms, text):
+    assert results.milliseconds(ms) == text
+
+
+def test_sizes():
+    assert results.size(7 * 2**30) == "7.00 GiB"
+    assert results.size(1023) == "1020 B"
+    assert results.size(0) == "0.00 B"
+
+
+MARKED = "so <!-- bench: stage=pass variant=core/full | ratio -->{}<!-- /bench --> times"
+
+
+@pytest.mark.parametrize(
+    ("written", "agrees"), [("1.02", True), ("1.0", True), ("1.023", True), ("1.03", False), ("2", False)]
+)
+def test_a_citation_agrees_at_its_own_precision(tmp_path, written, agrees):
+    found = folder(tmp_path, [row(variant="core/full", ratio="1.0231")])
+    (cited,) = cite.citations(MARKED.format(written))
+    assert cited.agrees(found) is agrees
+
+
+def test_a_citation_of_nothing_is_an_error(tmp_path):
+    (cited,) = cite.citations(MARKED.format("1.0"))
+    with pytest.raises(ValueError, match="no row"):
+        cited.agrees(folder(tmp_path, [row()]))
+
+
+def test_writing_fills_the_numbers_in(tmp_path):
+    found = folder(tmp_path, [row(variant="core/full", ratio="1.0231")])
+    assert cite.rewritten(MARKED.format("9.99"), found) == MARKED.format("1.02")
+    assert cite.rewritten(MARKED.format(""), found) == MARKED.format("1.02")
+
+
+def test_a_factor_converts_units(tmp_path):
+    found = folder(tmp_path, [row(ms="12345")])
+    (cited,) = cite.citations("<!-- bench: variant=plain | ms * 0.001 -->12.3<!-- /bench --> s")
+    assert cited.agrees(found)
+
+
+@pytest.mark.parametrize(
+    "document", sorted(p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+)
+def test_figures_in_prose_equal_the_rows_they_cite(document):
+    found = results.Results()
+    for cited in cite.citations((ROOT / document).read_text(encoding="utf-8")):
+        assert cited.agrees(found), (
+            f"{document}: {cited.text} is not {cited.expected(found):.6g} ({cited.query} | {cited.column})"
+        )
