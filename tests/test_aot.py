@@ -111,7 +111,7 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
             plan = moments.plan(p, q, wide, chip)
             for kernel, options in (
                 (moments.factor_moments_kernel, plan),
-                (moments.short_moments_kernel, moments.plan_short(plan, wide)),
+                (moments.short_moments_kernel, moments.plan_short(plan)),
             ):
                 add(
                     f"{kernel.__name__.removesuffix('_kernel')} {short}",

@@ -157,9 +157,9 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
     return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
 
 
-def plan_short(meta: dict, wide: bool) -> dict:
+def plan_short(meta: dict) -> dict:
     """The same for short samples, whose two products share the registers."""
-    return meta | {"BT": 16 if wide else 32, "num_stages": 2}
+    return meta | {"BT": 16, "num_stages": 2}
 
 
 def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override):
@@ -169,7 +169,7 @@ def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override)
     meta = plan(p, q, wide, chip(left.device)) | override
     kernel = factor_moments_kernel
     if short(S, len(spans), 32):
-        kernel, meta = short_moments_kernel, plan_short(meta, wide)
+        kernel, meta = short_moments_kernel, plan_short(meta)
     launch(
         kernel,
         (triton.cdiv(p, meta["BP"]) * triton.cdiv(q, meta["BQ"]),),
