@@ -14,6 +14,7 @@ from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import Block
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint, unwrapped
+from sst_kernels.fisher.memory import reserve
 
 Point = str | float | Mapping[str, Tensor]
 SPACES = ("core", "factor")
@@ -36,6 +37,7 @@ def fisher_accumulate(
     group: Any = None,
     state_device: torch.device | str | None = None,
     resume: str | os.PathLike | None = None,
+    sequences: int | None = None,
     **options: Any,
 ) -> Accumulator:
     """Context manager that accumulates the Fisher matrix of `adapter` over every backward pass run inside it.
@@ -65,6 +67,8 @@ def fisher_accumulate(
             data, possibly none, and on leaving the context every rank holds the total. An exception on one rank is raised on all.
         state_device: where the state lives, "cpu" to leave device memory to the model; beside each module by default. The joint
             structures of core space then only send rows; the streaming ones also do their sums there.
+        sequences: how many this process will bring, if known: memory is estimated, and set aside where rows are kept, before the
+            first batch. MemoryError, naming what would fit, when it is not there.
         resume: a checkpoint of `save_checkpoint` to go on from; `.progress` says how far it had come.
 
     Raises ValueError for what would make the statistics wrong (see `find_sites`, `read_layout`) and RuntimeError on exit when no
@@ -96,6 +100,8 @@ def fisher_accumulate(
             "point_given": point is not None,
         },
     )
+    if sequences is not None:
+        reserve(fisher, sequences, options)
     if nonfinite == "skip" and fisher.joint is None:
         raise ValueError(
             f'nonfinite="skip" cannot take a sample back from the streaming structure {structure!r} in {space} space: '

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from sst_kernels.fisher.base import Block
+from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.structures.algebra import CHUNK
+from sst_kernels.fisher.structures.full import Full
 
 SINGLE, DOUBLE = 4, 8
 
@@ -70,7 +72,7 @@ def estimate_solve(
     if scope == "module":
         squares = DOUBLE * sum(m * m for m in sizes)
         vectors = squares * (folds + 1 if rows else 1)
-        return held + vectors + 6 * squares
+        return held + vectors + 5 * squares
     k = min(n, gain_rows)
     vectors = DOUBLE * n * k * (folds + 1)
     working = DOUBLE * n * (3 * gain_rows + 2 * cost_rows)
@@ -98,6 +100,25 @@ def require(needed: Estimate, device: torch.device | str, alternatives: Mapping[
     raise MemoryError(
         f"the Fisher state would take {_gib(needed.peak)} on {device} and {_gib(free)} are free; {advice}"
     )
+
+
+def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any]) -> None:
+    """Set memory aside for the rows of `sequences`. MemoryError, naming what would fit, when a pass over them would not."""
+    meta, blocks, joint = fisher.meta, list(fisher.blocks.values()), fisher.joint
+    about = {"space": meta["space"], "scope": meta["scope"], "sample": meta["sample"]}
+    needed = estimate(meta["structure"], blocks, sequences, options=options, **about)
+    if isinstance(joint, Full):
+        needed = Estimate(needed.state, needed.state)  # nothing has to double
+    others = {f'structure="lowrank", rank={rank}': ("lowrank", {"rank": rank}) for rank in (1024, 256, 64)}
+    others |= {'scope="module"': ("full", {"rows": "fold"}), 'structure="diagonal"': ("diagonal", {})}
+    alternatives = {
+        what: estimate(kind, blocks, sequences, options=given, **about)
+        for what, (kind, given) in others.items()
+        if meta["space"] == "core"
+    }
+    require(needed, next(iter(fisher.values())).device, alternatives)
+    if isinstance(joint, Full):
+        joint.reserve(sequences)
 
 
 def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
@@ -147,7 +168,7 @@ def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options
 def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
     p, q = shape
     state = SINGLE * (p * p + q * q + p * q)
-    return Estimate(state, state + 2 * SINGLE * p * q * batch)
+    return Estimate(state, state + SINGLE * p * q * (batch + 6))
 
 
 def _lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:

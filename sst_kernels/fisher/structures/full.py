@@ -77,6 +77,10 @@ class Full(Structure):
         view.counts = self.counts
         return view
 
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` rows in total, so that none is copied later."""
+        self._buffer.reserve(rows)
+
     def append(self, rows: Tensor) -> None:
         """Add per-sample gradients [M, n] (any float dtype, stored as float32); the caller adds their counts."""
         self._extend(len(rows)).copy_(rows)

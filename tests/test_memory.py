@@ -1,0 +1,133 @@
+"""Memory estimates against what is allocated, and refusals before the first batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from sst_kernels import fisher_accumulate, subspace
+from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
+from sst_kernels.fisher.memory import Estimate, estimate, estimate_solve
+from tests.models import tiny_batch, tiny_lora
+
+CASES = [
+    ("full", (16, 64), 1000, 10, {}),
+    ("full", (16, 64), 1024, 8, {}),
+    ("full", (16, 16), 1000, 10, {"rows": "fold"}),
+    ("full", (16, 16), 200, 10, {"rows": "fold"}),
+    ("diagonal", (256, 512), 40, 8, {}),
+    ("diagonal", (256, 512), 40, 8, {"centred": True}),
+    ("vila", (256, 512), 40, 8, {}),
+    ("kronecker", (256, 512), 40, 8, {}),
+    ("kronecker_lowrank", (256, 512), 40, 8, {"rank": 64}),
+    ("eigen_kronecker", (128, 256), 40, 8, {}),
+    ("lowrank", (64, 256), 400, 10, {"rank": 50}),
+    ("lowrank", (64, 256), 80, 10, {"rank": 50}),
+    ("kronecker_svd", (16, 64), 700, 10, {}),
+]
+
+
+def tokens(shape: tuple[int, int], samples: int, length: int = 4) -> TokenBatch:
+    ends = torch.arange(1, samples + 1) * length
+    left, right = (torch.randn(samples * length, d) for d in shape)
+    counts = Counts(samples, samples * length, samples * length)
+    return TokenBatch(left, right, torch.stack([ends - length, ends], 1), torch.ones(samples), counts)
+
+
+def measured_peak(function):
+    """The function's result and the most bytes that torch held at once for it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        result = function()
+    events = watched.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return result, peak
+
+
+@pytest.mark.parametrize(("kind", "shape", "samples", "batch", "options"), CASES)
+def test_estimates_agree_with_what_is_allocated(kind, shape, samples, batch, options):
+    batches = [tokens(shape, batch) for _ in range(samples // batch)]
+    extra = {}
+    if kind == "eigen_kronecker":
+        extra["basis"] = make_structure("kronecker", shape)
+        extra["basis"].update(tokens(shape, 8))
+
+    def accumulate():
+        structure = make_structure(kind, shape, **options, **extra)
+        for part in batches:
+            structure.update(part)
+            part.rows = None
+        return structure
+
+    structure, peak = measured_peak(accumulate)
+    made = estimate(kind, [Block("x", "x", shape)], samples, batch=batch, space="factor", options=options)
+    assert made.state == pytest.approx(structure.nbytes, rel=0.01)
+    assert made.peak == pytest.approx(peak, rel=0.1, abs=64 * 1024)
+
+
+def test_every_structure_can_be_estimated():
+    for kind in STRUCTURES:
+        made = estimate(kind, [Block("x", "x", (8, 8))], 100)
+        assert 0 < made.state <= made.peak
+    with pytest.raises(ValueError, match="structure: expected one of"):
+        estimate("dense", [Block("x", "x", (8, 8))], 100)
+
+
+def test_a_pass_takes_what_was_estimated():
+    model, batches = tiny_lora(), [tiny_batch(5, seed=i) for i in range(4)]
+    for options in ({}, {"structure": "lowrank", "rank": 4}, {"scope": "module"}, {"structure": "diagonal"}):
+        with fisher_accumulate(model, "safety", sequences=20, **options) as pass_:
+            for batch in batches:
+                model(**batch).loss.backward()
+        given = {k: v for k, v in options.items() if k == "rank"}
+        shape = {k: v for k, v in options.items() if k == "scope"}
+        kind = options.get("structure", "full")
+        made = estimate(kind, list(pass_.fisher.blocks.values()), 20, batch=5, options=given, **shape)
+        assert made.state == pytest.approx(pass_.fisher.nbytes, rel=0.1)
+
+
+def test_passes_that_do_not_fit_are_refused_before_the_first_batch(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
+    with pytest.raises(
+        MemoryError, match=r'would take .* on cpu and 1\.00 MiB are free; these would fit: .*rank=64 .*"diagonal"'
+    ):
+        fisher_accumulate(tiny_lora(), "safety", sequences=10**6)
+    fisher_accumulate(tiny_lora(), "safety", sequences=10)
+    monkeypatch.setattr(memory, "available", lambda device: 10)
+    with pytest.raises(MemoryError, match="use fewer sequences"):
+        fisher_accumulate(tiny_lora(), "safety", sequences=10**6)
+
+
+def test_reserved_rows_are_never_copied():
+    model = tiny_lora()
+    with fisher_accumulate(model, "safety", sequences=6) as pass_:
+        model(**tiny_batch(3)).loss.backward()
+        first = pass_.fisher.rows().data_ptr()
+        model(**tiny_batch(3, seed=1)).loss.backward()
+    assert pass_.fisher.rows().data_ptr() == first
+
+
+def test_estimates_add_with_one_temporary_at_a_time():
+    assert Estimate(10, 15) + Estimate(1, 3) == Estimate(11, 16)
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+def test_solves_take_what_was_estimated(scope):
+    model = tiny_lora(r=12)
+    fishers = []
+    for point, count in (("patched", 24), ("reference", 48)):
+        with fisher_accumulate(model, "safety", point=point) as pass_:
+            model(**tiny_batch(count)).loss.backward()
+        fishers.append(pass_.fisher)
+    solved, peak = measured_peak(lambda: subspace(*fishers, scope=scope))
+    sizes = [b.size for b in fishers[0].blocks.values()]
+    assert len(solved.values) > 0
+    assert estimate_solve(sizes, 24, 48, scope=scope) == pytest.approx(peak, rel=0.1)
+
+
+def test_the_host_says_what_is_available():
+    assert memory.available("cpu") > 1 << 20
