@@ -1,0 +1,195 @@
+"""`sst-merge compare` on a tiny model: same table twice, resumed rows, intervals and areas by their definitions, the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from sst_merge import compare as comparing
+from sst_merge.compare import Plan, compare
+from sst_merge.compare_report import html, markdown
+from sst_merge.errors import RecipeError
+from sst_merge.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
+from sst_merge.progress import Reporter
+from tests import merge_cases as cases
+
+QUIET = Reporter(quiet=True)
+TIMES = ("merge_seconds", "evaluation_seconds")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "task", seed=1, r=2)
+    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj", "up_proj"], scale=0.2)
+    files = {"harm": "steal", "benign": "bake", "eval_harm": "rob", "eval_benign": "fry", "safe": "kill a process"}
+    for name, word in files.items():
+        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(8, word))
+    (root / "compare.yml").write_text(
+        "model: model\nsafety: safety\ntask: task\nharm_data: harm.jsonl\nbenign_data: benign.jsonl\n"
+        "eval_harm_data: eval_harm.jsonl\neval_benign_data: eval_benign.jsonl\neval_safe_data: safe.jsonl\noutput: out\n"
+        "device: cpu\ngenerate_tokens: 2\ntokens_per_batch: 512\nmethods: [sst, ties, tsv-m]\n"
+        "strengths: {plain: [0.2, 0.6, 1.0], sst: [0.005, 0.05], ties: [0.5], tsv-m: [0.5]}\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def first(world):
+    return compare(Plan.load(world / "compare.yml"), reporter=QUIET)
+
+
+def untimed(report):
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in report["rows"]]
+    return json.loads(json.dumps({"rows": rows, "methods": report["methods"]}))
+
+
+def test_the_table_comes_out_twice(first, world):
+    again = compare(Plan.load(world / "compare.yml", output=world / "again"), reporter=QUIET)
+    assert untimed(again) == untimed(first)
+
+
+def test_finished_rows_are_not_measured_again(first, world, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(comparing._Bench, "_measure", never)
+    assert compare(Plan.load(world / "compare.yml"), reporter=QUIET) == first
+
+
+def test_no_patch_and_plain_are_always_there(first):
+    methods = [row["method"] for row in first["rows"]]
+    assert methods == ["no patch", "plain", "plain", "plain", "sst", "sst", "ties", "tsv-m"]
+    assert abs(first["rows"][0]["benign_kl"]) < 1e-6  # rounding of the float32 log-probabilities
+    assert all(row["benign_kl"] > 0 and row["over_refusal"] is not None for row in first["rows"][1:])
+
+
+def test_plain_costs_what_plain_costs(first):
+    for row in first["rows"]:
+        if row["method"] == "plain":
+            assert row["intervals"]["kl"][0] == pytest.approx(row["benign_kl"], rel=1e-9)
+            ratio = row["intervals"]["ratio"][0]
+            assert ratio is None or ratio == pytest.approx(1.0, rel=1e-9)
+
+
+def test_report_files(first, world):
+    out = world / "out"
+    assert {p.name for p in out.iterdir()} == {"rows", "report.json", "report.md", "compare.html", "pareto.png"}
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(first))
+    text = markdown(first)
+    assert text.count("\n| plain") == 4
+    assert "95 % bootstrap" in text
+
+
+def test_page_embeds_everything_and_loads_nothing(first):
+    page = html(first, [{"prompts": [{"set": "harmful", "prompt": "</script><b>&", "line": 1}]} for _ in first["rows"]])
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    assert json.loads(data)["prompts"][0][0]["prompt"] == "</script><b>&"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("methods: [tsv_m]", "did you mean 'tsv-m'"),
+        ("methods: sst", "expected methods"),
+        ("strengths: {plain: 1}", "list of numbers"),
+        ("eval_harm_data: null", "eval_harm_data"),
+    ],
+)
+def test_wrong_plans_are_refused(world, line, text):
+    key = line.split(":")[0]
+    lines = [row for row in (world / "compare.yml").read_text().splitlines() if not row.startswith(key)]
+    path = world / "wrong.yml"
+    path.write_text("\n".join([*lines, line]) + "\n")
+    with pytest.raises(RecipeError, match=text):
+        Plan.load(path)
+
+
+def test_kl_at_is_log_linear_between_non_dominated_points():
+    nll, kl = np.array([2.0, 1.0, 0.5, 0.8]), np.array([1e-3, 1e-1, 1.0, 5.0])
+    assert kl_at(1.5, nll, kl) == pytest.approx(1e-2)
+    assert kl_at(0.75, nll, kl) == pytest.approx(10**-0.5)
+    assert np.isnan(kl_at(0.4, nll, kl))
+    assert np.isnan(kl_at(2.1, nll, kl))
+
+
+def test_equal_refusal_of_a_known_pair():
+    """A point at plain's refusal NLL with a quarter of its KL, whatever the prompts weigh: the ratio is 4, without doubt."""
+    random = np.random.default_rng(0)
+    labels = random.integers(1, 9, 20).astype(float)
+    base = random.random(20)
+    plain_harm = np.stack([np.stack([base * labels * f, labels], 1) for f in (2.0, 1.0)])
+    plain_benign = np.stack([np.stack([base * labels * f, labels], 1) for f in (0.1, 0.4)])
+    point = plain_harm[1], np.stack([base * labels * 0.1, labels], 1)
+    found = equal_refusal(point, (plain_harm, plain_benign), Resample(20, 20, draws=200))
+    assert found["ratio"] == pytest.approx((4.0, 4.0, 4.0))
+    low, high = found["kl"][1:]
+    assert low < found["kl"][0] < high
+
+
+def test_hypervolume_of_a_staircase():
+    harm = np.array([[[1.0, 1.0]], [[0.5, 1.0]], [[0.9, 1.0]]])
+    benign = np.array([[[0.1, 1.0]], [[0.4, 1.0]], [[0.9, 1.0]]])
+    value, low, high = hypervolume((harm, benign), (2.0, 0.5), Resample(1, 1, draws=5))
+    assert value == low == high == pytest.approx((1.5 * 0.1 + 1.0 * 0.3) / 1.0)
+
+
+def test_interval_of_a_mean_covers_the_normal_one():
+    values = np.random.default_rng(1).normal(3.0, 1.0, 400)
+    sums = np.stack([values, np.ones(400)], 1)
+    mean, low, high = interval(Resample(400, 400, draws=4000).means(sums, sums)[0])
+    error = values.std() / 20
+    assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+
+
+def test_non_dominated_keeps_ties():
+    assert non_dominated(np.array([1.0, 1.0, 2.0, 0.5]), np.array([1.0, 1.0, 1.0, 3.0])).tolist() == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(first, world, tmp_path):
+    """Chromium draws the points, sorts the table and opens a row: a script appended to the page reports through its title."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    page = (world / "out" / "compare.html").read_text()
+    probe = """<script>
+      const bodies = document.querySelector("#table tbody"), column = n => [...bodies.rows].map(r => parseFloat(r.cells[n].textContent));
+      document.querySelectorAll("#table th button")[4].click();
+      const kl = column(4), sorted = kl.every((v, i) => !i || kl[i - 1] <= v);
+      document.querySelector("#plot circle").dispatchEvent(new MouseEvent("mousemove", {clientX: 300, clientY: 200}));
+      const hovered = document.getElementById("tip").textContent.includes("benign KL");
+      document.querySelector("#plot circle").dispatchEvent(new MouseEvent("click"));
+      const opened = document.querySelectorAll("#prompts tbody tr").length;
+      document.title = JSON.stringify({rows: bodies.rows.length, points: document.querySelectorAll("#plot circle").length, sorted, hovered, opened});
+    </script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", probe))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1240,1500",
+    ]
+    dumped = subprocess.run(
+        [chromium, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dumped.stdout)[1])
+    rows = len(first["rows"])
+    assert seen == {"rows": rows, "points": rows - 1, "sorted": True, "hovered": True, "opened": 24}
+    photo = tmp_path / "page.png"
+    subprocess.run([chromium, *flags, f"--screenshot={photo}", file.as_uri()], capture_output=True, timeout=120)
+    assert photo.stat().st_size > 20_000
