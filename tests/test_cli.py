@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -101,12 +105,35 @@ def test_env_reports(capsys):
     assert isinstance(json.loads(result.stdout), dict)
 
 
+@pytest.fixture
+def handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["sst-merge", "merge", "--config", str(tmp_path / "no.yml")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"sst-merge: {tmp_path / 'no.yml'}: cannot be read (No such file or directory)\n"
+
+
+def test_sigterm_removes_the_unfinished_output(tmp_path):
+    script = (
+        "import os, signal, sys, sst_merge.cli as cli, sst_merge.output as output\n"
+        "def demo(*_, **__):\n"
+        f"    with output.output_folder({str(tmp_path / 'out')!r}):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        signal.pause()\n"
+        "cli.app = demo\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_table_shows_missing_numbers(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -29,8 +30,15 @@ Force = Annotated[bool, typer.Option(help="Replace an earlier output.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", …')]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Save unfinished Fisher passes beside the output every so many batches.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an interrupted run.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a sequence; longer answers are cut and counted.")]
 BatchTokens = Annotated[int, typer.Option(help="Padded tokens of one batch.")]
+
+
+_RUN = ("config", "dry_run", "checkpoint_every", "resume", "force", "quiet")  # how to run, not what
 
 
 @app.command()
@@ -60,11 +68,13 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge a safety adapter into a task adapter; write adapter, report, plots, model card and recipe."""
-    given = {key: value for key, value in locals().items() if key not in ("config", "dry_run", "force", "quiet")}
+    given = {key: value for key, value in locals().items() if key not in _RUN}
     flags = {key: value for key, value in given.items() if value is not None}
 
     from .recipe import Recipe, read_yaml
@@ -79,8 +89,15 @@ def merge(
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
     from . import pipeline
+    from .passes import leader, ranks
 
-    report = pipeline.merge(recipe, force=force, reporter=Reporter(quiet))
+    with ranks():
+        reporter = Reporter(quiet or not leader())
+        report = pipeline.merge(
+            recipe, force=force, reporter=reporter, checkpoint_every=checkpoint_every, resume=resume
+        )
+    if not report:
+        return
     if report["evaluation"]:
         print_table(report["evaluation"])
     prediction = report["patch"]["prediction"]
@@ -106,17 +123,22 @@ def fisher(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """One Fisher pass of an adapter over a data file, saved as safetensors with its metadata."""
+    from contextlib import nullcontext
+
     from .data import load_dataset
     from .output import output_file
-    from .pipeline import fisher_pass
+    from .passes import Continuity, fisher_pass, leader, ranks
     from .session import open_session
 
-    reporter = Reporter(quiet)
-    with output_file(output, force=force) as partial:
+    with ranks(), output_file(output, force=force) if leader() else nullcontext(output) as partial:
+        reporter = Reporter(quiet or not leader())
+        continuity = Continuity.beside(output, checkpoint_every, resume)
         session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
         dataset = load_dataset(data, session.tokenizer, max_length=max_length)
         result = fisher_pass(
@@ -131,8 +153,13 @@ def fisher(
             scope=scope,
             tokens_per_batch=tokens_per_batch,
             seed=seed,
+            continuity=continuity,
         )
+        if not leader():
+            return
         result.save(partial)
+    if continuity is not None:
+        continuity.remove()
     counts = result.counts
     print(f"{counts.sequences} sequences, {counts.tokens} tokens, {counts.labels} label tokens, {len(result)} blocks")
     print(f"written to {output.absolute()}")
@@ -221,10 +248,18 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Entry point: a MergeError is the user's to read, so its text is printed without a traceback."""
+    """Entry point: a MergeError is the user's to read, so its text is printed without a traceback.
+
+    SIGTERM ends a run like an error does: unfinished outputs are removed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")  # not the user's to act on
     try:
         app()
+    except SystemExit as stop:
+        if str(stop) and not str(stop).isdigit():
+            print(f"sst-merge: {stop}", file=sys.stderr)
+        raise
     except MergeError as error:
         print(f"sst-merge: {error}", file=sys.stderr)
         sys.exit(2)

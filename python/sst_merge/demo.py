@@ -47,6 +47,8 @@ def run(
                 "eval_harm_data": data / "harmful_eval.jsonl",
                 "eval_benign_data": data / "benign_eval.jsonl",
                 "output": output,
+                "label_draws": 1,  # two cost another minute on two cores
+                "generate_tokens": 16,
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,

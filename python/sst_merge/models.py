@@ -144,7 +144,8 @@ def attach(model: Any, name: str, adapter: Adapter) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
     check_fit(model, adapter)
-    options = {key: value for key, value in peft_config(adapter).items() if key != "peft_type"}
+    written = peft_config(adapter)
+    options = {key: value for key, value in written.items() if key not in ("peft_type", "base_model_name_or_path")}
     config = LoraConfig(**options)
     if isinstance(model, PeftModel):
         if name in model.peft_config:
