@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from sst_kernels.gevp import lowrank, structured
+from sst_kernels.gevp.checks import check_settings, operand, overflowed
 from sst_kernels.gevp.dense import PRECONDITIONERS, gevp_dense
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.profiling import stage
 
 METHODS = ("auto", "direct", "jacobi_davidson")
 
 
+@stage("gevp")
 def gevp(
     A: Tensor | Operator,
     B: Tensor | Operator,
@@ -57,7 +60,8 @@ def gevp(
         raise ValueError(
             f"preconditioner must be one of {[name for name in PRECONDITIONERS if name != 'exact']}, got {preconditioner!r}"
         )
-    gain, cost = (x if isinstance(x, Operator) else Dense(x) for x in (A, B))
+    check_settings(k, damping, tol, max_cycles, seed)
+    gain, cost = operand("A", A), operand("B", B)
     _check(gain, cost, k)
     cost = cost.damped(damping)
     chosen = choose(gain, cost, k, method)
@@ -126,6 +130,7 @@ def _solve_dense(
         for old, new in zip(outputs, again):
             old[skewed] = new
     values, rows, bound, status, cycles = outputs
+    status = overflowed(values, status)
     if preconditioner != "cholesky" and method != "direct":
         route = f"{route}; preconditioner {preconditioner}"
     return GEVPResult(

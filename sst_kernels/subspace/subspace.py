@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
+from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import FrobeniusCoordinates
 from sst_kernels.subspace.spectrum import Spectrum, block_grams, dense_blocks, global_spectrum, module_spectra
 
@@ -125,6 +126,7 @@ class Subspace:
     folds: int
     group: Any = field(default=None, repr=False)
 
+    @stage("subspace")
     def __post_init__(self) -> None:
         self._has_rows = all(f.meta["structure"] == "full" and not _folded(f) for f in (self.gain, self.cost))
         device = next(iter(self.gain.values())).device
@@ -216,6 +218,7 @@ class Subspace:
             )
         return self._z.gradients(operator.rows)
 
+    @stage("filter")
     def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
         if (parameter is None) == (kl_budget is None):
             raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
