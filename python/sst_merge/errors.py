@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MergeError(ValueError):
     """Something the user gave cannot be used. The text says what was expected, what came, and what to do."""
@@ -25,3 +28,17 @@ class RecipeError(MergeError):
 
 class OutputError(MergeError):
     """An output folder that exists already or cannot be written."""
+
+
+@contextmanager
+def headlined(what: str) -> Iterator[None]:
+    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError); the user reads it under one
+    headline, as a MergeError."""
+    from sst_kernels.fisher import StorageError
+
+    try:
+        yield
+    except MergeError:
+        raise
+    except (ValueError, FloatingPointError, MemoryError, StorageError) as error:
+        raise MergeError(f"{what}: {error}") from error

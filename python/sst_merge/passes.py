@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import sst_kernels as sst
 from sst_kernels.fisher import Accumulator, Checkpoints, item_seed, rank_path
 
 from .data import Batch, Dataset, batches, collate
-from .errors import MergeError
+from .errors import MergeError, OutputError, headlined
 from .progress import batch_tokens
 from .session import SAFETY, TASK, Session
 
@@ -30,14 +32,56 @@ class Continuity:
     every: int
     resume: bool = False
 
+    @classmethod
+    def beside(cls, output: Path, every: int | None, resume: bool) -> Continuity | None:
+        """Checkpoints in a hidden folder beside the output; None without `every` and `resume`.
+
+        Raises OutputError when checkpoints of an unfinished run stand there and `resume` does not ask for them.
+        """
+        if every is None and not resume:
+            return None
+        output = output.expanduser().absolute()
+        folder = output.with_name(f".{output.name}-checkpoints")
+        if not resume and folder.is_dir() and any(folder.glob("*.checkpoint*")):
+            raise OutputError(
+                f"{folder} holds the checkpoints of an unfinished run: go on with --resume, or remove that folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, every or 100, resume)
+
     def path(self, name: str) -> Path:
         """The checkpoint of the pass called `name`, one per rank."""
         return rank_path(self.folder / f"{name}.checkpoint", world())
+
+    def remove(self) -> None:
+        """Delete the checkpoints of a run that has written its output."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def world() -> Any:
     """The group of all ranks under torchrun or accelerate; None in a single process."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def leader() -> bool:
+    """Whether this process writes the outputs: the first rank, or the only process."""
+    return world() is None or dist.get_rank() == 0
+
+
+@contextmanager
+def ranks() -> Iterator[None]:
+    """Under torchrun or accelerate (WORLD_SIZE > 1): a process group for the block, NCCL with a GPU per rank, else gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def fisher_pass(
@@ -70,7 +114,10 @@ def fisher_pass(
     options = {"space": space, "structure": structure, "scope": scope, "point": point, **(structure_options or {})}
     path = continuity.path(name) if continuity is not None else None
     resume = path if continuity is not None and continuity.resume and path is not None and path.exists() else None
-    with sst.fisher_accumulate(model, adapter=SAFETY, group=group, resume=resume, **options) as accumulator:
+    with (
+        headlined(f"the Fisher pass over {data.path or name} failed"),
+        sst.fisher_accumulate(model, adapter=SAFETY, group=group, resume=resume, **options) as accumulator,
+    ):
         run = _BatchRunner(session, accumulator, data, labels)
         items = session.reporter.track(steps, f"Fisher: {name}", size=lambda step: batch_tokens(step[1]))
         identity = hashlib.sha256(

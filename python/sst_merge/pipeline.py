@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,54 +14,20 @@ import sst_kernels as sst
 
 from .adapters import Adapter, write_adapter
 from .algebra import recompress
-from .data import Dataset, batches, load_dataset
-from .errors import MergeError
+from .data import Dataset, load_dataset
+from .errors import headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .output import output_folder
-from .progress import Reporter, batch_tokens
+from .passes import Continuity, fisher_pass, leader, world
+from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
-from .session import SAFETY, TASK, Session, open_session
+from .session import Session, open_session
 
 
-def fisher_pass(
-    session: Session,
-    data: Dataset,
-    *,
-    name: str,
-    point: str,
-    labels: str = "data",
-    draws: int = 1,
-    structure: str = "full",
-    structure_options: Mapping[str, Any] | None = None,
-    space: str = "core",
-    scope: str = "global",
-    tokens_per_batch: int = 1024,
-    seed: int = 0,
-) -> sst.Fisher:
-    """One Fisher of the safety adapter over a dataset, task adapter on: labels from the data, or drawn from the model.
-
-    The draws of one prompt share a group, so that cross-fitting never predicts a prompt from itself.
-    """
-    model, start = session.model, time.monotonic()
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
-    model.requires_grad_(False)
-    steps = batches(data, tokens_per_batch) * draws
-    options = {"space": space, "structure": structure, "scope": scope, "point": point, **(structure_options or {})}
-    with (
-        _for_the_user(f"the Fisher pass over {data.path or name} failed"),
-        sst.fisher_accumulate(model, adapter=SAFETY, **options) as accumulator,
-    ):
-        for batch in session.reporter.track(steps, f"Fisher: {name}", size=batch_tokens):
-            inputs = batch.inputs(device)
-            sst.sequence_nll(model, inputs, labels=labels, generator=generator, groups=batch.rows).backward()
-    session.seconds[f"fisher_{name}"] = time.monotonic() - start
-    return accumulator.fisher
-
-
-def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset) -> tuple[sst.Fisher, sst.Fisher]:
+def both_passes(
+    session: Session, recipe: Recipe, harm: Dataset, benign: Dataset, continuity: Continuity | None = None
+) -> tuple[sst.Fisher, sst.Fisher]:
     """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe."""
     common: dict[str, Any] = {
         "structure": recipe.structure,
@@ -70,6 +36,7 @@ def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset
         "scope": recipe.scope,
         "tokens_per_batch": recipe.tokens_per_batch,
         "seed": recipe.seed,
+        "continuity": continuity,
     }
     gain = fisher_pass(session, harm, name="harm", point=recipe.harm_point, **common)
     cost = fisher_pass(
@@ -87,10 +54,9 @@ def both_passes(session: Session, recipe: Recipe, harm: Dataset, benign: Dataset
 def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) -> sst.Subspace:
     """The safety subspace: F_harm v = λ (F_benign + εM) v, with cross-fitted folds for predictions."""
     start = time.monotonic()
-    with _for_the_user("the pencil cannot be solved"):
-        space = sst.subspace(
-            gain, cost, scope=recipe.scope, damping=recipe.damping, folds=recipe.folds, mix_points=True
-        )
+    with headlined("the pencil cannot be solved"):
+        options: dict[str, Any] = {"scope": recipe.scope, "damping": recipe.damping, "folds": recipe.folds}
+        space = sst.subspace(gain, cost, mix_points=True, group=world(), **options)
     session.seconds["subspace"] = time.monotonic() - start
     return space
 
@@ -98,7 +64,7 @@ def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) 
 def filtered(space: sst.Subspace, recipe: Recipe) -> sst.Patch:
     """The patch that the recipe's filter and strength keep."""
     choose = getattr(space, recipe.filter)
-    with _for_the_user("the patch cannot be filtered"):
+    with headlined("the patch cannot be filtered"):
         if recipe.kl_budget is not None:
             return choose(kl_budget=recipe.kl_budget)
         return choose(recipe.k if recipe.filter == "top_k" else recipe.mu)
@@ -116,19 +82,33 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 
 
-def merge(recipe: Recipe, *, force: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+def merge(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    reporter: Reporter | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
     """Run a recipe: write the merged adapter with report, plots, model card and recipe; return the report.
+
+    `checkpoint_every` batches the Fisher passes are saved beside the output, and `resume` goes on from there. Under torchrun all ranks
+    share the passes and the solves; the first one evaluates, writes and returns the report, the others return {}.
 
     Raises MergeError (with what to do) for unusable inputs; nothing is left under the output's name unless all went well.
     """
     reporter = reporter or Reporter()
-    with output_folder(recipe.output, force=force) as folder:
+    leading = leader()
+    with output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder:
+        continuity = Continuity.beside(recipe.output, checkpoint_every, resume)
         session = open_session(
             recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
         )
         data = load_data(recipe, session.tokenizer)
-        gain, cost = both_passes(session, recipe, data["harm"], data["benign"])
+        gain, cost = both_passes(session, recipe, data["harm"], data["benign"], continuity)
         space = solve(session, recipe, gain, cost)
+        if not leading:
+            return {}
         patch = filtered(space, recipe)
         adapter = session.merged(patch.coordinates)
         lost = None
@@ -146,6 +126,8 @@ def merge(recipe: Recipe, *, force: bool = False, reporter: Reporter | None = No
         write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_report(report, folder)
+    if continuity is not None:
+        continuity.remove()
     return report
 
 
@@ -220,17 +202,6 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
     results["merged"] = session.measure(evaluator, adapter, "merged", **options)
     session.seconds["evaluate"] = time.monotonic() - start
     return results
-
-
-@contextmanager
-def _for_the_user(what: str) -> Iterator[None]:
-    """sst_kernels raises ValueError and FloatingPointError with advice; the user reads it under one headline."""
-    try:
-        yield
-    except MergeError:
-        raise
-    except (ValueError, FloatingPointError) as error:
-        raise MergeError(f"{what}: {error}") from error
 
 
 def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:

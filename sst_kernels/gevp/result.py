@@ -40,7 +40,7 @@ _ADVICE = {
         "B has a non-positive eigenvalue, in exact arithmetic or to rounding. Raise damping (a natural size is "
         "1e-3 * trace(B)/n), or check that A and B are not swapped."
     ),
-    GEVPStatus.non_finite: "A or B contains NaN or Inf. Look for the sample that brought it; values and vectors are NaN.",
+    GEVPStatus.non_finite: "A or B contains NaN or Inf (look for the sample that brought it), or an eigenvalue exceeds float64 (rescale A or B).",
     GEVPStatus.rank_deficient: (
         "fewer than k values can be told from zero. Those are returned as 0 with B-orthonormal vectors; k above rank(A) is harmless."
     ),
