@@ -131,6 +131,7 @@ public:
                                 scales(p, 1, 0) / scales(p, 0, 0), sqrt(scales(p, 1, 0)));
         });
         backend_.each(all_, [=] __device__(std::int64_t p) {
+            gevp::order_zeros(out, p, k);
             for (std::int64_t j = 0; j < k && status[p] == code(Status::converged); ++j)
                 if (values(p, j, 0) == 0.0) status[p] = code(Status::rank_deficient);
         });

@@ -43,7 +43,8 @@ def gevp_dense(
     lanes = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else threads()
     size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
     workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
-    native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
+    with torch.cuda.device_of(a):
+        native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
     return outputs
 
 

@@ -43,6 +43,7 @@ def operator_jacobi_davidson(
         block(target, columns).copy_((gain.matmul, cost.matmul, precondition)[which](x))
 
     outputs = empty_outputs(1, n, k, device)
-    native.solve_operator(apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes)
+    with torch.cuda.device_of(workspace):
+        native.solve_operator(apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes)
     values, rows, bound, status, cycles = (tensor[0] for tensor in outputs)
     return GEVPResult(values, rows.mT, bound, status, route, cycles)
