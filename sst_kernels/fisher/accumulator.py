@@ -29,6 +29,7 @@ from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import current_declaration, named_inputs, read_layout
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
+from sst_kernels.profiling import stage
 
 
 class Accumulator:
@@ -279,6 +280,7 @@ class Accumulator:
                 TokenBatch(left, right, current.spans(left.device), current.scale(left.device), current.counts)
             )
 
+    @stage("fisher")
     def _finish(self, current: Pass) -> None:
         current.complete = True
         self._waiting.remove(current)
