@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from bench.common import ROOT
-from bench.results import Results, Row, is_gpu, value
+from bench.results import Results, Row, fullest, is_gpu, value
 
 BLUE, GREY, ORANGE = "#2563a8", "#9aa3ad", "#d9822b"
 STYLE = {
@@ -31,7 +32,7 @@ def passes(results: Results) -> plt.Figure | None:
     )
     if not rows:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 0.32 * len(rows) + 0.9))
+    figure, axis = plt.subplots(figsize=(8.4, 0.32 * len(rows) + 0.9))
     names, ratios = [r["variant"] for r in rows], [value(r, "ratio") for r in rows]
     axis.barh(names, ratios, color=[BLUE if n.startswith("core") else GREY for n in names])
     axis.axvline(1, color="black", lw=0.8)
@@ -49,12 +50,12 @@ def merges(results: Results) -> plt.Figure | None:
     if not rows:
         return None
     rows.sort(key=value)
-    figure, axis = plt.subplots(figsize=(6.4, 0.28 * len(rows) + 0.9))
-    names = [r["variant"] + ("" if r["basis"] == "measured" else f" ({r['basis']})") for r in rows]
+    figure, axis = plt.subplots(figsize=(8.4, 0.28 * len(rows) + 0.9))
+    names = [r["variant"].removesuffix(": subspace + filter + export") + _MARKS.get(r["basis"], "") for r in rows]
     axis.barh(names, [value(r) / 1e3 for r in rows], color=[BLUE if n.startswith("SST") else GREY for n in names])
     axis.set_xscale("log")
     axis.invert_yaxis()
-    axis.set_xlabel("seconds for all modules, gradients not included")
+    axis.set_xlabel("seconds for all modules, gradients not included (* scaled from a part, ** partly estimated)")
     axis.set_title(_where(rows[0]), fontsize=8, loc="left")
     return figure
 
@@ -75,6 +76,8 @@ def scaling(results: Results) -> plt.Figure | None:
                 x, [value(p) for p in points], marker="o", ms=3, label=f"{name}^{value(points[0], 'ratio'):.2f}"
             )
         axis.set_title(op, fontsize=9)
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.legend(fontsize=7, frameon=False)
     figure.supylabel("ms")
     return figure
@@ -85,7 +88,7 @@ def structures(results: Results) -> plt.Figure | None:
     rows = [r for r in results.rows if r["file"].startswith("structures") and r["ratio"] and r["state_bytes"]]
     if not rows:
         return None
-    last = [r for r in rows if all(r[k] == rows[-1][k] for k in ("rank", "batch", "length"))]
+    last = fullest(rows)
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     for row in last:
         x, y = value(row, "state_bytes") / 2**20, value(row, "ratio")
@@ -97,6 +100,8 @@ def structures(results: Results) -> plt.Figure | None:
     axis.set_title(_where(last[0]), fontsize=8, loc="left")
     return figure
 
+
+_MARKS = {"scaled": " *", "estimated": " **"}
 
 FIGURES: dict[str, Callable[[Results], plt.Figure | None]] = {
     "passes": passes, "merges": merges, "scaling": scaling, "structures": structures,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import estimates
-from bench.results import Results, Row, is_gpu, milliseconds, size, sources, table, three, times, value
+from bench.results import Results, Row, fullest, is_gpu, milliseconds, size, sources, table, three, times, value
 from bench.shapes import SHAPES
 
 LARGE = ("llama-2-7b", "llama-3.1-8b", "qwen2.5-7b", "llama-2-13b")
@@ -75,11 +75,7 @@ def _structures(results: Results) -> dict[str, Any]:
     gates = [row for row in results.all(stage="gate") if row["error"]]
     solved = [row for row in results.all(stage="gevp") if row["error"] and row["variant"].endswith("one solve")]
     rows = results.all(lambda r: r["file"].startswith("structures"))
-    rows = [
-        r
-        for r in rows
-        if (r["rank"], r["batch"], r["length"]) == tuple(rows[-1][k] for k in ("rank", "batch", "length"))
-    ]
+    rows = fullest(rows)
     worst = lambda found: f"at most {max(float(r['error']) for r in found):.1e}" if found else "not measured yet"  # noqa: E731
     body = [
         [

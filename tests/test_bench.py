@@ -209,6 +209,13 @@ class TestEstimates:
         )
 
 
+def test_stages_are_named_for_the_profiler():
+    adapter = workload.random_adapter(TINY, 2, "all-linear", device="cpu")
+    gain, cost = (workload.core_fisher(adapter, 8, device="cpu", seed=seed) for seed in (1, 2))
+    events = common._profiled(lambda: sst.subspace(gain, cost).soft(mu=1.0), on_gpu=False)
+    assert {"sst.subspace", "sst.gevp", "sst.filter"} <= {event.name for event in events}
+
+
 def test_power_law_fit_recovers_its_exponent():
     assert scaling.exponent([(x, 3 * x**1.7) for x in (1, 2, 5, 9)]) == pytest.approx(1.7)
     assert math.isclose(scaling.exponent([(1, 2.0), (10, 2.0)]), 0, abs_tol=1e-12)
