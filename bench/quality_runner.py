@@ -18,6 +18,8 @@ from quality_data import SCARY_BUT_SAFE, Row, refusals, tokenize
 from quality_lab import Cores, DiagonalPencil, Gradients, Lab, ModulePencil, Pencil
 from torch import Tensor
 
+from sst_merge.pareto import Resample, equal_refusal
+
 ALPHAS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 CURVE = (2.2, 1.5, 1.0, 0.75, 0.55)  # refusal NLLs of a whole curve, in units of the target
 RESULTS = (
@@ -189,7 +191,10 @@ class Study:
         name = "_".join(_text(row.get(k)) for k in ("pair", "stage", *asdict(Config()), "target", "strength"))
         self._store(self.arrays / f"{name}.npz", harm, benign)
         out = {"select_nll": self.select_nll(cores), "select_kl": float(select[1] / select[2])}
-        out |= bootstrap(harm[:, [0, 2]], benign[:, [1, 2]], *self.plain_curve(), seed=self.args.seed)
+        found = equal_refusal((harm[:, [0, 2]], benign[:, [1, 2]]), self.plain_curve(), self.resample(harm, benign))
+        out["plain_kl"] = found["plain_kl"][0]
+        for name in ("refusal_nll", "kl", "ratio"):
+            out |= dict(zip((name, f"{name}_lo", f"{name}_hi"), found[name]))
         for source in ("gsm8k", "self_instruct"):
             own = np.array([r.source == source for r in probes["benign"].rows])
             out[f"kl_{source}"] = benign[own, 1].sum() / max(benign[own, 2].sum(), 1)
@@ -199,6 +204,9 @@ class Study:
             out["refusal_rate"] = self.lab.refusal_rate([r.prompt for r in probes["harm"].rows], cores)
             out["over_refusal"] = self.lab.refusal_rate(SCARY_BUT_SAFE, cores)
         return out
+
+    def resample(self, harm: np.ndarray, benign: np.ndarray) -> Resample:
+        return self.once("bootstrap", lambda: Resample(len(harm), len(benign), seed=self.args.seed))
 
     def predictions(self, z: Tensor, cost: Gradients | None) -> dict[str, float]:
         unseen, slices = self.unseen(), list(self.lab.coordinates.slices.values())
@@ -268,45 +276,6 @@ class Study:
         except Exception as error:
             traceback.print_exc()
             self.record(stage, config, None, **values, error=f"{type(error).__name__}: {str(error)[:200]}")
-
-
-def bootstrap(
-    harm: np.ndarray,
-    benign: np.ndarray,
-    plain_harm: np.ndarray,
-    plain_benign: np.ndarray,
-    *,
-    seed: int,
-    draws: int = 1000,
-) -> dict[str, float]:
-    """Means with 95 % intervals, and plain addition's KL at the same refusal NLL over this KL (log-linear in NLL).
-
-    harm, benign: [N, 2] sums and label counts per prompt; plain_*: the same along the α sweep, [alphas, N, 2].
-    """
-    random = np.random.default_rng(seed)
-    wh = np.concatenate(
-        [np.ones((1, len(harm))), random.multinomial(len(harm), np.full(len(harm), 1 / len(harm)), draws)]
-    )
-    wb = np.concatenate(
-        [np.ones((1, len(benign))), random.multinomial(len(benign), np.full(len(benign), 1 / len(benign)), draws)]
-    )
-    mean = lambda w, x: (w @ x[..., 0].T) / (w @ x[..., 1].T)  # noqa: E731
-    nll, kl = mean(wh, harm), mean(wb, benign)
-    curve_nll, curve_kl = mean(wh, plain_harm), np.log(np.maximum(mean(wb, plain_benign), 1e-12))
-    plain = np.array([_interpolate(x, c, k) for x, c, k in zip(nll, curve_nll, curve_kl)])
-    ratio = plain / np.maximum(kl, 1e-12)
-    out: dict[str, float] = {"plain_kl": float(plain[0])}
-    for name, values in (("refusal_nll", nll), ("kl", kl), ("ratio", ratio)):
-        lo, hi = np.nanquantile(values[1:], [0.025, 0.975]) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
-        out |= {name: float(values[0]), f"{name}_lo": float(lo), f"{name}_hi": float(hi)}
-    return out
-
-
-def _interpolate(x: float, nll: np.ndarray, log_kl: np.ndarray) -> float:
-    """exp(log KL) at NLL x on the part of the sweep where NLL still falls; NaN outside."""
-    last = int(nll.argmin()) + 1
-    nll, log_kl = nll[:last][::-1], log_kl[:last][::-1]
-    return float(np.exp(np.interp(x, nll, log_kl))) if len(nll) > 1 and nll[0] <= x <= nll[-1] else math.nan
 
 
 def _row_key(row: dict[str, str]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,9 +23,8 @@ def plain(s: Study) -> None:
         if s.has("plain", PLAIN, alpha):
             continue
         s.check_time()
-        seconds = time.monotonic()
         predicted = s.predictions(alpha * s.lab.patch, None)
-        s.record("plain", PLAIN, alpha, full=alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0), strength=alpha, seconds=time.monotonic() - seconds, **predicted)  # fmt: skip
+        s.record("plain", PLAIN, alpha, full=alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0), strength=alpha, **predicted)  # fmt: skip
 
 
 def main(s: Study) -> None:
