@@ -78,6 +78,16 @@ def test_plain_costs_what_plain_costs(first):
             assert ratio is None or ratio == pytest.approx(1.0, rel=1e-9)
 
 
+def test_the_unpatched_model_is_no_point_of_the_plain_curve(first):
+    """Its KL is zero up to rounding, whose logarithm would decide what lies between it and the first α."""
+    plain = [row["intervals"] for row in first["rows"] if row["method"] == "plain"]
+    lowest = min(p["kl"][0] for p in plain)
+    assert all(
+        row["intervals"]["plain_kl"][0] is None or row["intervals"]["plain_kl"][0] >= lowest * (1 - 1e-9)
+        for row in first["rows"]
+    )
+
+
 def test_report_files(first, world):
     out = world / "out"
     assert {p.name for p in out.iterdir()} == {"rows", "report.json", "report.md", "compare.html", "pareto.png"}

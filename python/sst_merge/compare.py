@@ -169,12 +169,13 @@ def summarise(
         name: _curve(good, points, lambda r, n=name: r["method"] in (n, "no patch"))
         for name in {r["method"]: 0 for r in good}
     }
+    plain = _curve(good, points, lambda r: r["method"] == "plain")
     start = next(r for r in good if r["method"] == "no patch")
     corner = (start["refusal_nll"], max((r["benign_kl"] for r in good if r["method"] == "plain"), default=0.0) or 1.0)
     front = non_dominated(*(np.array([r[k] for r in good]) for k in ("refusal_nll", "benign_kl")))
     described = []
     for row, point, best in zip(good, points, front.tolist()):
-        found = equal_refusal(point, curves.get("plain", curves["no patch"]), resample)
+        found = equal_refusal(point, plain, resample)
         numbers = {k: row.get(k) for k in (*NUMBERS, "merge_seconds", "evaluation_seconds", "peak_bytes", "parameters")}
         described.append({"method": row["method"], "strength": row["strength"], "needs": row["needs"], "front": best, **numbers, "intervals": {k: _finite(v) for k, v in found.items()}})  # fmt: skip
     return {

@@ -130,11 +130,11 @@ def _span(values: Sequence[float | None], digits: int) -> str:
     value, low, high = values
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None else "")
+    return _number(value, digits) + (f" [{_number(low, digits)}, {_number(high, digits)}]" if low is not None else "")
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:z.{digits}f}"
 
 
 def _rate(value: float | None) -> str:
