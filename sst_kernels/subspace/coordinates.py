@@ -20,17 +20,22 @@ class FrobeniusCoordinates:
 
     def __init__(self, blocks: Sequence[Block], metric: Mapping[str, tuple[Tensor, Tensor]], device: torch.device):
         self.slices: dict[str, slice] = {}
-        self._roots: dict[str, tuple[Tensor, Tensor]] = {}
-        self._inverse: dict[str, tuple[Tensor, Tensor]] = {}
         self._ranks: dict[str, int] = {}
+        modules: dict[str, str] = {}
         start = 0
         for block in blocks:
             self.slices[block.name] = slice(start, start + block.size)
             start += block.size
-            pairs = [_roots(side.to(device, torch.float64)) for side in metric[block.module]]
-            self._roots[block.name] = (pairs[0][0], pairs[1][0])
-            self._inverse[block.name] = (pairs[0][1], pairs[1][1])
             self._ranks[block.name] = block.shape[0]
+            modules[block.name] = block.module
+        pairs: dict[str, Tensor] = {}
+        for rank in set(self._ranks.values()):
+            names = [name for name, r in self._ranks.items() if r == rank]
+            sides = torch.stack([torch.stack(metric[modules[name]]) for name in names]).to("cpu", torch.float64)
+            # Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
+            pairs |= zip(names, torch.stack(_roots(sides), 1).to(device))
+        self._roots = {name: pairs[name][0].unbind() for name in self.slices}
+        self._inverse = {name: pairs[name][1].unbind() for name in self.slices}
         self.size = start
 
     def patch(self) -> Tensor:
@@ -66,10 +71,10 @@ class FrobeniusCoordinates:
         return inverse @ fisher @ inverse
 
 
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its pseudo-inverse of a PSD matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    live = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps * 8
+def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots and their pseudo-inverses of PSD matrices [..., r, r]."""
+    values, vectors = torch.linalg.eigh(matrices)
+    live = values > values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps * 8
     root = torch.where(live, values, 0).sqrt()
     inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
-    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
