@@ -18,6 +18,7 @@ NCU_COLUMNS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "lts__t_sector_hit_rate.pct": "l2_hit_percent",
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
     "launch__registers_per_thread": "registers",
@@ -69,7 +70,7 @@ def from_ncu(paths: list[Path]) -> list[dict[str, Any]]:
     rows = []
     for (stage, name), launches in kernels.items():
         row: dict[str, Any] = {"stage": stage, "kernel": name, "launches": len(launches)}
-        for column in NCU_COLUMNS.values():
+        for column in dict.fromkeys(NCU_COLUMNS.values()):
             values = [launch[column] for launch in launches if column in launch]
             row[column] = f"{sum(values) / len(values):.4g}" if values else ""
         rows.append(row)

@@ -63,7 +63,11 @@ for name in "${STAGES[@]}"; do
         done
         ;;
     ncu)
-        metrics=$(python3 -c "from bench.profile import NCU_METRICS; print(','.join(NCU_METRICS))")
+        # ncu refuses a whole run for one metric that the chip does not have.
+        known=$(timeout 30 ncu --query-metrics 2>/dev/null | awk '{print $1}')
+        metrics=$(for metric in $(python3 -c "from bench.profile import NCU_METRICS; print(*NCU_METRICS)"); do
+            case $metric in launch__*) echo "$metric" ;; *) grep -qx "${metric%%.*}" <<<"$known" && echo "$metric" ;; esac
+        done | paste -sd,)
         for part in ${NCU_PARTS:-ops gevp}; do
             stage "ncu-$part" 60 ncu --clock-control none --profile-from-start off --csv --page raw --log-file "$OUT/ncu_raw_$part.csv" \
                 --launch-count "${NCU_LAUNCHES:-60}" --metrics "$metrics" python3 -m bench.profile "$part" --capture

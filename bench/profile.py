@@ -40,7 +40,8 @@ if __name__ != "profile":
         "dram__bytes.sum",
         "dram__throughput.avg.pct_of_peak_sustained_elapsed",
         "lts__t_sector_hit_rate.pct",
-        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",  # the name depends on the chip: see on_gpu.sh
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
         "sm__throughput.avg.pct_of_peak_sustained_elapsed",
         "sm__warps_active.avg.pct_of_peak_sustained_active",
         "launch__registers_per_thread",
