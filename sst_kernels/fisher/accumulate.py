@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -134,6 +135,8 @@ def _cores_at(point: Point, sites: list[LoraSite]) -> dict[str, float | Tensor |
                 got = None if core is None else tuple(core.shape)
                 raise ValueError(f"point[{site.name!r}] must be a [{site.rank}, {site.rank}] tensor, got {got}")
         return {s.name: point[s.name].detach() for s in sites}
+    if not math.isfinite(point):
+        raise ValueError(f"point must be finite, got {point}")
     return dict.fromkeys((s.name for s in sites), None if point == 1 else float(point))
 
 

@@ -68,6 +68,11 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
     an unknown, inactive, merged or disabled adapter, LoRA variants (DoRA and others), embedding and convolution layers,
     a bias in `lora_B`, shared (tied) LoRA weights, active dropout.
     """
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"modules={modules!r} is no regular expression ({error})") from error
     sites, known, seen = [], set(), {}
     for path, layer in model.named_modules():
         if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling")):
@@ -92,6 +97,7 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
             )
         raise ValueError(f"modules={modules!r} selects none of the modules that carry the adapter {adapter!r}")
     _check_dropout(model)
+    _check_finite(sites)
     return sites
 
 
@@ -144,6 +150,13 @@ def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
             raise ValueError(
                 f"{name}: {part} must be a linear map with a 2-d weight, got {shape} (convolution LoRA is not supported)"
             )
+
+
+def _check_finite(sites: Iterable[LoraSite]) -> None:
+    for site in sites:
+        for part, module in (("lora_A", site.lora_a), ("lora_B", site.lora_b)):
+            if not bool(whole_weight(module).isfinite().all()):
+                raise ValueError(f"{site.name}: {part} holds values that are not finite; load the adapter again")
 
 
 def _check_dropout(model: nn.Module) -> None:

@@ -143,6 +143,8 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
     n, length = tokens.shape[:2]
     if tuple(labels.shape) != (n, length):
         raise ValueError(f"labels must have the shape of the input tokens {(n, length)}, got {tuple(labels.shape)}")
+    if n == 0 or length == 0:
+        raise ValueError(f"the batch holds no sequences: input_ids has shape {(n, length)}")
     labelled = labels.detach().cpu() != IGNORE
     labelled[:, 0] = False
     packed = _packed_starts(inputs, n, length)

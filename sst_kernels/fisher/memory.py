@@ -104,6 +104,8 @@ def require(needed: Estimate, device: torch.device | str, alternatives: Mapping[
 
 def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any]) -> None:
     """Set memory aside for the rows of `sequences`. MemoryError, naming what would fit, when a pass over them would not."""
+    if sequences < 0:
+        raise ValueError(f"sequences must not be negative, got {sequences}")
     meta, blocks, joint = fisher.meta, list(fisher.blocks.values()), fisher.joint
     about = {"space": meta["space"], "scope": meta["scope"], "sample": meta["sample"]}
     needed = estimate(meta["structure"], blocks, sequences, options=options, **about)

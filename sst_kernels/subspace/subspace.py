@@ -223,10 +223,10 @@ class Subspace:
         if (parameter is None) == (kl_budget is None):
             raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
         if parameter is None:
-            if kl_budget < 0:
+            if not kl_budget >= 0:
                 raise ValueError(f"kl_budget must not be negative, got {kl_budget}")
             parameter = self._within(name, weights, kl_budget)
-        elif parameter < 0:
+        elif not parameter >= 0:
             raise ValueError(f"{name}: the parameter must not be negative, got {parameter}")
         z = self._assemble(self._spectra, weights, torch.tensor([float(parameter)], dtype=torch.float64))
         cost, kept = self._predicted(weights, torch.tensor([float(parameter)], dtype=torch.float64))
