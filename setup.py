@@ -49,7 +49,6 @@ setup(
         for root, base in (("sst_kernels", ROOT / "sst_kernels"), ("sst_merge", ROOT / "python" / "sst_merge"))
         for path in sorted(base.rglob("__init__.py"))
     ],
-    package_data={"sst_kernels.gevp": ["*.json"]},
     ext_modules=[Extension("sst_kernels._native_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
