@@ -117,6 +117,7 @@ def load_adapter(folder: str | Path) -> Adapter:
             a kind of adapter other than plain LoRA on linear layers (named in the message).
     """
     folder = Path(folder).expanduser()
+    _refuse_links(folder)
     config = _read_config(folder)
     _refuse_variants(folder, config)
     path = folder / WEIGHTS
@@ -181,13 +182,25 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     save_file(state_dict(adapter), folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def _refuse_links(folder: Path) -> None:
+    """An adapter from elsewhere must not name files of this machine; links within a hub cache stay inside their repository."""
+    home = folder.resolve()
+    root = home.parents[1] if home.parent.name == "snapshots" else home
+    for name in (CONFIG, WEIGHTS):
+        target = (folder / name).resolve()
+        if not target.is_relative_to(root):
+            raise AdapterError(
+                f"{folder / name} is a link to {target}, outside the adapter: copy the file into the folder"
+            )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterError(f"{folder}: expected a PEFT adapter folder with {CONFIG} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -251,8 +264,10 @@ def _term(folder: Path, config: dict[str, Any], module: str, A: Tensor, B: Tenso
 
 def _pattern(folder: Path, config: dict[str, Any], key: str, module: str, default: Any) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name at a dot, else the default."""
-    value = default
-    for pattern, candidate in (config.get(key) or {}).items():
+    value, patterns = default, config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{folder}: expected a mapping of module names in {key}, got {patterns!r}")
+    for pattern, candidate in patterns.items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
@@ -260,7 +275,7 @@ def _pattern(folder: Path, config: dict[str, Any], key: str, module: str, defaul
         if found:
             value = candidate
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise AdapterError(f"{folder}: expected a positive number for {module} in r/lora_alpha/{key}, got {value!r}")
     return value
 

@@ -62,6 +62,10 @@ def merge(
     label_draws: Annotated[int | None, typer.Option(help="Label samples per benign prompt [2].")] = None,
     rank: Annotated[int | None, typer.Option(help="Recompress the result to this rank.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first examples of each file.")] = None,
+    skip_bad_lines: Annotated[
+        bool | None,
+        typer.Option("--skip-bad-lines", help="Leave out data lines that cannot be used; the report counts them."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random [0].")] = None,
     device: Annotated[str | None, typer.Option(help='"auto" (default), "cpu", "cuda", …')] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
@@ -120,6 +124,9 @@ def fisher(
     scope: Annotated[str, typer.Option(help="global or module.")] = "global",
     max_length: MaxLength = 1024,
     tokens_per_batch: BatchTokens = 1024,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -140,7 +147,7 @@ def fisher(
         reporter = Reporter(quiet or not leader())
         continuity = Continuity.beside(output, checkpoint_every, resume)
         session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
-        dataset = load_dataset(data, session.tokenizer, max_length=max_length)
+        dataset = load_dataset(data, session.tokenizer, max_length=max_length, skip_bad_lines=skip_bad_lines)
         result = fisher_pass(
             session,
             dataset,
@@ -158,6 +165,8 @@ def fisher(
         if not leader():
             return
         result.save(partial)
+        if dataset.skipped:
+            reporter.say(f"[yellow]{len(dataset.skipped)} lines left out: {list(dataset.skipped[:10])}")
     if continuity is not None:
         continuity.remove()
     counts = result.counts

@@ -52,13 +52,14 @@ class Dataset(Sequence[Example]):
     pad_id: int
     path: str = ""
     sha256: str = ""
+    skipped: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:  # an Example, or for slices a Dataset
         if isinstance(index, slice):
-            return Dataset(self.examples[index], self.pad_id, self.path, self.sha256)
+            return Dataset(self.examples[index], self.pad_id, self.path, self.sha256, self.skipped)
         return self.examples[index]
 
     def summary(self) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Dataset(Sequence[Example]):
             "tokens": sum(len(e.tokens) for e in self.examples),
             "labels": sum(e.labels for e in self.examples),
             "truncated": sum(e.truncated for e in self.examples),
+            "skipped_lines": list(self.skipped),
         }
 
 
@@ -88,7 +90,9 @@ class Batch:
         return {name: getattr(self, name).to(device) for name in names}
 
 
-def load_dataset(path: str | Path, tokenizer: Any, *, max_length: int = 1024, limit: int | None = None) -> Dataset:
+def load_dataset(
+    path: str | Path, tokenizer: Any, *, max_length: int = 1024, limit: int | None = None, skip_bad_lines: bool = False
+) -> Dataset:
     """Read and tokenise a JSONL file.
 
     Args:
@@ -96,6 +100,7 @@ def load_dataset(path: str | Path, tokenizer: Any, *, max_length: int = 1024, li
         tokenizer: its chat template is applied; without one, `prompt` and `response` are joined as plain text.
         max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts.
         limit: only the first `limit` examples.
+        skip_bad_lines: leave out lines that are no such example; `Dataset.skipped` has their numbers.
 
     Raises:
         DataError: naming file and line, for anything that is not such an example, and for prompts that leave no room
@@ -107,16 +112,22 @@ def load_dataset(path: str | Path, tokenizer: Any, *, max_length: int = 1024, li
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
     examples: list[Example] = []
+    skipped: list[int] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
         if limit is not None and len(examples) == limit:
             break
         where = f"{path}:{number}"
-        examples.append(encode(_messages(line, where), tokenizer, max_length, number, where))
+        try:
+            examples.append(encode(_messages(line, where), tokenizer, max_length, number, where))
+        except DataError:
+            if not skip_bad_lines:
+                raise
+            skipped.append(number)
     if not examples:
         raise DataError(f"{path}: holds no examples; expected one JSON object per line")
-    return Dataset(tuple(examples), tokenizer.pad_token_id, str(path), hashlib.sha256(raw).hexdigest())
+    return Dataset(tuple(examples), tokenizer.pad_token_id, str(path), hashlib.sha256(raw).hexdigest(), tuple(skipped))
 
 
 def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line: int = 0, where: str = "") -> Example:
@@ -203,6 +214,8 @@ def _messages(line: bytes, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
     if isinstance(record, dict) and "messages" in record:
         messages = record["messages"]
     elif isinstance(record, dict) and {"prompt", "response"} <= record.keys():
@@ -218,7 +231,19 @@ def _messages(line: bytes, where: str) -> list[dict[str, str]]:
     )
     if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{where}: the answer is empty, so there is nothing to learn from; remove the line")
+    if any(not _encodable(m["content"]) for m in messages):
+        raise DataError(f"{where}: the text holds a lone surrogate, which is no Unicode character and has no UTF-8")
     return messages
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, str]:

@@ -78,7 +78,11 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "eval_harm": recipe.eval_harm_data,
         "eval_benign": recipe.eval_benign_data,
     }
-    options: dict[str, Any] = {"max_length": recipe.max_length, "limit": recipe.limit}
+    options: dict[str, Any] = {
+        "max_length": recipe.max_length,
+        "limit": recipe.limit,
+        "skip_bad_lines": recipe.skip_bad_lines,
+    }
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 
 

@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")
     space: Literal["core"] = "core"
     scope: Literal["global", "module"] = "global"
-    damping: float = Field(3.0, gt=0, description="relative: times tr(F_benign)/n")
+    damping: float = Field(3.0, gt=0, allow_inf_nan=False, description="relative: times tr(F_benign)/n")
     folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
     harm_point: Point = Field("patched", description="where the Fisher of the refusals is taken")
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
@@ -48,14 +48,19 @@ class Recipe(BaseModel):
     label_draws: int = Field(2, ge=1, description="passes over the benign data with fresh labels")
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
-    kl_budget: float | None = Field(None, ge=0, description="predicted benign KL in nats per label token")
-    mu: float | None = Field(None, ge=0, description="λ that the soft or threshold filter compares with")
+    kl_budget: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="predicted benign KL in nats per label token"
+    )
+    mu: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="λ that the soft or threshold filter compares with"
+    )
     k: int | None = Field(None, ge=0, description="directions that top_k keeps")
     rank: int | None = Field(None, ge=1, description="recompress the merged adapter to this rank")
 
     max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
     tokens_per_batch: int = Field(1024, ge=1)
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
+    skip_bad_lines: bool = Field(False, description="leave out data lines that cannot be used; the report counts them")
     generate_tokens: int = Field(24, ge=0, description="length of generated answers in evaluation; 0 generates none")
     seed: int = 0
     device: str = "auto"
@@ -121,7 +126,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not plain YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
