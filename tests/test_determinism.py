@@ -1,0 +1,112 @@
+"""Same inputs, same machine: same bits, in every structure and route, from threads as alone, and in forked children."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import sst_kernels as sst
+from sst_kernels.fisher import STRUCTURES
+from sst_kernels.gevp.operators import Diagonal, Kronecker, LowRank
+from tests.models import tiny_batch, tiny_lora
+
+
+def accumulated(structure: str) -> sst.Fisher:
+    space = "core" if structure in ("full", "lowrank", "kronecker_svd") else "factor"
+    options = {"basis": accumulated("kronecker")} if structure == "eigen_kronecker" else {}
+    model, generator = tiny_lora(), torch.Generator().manual_seed(5)
+    with sst.fisher_accumulate(model, "safety", space=space, structure=structure, **options) as pass_:
+        for seed in range(3):
+            sst.sequence_nll(model, tiny_batch(4, seed=seed), "model", generator=generator).backward()
+    return pass_.fisher
+
+
+@pytest.mark.parametrize("structure", list(STRUCTURES))
+def test_passes_repeat_their_bits(structure):
+    (_, first), (_, second) = (accumulated(structure).pack() for _ in range(2))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+
+
+def pencil(n: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(batch, n, n + 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    return a @ a.mT, b @ b.mT
+
+
+def problems():
+    a, b = pencil(48, 3)
+    rows = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    yield "direct", lambda: sst.gevp(a, b, 5, method="direct")
+    yield "jacobi_davidson", lambda: sst.gevp(a, b, 2, method="jacobi_davidson")
+    yield "single precision", lambda: sst.gevp(a.float(), b.float(), 5, method="direct")
+    yield "diagonal", lambda: sst.gevp(Diagonal(a[0, 0].abs()), Diagonal(b[0, 1].abs() + 1), 5)
+    yield "kronecker", lambda: sst.gevp(Kronecker(a[0], b[0]), Kronecker(b[1], b[2]), 5)
+    yield "split projection", lambda: sst.gevp(LowRank(rows), LowRank(rows.flip(1), 0.5), 8)
+
+
+def same(a: sst.GEVPResult, b: sst.GEVPResult) -> bool:
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("values", "vectors", "error_bound", "status")
+    )
+
+
+@pytest.mark.parametrize("solve", [pytest.param(s, id=name) for name, s in problems()])
+def test_solves_repeat_their_bits_alone_and_in_threads(solve):
+    expected = solve()
+    assert same(solve(), expected)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: solve(), range(12)):
+            assert same(result, expected)
+
+
+def _solve_in_child(queue) -> None:
+    queue.put(sst.gevp(*pencil(32, 4), 3).values.tolist())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_children_solve_too():
+    expected = sst.gevp(*pencil(32, 4), 3).values.tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    children = [context.Process(target=_solve_in_child, args=(queue,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    answers = [queue.get() for _ in children]
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    assert answers == [expected, expected]
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_ten_thousand_solves_and_steps_do_not_grow():
+    a, b = pencil(24, 2)
+    model, batch = tiny_lora(), tiny_batch(2)
+
+    def solve() -> None:
+        sst.gevp(a, b, 3)
+
+    for repeat, work in (("solves", solve), ("steps", None)):
+        with sst.fisher_accumulate(model, "safety", structure="diagonal") as pass_:
+            step = work or (lambda: sst.sequence_nll(model, batch).backward())
+            sst.sequence_nll(model, batch).backward()
+            for _ in range(500):
+                step()
+            before, handles = resident(), len(os.listdir("/proc/self/fd"))
+            for _ in range(10_000):
+                step()
+        assert resident() - before < 16 << 20, repeat
+        assert len(os.listdir("/proc/self/fd")) <= handles
+    assert pass_.fisher.counts.sequences == 2 * 10_501

@@ -1,0 +1,143 @@
+"""sst-merge over interruptions, ranks and small memories: the same numbers as an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sst_kernels as sst
+from sst_kernels.fisher import Interrupted
+from sst_merge import passes
+from sst_merge.data import load_dataset
+from sst_merge.errors import MergeError, OutputError
+from sst_merge.passes import Continuity, fisher_pass
+from sst_merge.progress import Reporter
+from sst_merge.session import open_session
+from tests import merge_cases as cases
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj"], scale=0.2)
+    cases.write_jsonl(root / "data.jsonl", cases.pairs(9, "bake"))
+    return root
+
+
+@pytest.fixture
+def session(root):
+    return open_session(str(root / "model"), root / "safety", device="cpu", reporter=Reporter(quiet=True))
+
+
+@pytest.fixture
+def data(root, session):
+    return load_dataset(root / "data.jsonl", session.tokenizer)
+
+
+OPTIONS = {"name": "benign", "point": "reference", "labels": "model", "draws": 2, "tokens_per_batch": 200}
+
+
+def rows(fisher: sst.Fisher) -> torch.Tensor:
+    return fisher.rows()
+
+
+def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, monkeypatch):
+    expected = fisher_pass(session, data, **OPTIONS)
+    keep = Continuity.beside(tmp_path / "out", 1, False)
+    run, calls = passes._BatchRunner.__call__, []
+
+    def terminated(self, batch, seed):
+        run(self, batch, seed)
+        calls.append(seed)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(passes._BatchRunner, "__call__", terminated)
+    with pytest.raises(Interrupted, match="after 3 items"):
+        fisher_pass(session, data, **OPTIONS, continuity=keep)
+    with pytest.raises(OutputError, match="unfinished run: go on with --resume"):
+        Continuity.beside(tmp_path / "out", 1, False)
+    resumed = fisher_pass(session, data, **OPTIONS, continuity=Continuity.beside(tmp_path / "out", None, True))
+    assert torch.equal(rows(resumed), rows(expected))
+    assert resumed.groups == expected.groups
+    assert len(calls) == len(set(calls))
+    again = fisher_pass(session, data, **OPTIONS, continuity=Continuity.beside(tmp_path / "out", None, True))
+    assert torch.equal(rows(again), rows(expected))
+    with pytest.raises(MergeError, match="other data, order or seed"):
+        fisher_pass(session, data, **OPTIONS, seed=1, continuity=Continuity.beside(tmp_path / "out", None, True))
+    keep.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_that_memory_does_not_hold_are_halved(session, data, monkeypatch, capsys):
+    options = OPTIONS | {"labels": "data", "draws": 1, "tokens_per_batch": 400}
+    expected = fisher_pass(session, data, **options)
+    nll, shapes = sst.sequence_nll, []
+
+    def small_memory(model, batch, **rest):
+        shapes.append(tuple(batch["input_ids"].shape))
+        if batch["input_ids"].numel() > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return nll(model, batch, **rest)
+
+    monkeypatch.setattr(sst, "sequence_nll", small_memory)
+    session.reporter = Reporter()
+    halved = fisher_pass(session, data, **options)
+    assert halved.counts == expected.counts
+    order = [halved.groups.index(g) for g in expected.groups]
+    torch.testing.assert_close(
+        rows(halved)[order], rows(expected), rtol=1e-4, atol=1e-6 * float(rows(expected).abs().max())
+    )
+    assert "out of memory at" in capsys.readouterr().err
+    assert sum(n * t > 150 for n, t in shapes) <= 2  # later batches are cut before they fail
+
+
+def test_a_sequence_that_memory_does_not_hold_is_named(session, data, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sst, "sequence_nll", no_memory)
+    with pytest.raises(MergeError, match=r"a single sequence of \d+ tokens \(line \d+ of .*data.jsonl\) does not fit"):
+        fisher_pass(session, data, **OPTIONS)
+
+
+@pytest.mark.slow
+def test_two_ranks_save_what_one_process_saves(root, tmp_path):
+    common = [
+        *(
+            "fisher",
+            "--model",
+            root / "model",
+            "--safety",
+            root / "safety",
+            "--data",
+            root / "data.jsonl",
+            "--labels",
+            "model",
+        ),
+        *("--tokens-per-batch", "200", "--device", "cpu", "-q"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sst_merge.cli",
+    ]
+    for launcher, name in (([sys.executable, "-m", "sst_merge.cli"], "one"), (launch, "two")):
+        call = [*map(str, [*launcher, *common, "-o", tmp_path / name])]
+        subprocess.run(call, check=True, env=environment, capture_output=True, timeout=300)
+    one, two = (sst.Fisher.load(tmp_path / name) for name in ("one", "two"))
+    assert one.counts == two.counts
+    order = [two.groups.index(g) for g in one.groups]
+    torch.testing.assert_close(rows(two)[order], rows(one), rtol=1e-6, atol=0)
