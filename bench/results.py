@@ -30,12 +30,14 @@ class Results:
                 self.others[path.name] = rows
 
     def all(self, where: Callable[[Row], bool] | None = None, **match: str) -> list[Row]:
-        """Matching rows; of several with the same subject the last one measured stands, in its first one's place."""
+        """Matching rows; of several with the same subject the last one with a time stands, in the first one's place."""
         found: dict[tuple[str, ...], Row] = {}
         for row in self.rows:
-            if (where is None or where(row)) and all(row[key] == value for key, value in match.items()):
+            if (where is None or where(row)) and all(row[column] == wanted for column, wanted in match.items()):
                 subject = ("device", "stage", "model", "targets", "rank", "batch", "length", "variant")
-                found[tuple(row[key] for key in subject)] = row
+                key = tuple(row[column] for column in subject)
+                if row["ms"] or key not in found:
+                    found[key] = row
         return list(found.values())
 
     def one(self, where: Callable[[Row], bool] | None = None, **match: str) -> Row | None:
