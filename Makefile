@@ -39,7 +39,7 @@ test-all: $(VENV)/model
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check python examples
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # What a CPU can measure; bench/on_gpu.sh is for a machine with a GPU.

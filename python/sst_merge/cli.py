@@ -1,4 +1,4 @@
-"""`sst-merge`: merge, fisher, evaluate, demo, env. Flags and recipe entries have the same names; flags win."""
+"""`sst-merge`: merge, fisher, evaluate, compare, demo, env. Flags and recipe entries have the same names; flags win."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .compare_cli import compare
 from .errors import MergeError
 from .progress import Reporter
 
@@ -218,6 +219,9 @@ def evaluate(
     print_table({name: result.summary() for name, result in results.items()})
     if output is not None:
         print(f"per-prompt records in {output.absolute()}")
+
+
+app.command()(compare)
 
 
 @app.command()

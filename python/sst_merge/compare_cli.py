@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import MergeError
 from .progress import Reporter
 
 
@@ -29,11 +27,7 @@ def compare(
     from .compare_report import markdown_table
 
     given: dict[str, Any] = {"output": output, "limit": limit, "seed": seed, "device": device, "dtype": dtype}
-    try:
-        plan = Plan.load(recipe, **{k: v for k, v in given.items() if v is not None})
-        report = run(plan, reporter=Reporter(quiet))
-    except MergeError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    plan = Plan.load(recipe, **{k: v for k, v in given.items() if v is not None})
+    report = run(plan, reporter=Reporter(quiet))
     typer.echo("\n".join(markdown_table(report)))
     typer.echo(f"\nwritten to {Path(plan.recipe.output).absolute()}: report.md, report.json, compare.html, pareto.png")
