@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,4 +183,4 @@ def _triton() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -31,7 +31,7 @@ def position_ids(batch: dict) -> torch.Tensor:
     return (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
 
 
-@pytest.mark.parametrize("point,core", [("patched", 1.0), ("reference", 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("point", "core"), [("patched", 1.0), ("reference", 0.0), (0.5, 0.5)])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("kind", list(TARGETS))
 def test_rows_are_the_gradients_of_single_samples(kind, padding, point, core):
@@ -396,7 +396,7 @@ def refusals():
     )
 
 
-@pytest.mark.parametrize("make,message", [pytest.param(m, t, id=n) for n, m, t in refusals()])
+@pytest.mark.parametrize(("make", "message"), [pytest.param(m, t, id=n) for n, m, t in refusals()])
 def test_models_that_would_give_wrong_statistics_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         fisher_accumulate(make(), "safety")
@@ -449,3 +449,21 @@ def test_a_module_used_twice_is_named():
     layers[1].mlp.gate_proj = layers[0].mlp.gate_proj
     with pytest.raises(ValueError, match=r"gate_proj was called twice"), fisher_accumulate(model, "safety"):
         model(**batch).loss.backward()
+
+
+def test_points_of_one_patch_add_up_on_request():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    fishers = []
+    for point in ("reference", "patched"):
+        with fisher_accumulate(model, "safety", point=point) as pass_:
+            sequence_nll(model, batch, groups=[0, 0, 1]).backward()
+        fishers.append(pass_.fisher)
+    dense = [f["model.layers.0.self_attn.q_proj"].dense() for f in fishers]
+    fishers[0].merge(fishers[1], mix_points=True)
+    assert fishers[0].meta["point"] == "reference+patched"
+    assert fishers[0].groups == [0, 0, 1, 0, 0, 1]
+    assert error(fishers[0]["model.layers.0.self_attn.q_proj"].dense(), sum(dense) / 2) < ROUNDING
+    with fisher_accumulate(model, "safety", point=0.5) as other:
+        sequence_nll(model, batch, groups=[0, 1, 2]).backward()
+    with pytest.raises(ValueError, match="the groups of the two passes differ"):
+        fishers[0].merge(other.fisher, mix_points=True)

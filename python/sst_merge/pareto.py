@@ -69,7 +69,7 @@ def non_dominated(nll: np.ndarray, kl: np.ndarray) -> np.ndarray:
     """Which points no other point beats in one figure without losing in the other, [S] bool."""
     no_worse = (nll[:, None] <= nll) & (kl[:, None] <= kl)
     better = (nll[:, None] < nll) | (kl[:, None] < kl)
-    return ~(no_worse & better).any(0)
+    return ~np.asarray((no_worse & better).any(0))
 
 
 def _area(nll: np.ndarray, kl: np.ndarray, corner: tuple[float, float]) -> float:

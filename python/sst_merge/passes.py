@@ -89,7 +89,7 @@ def fisher_pass(
     data: Dataset,
     *,
     name: str,
-    point: str,
+    point: str | float,
     labels: str = "data",
     draws: int = 1,
     structure: str = "full",
@@ -123,7 +123,9 @@ def fisher_pass(
         identity = hashlib.sha256(
             f"{data.sha256} {len(data)} {labels} {draws} {tokens_per_batch} {seed}".encode()
         ).hexdigest()
-        keep = Checkpoints(accumulator, path, every=continuity.every, identity=identity[:16]) if continuity else None
+        keep = None
+        if continuity is not None and path is not None:
+            keep = Checkpoints(accumulator, path, every=continuity.every, identity=identity[:16])
         with keep or nullcontext():
             if keep is not None and keep.done:
                 session.reporter.say(f"{name}: the first {keep.done} of {len(steps)} batches come from {path}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import Block
 from sst_kernels.fisher.fisher import Fisher
-from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint, unwrapped
+from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint, unwrapped, weight_of
 from sst_kernels.fisher.memory import reserve
 
 Point = str | float | Mapping[str, Tensor]
@@ -119,7 +119,7 @@ def fisher_accumulate(
 def _blocks(sites: list[LoraSite], space: str) -> list[Block]:
     if space == "core":
         return [Block(s.name, s.name, (s.rank, s.rank)) for s in sites]
-    pairs = ((s, part, w.weight.shape) for s in sites for part, w in (("lora_A", s.lora_a), ("lora_B", s.lora_b)))
+    pairs = ((s, part, weight_of(w).shape) for s in sites for part, w in (("lora_A", s.lora_a), ("lora_B", s.lora_b)))
     return [Block(f"{s.name}.{part}", s.name, (shape[0], shape[1])) for s, part, shape in pairs]
 
 

@@ -210,3 +210,11 @@ class Structure(ABC):
             f"{type(self).__name__}(shape={self.shape}, sequences={c.sequences}, tokens={c.tokens}, "
             f"labels={c.labels}, bytes={self.nbytes})"
         )
+
+
+class Joint(Structure):
+    """A structure that can also hold the coordinates of many blocks side by side, as one of shape [n_total, 1]."""
+
+    @abstractmethod
+    def block(self, offset: int, shape: tuple[int, int]) -> Structure:
+        """A view of the coordinates [offset, offset + p·q) as a block of shape [p, q]. ValueError when they do not exist."""

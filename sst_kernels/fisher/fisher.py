@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import gather_objects, reduce_over_ranks
-from sst_kernels.fisher.base import Block, Counts, Structure
+from sst_kernels.fisher.base import Block, Counts, Joint, Structure
 from sst_kernels.fisher.storage import read_tensors, write_tensors
-from sst_kernels.fisher.structures import STRUCTURES, make_structure
+from sst_kernels.fisher.structures import STRUCTURES, Full, make_structure
 
 # Two Fishers add up, or stand in one pencil, only when these agree.
 IDENTITY = ("space", "fingerprint", "sample")
@@ -34,7 +34,7 @@ class Fisher(Mapping[str, Structure]):
         self,
         blocks: Sequence[Block],
         structures: dict[str, Structure],
-        joint: Structure | None,
+        joint: Joint | None,
         metric: Mapping[str, tuple[Tensor, Tensor]],
         meta: dict[str, Any],
         groups: list[int] | None = None,
@@ -67,21 +67,18 @@ class Fisher(Mapping[str, Structure]):
             raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
         if structure not in STRUCTURES:
             raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {structure!r}")
-        options = dict(options)
-        joined = (
-            scope == "global"
-            and meta["space"] == "core"
-            and sample == "sequence"
-            and getattr(STRUCTURES[structure], "block", None) is not None
-            and options.get("rows") != "fold"
+        kind, options = STRUCTURES[structure], dict(options)
+        across = (
+            scope == "global" and meta["space"] == "core" and sample == "sequence" and options.get("rows") != "fold"
         )
         if structure == "full" and scope == "module":
             options.setdefault("rows", "fold")
         common = {"sample": sample, "count": count, **options}
-        joint, structures = None, {}
-        if joined:
+        joint: Joint | None = None
+        structures: dict[str, Structure] = {}
+        if across and issubclass(kind, Joint):
             total = sum(b.size for b in blocks)
-            joint = make_structure(structure, (total, 1), device=next(iter(devices.values())), **common)
+            joint = kind((total, 1), device=next(iter(devices.values())), **common)
         else:
             structures = {
                 b.name: make_structure(structure, b.shape, device=devices[b.module], **_for(b, common)) for b in blocks
@@ -128,13 +125,13 @@ class Fisher(Mapping[str, Structure]):
         ValueError when the structure does not keep them.
         """
         holders = self._holders().values()
-        if self.meta["structure"] != "full" or any(getattr(s, "folded", False) for s in holders):
+        full = [s for s in holders if isinstance(s, Full) and not s.folded]
+        if len(full) < len(holders):
             raise ValueError(
                 f"this Fisher (structure={self.meta['structure']!r}, scope={self.meta['scope']!r}) does not keep per-sample rows: "
                 'accumulate with structure="full", scope="global"'
             )
-        device = next(iter(holders)).device
-        return torch.cat([s.rows.to(device) for s in holders], 1) if len(holders) > 1 else next(iter(holders)).rows
+        return torch.cat([s.rows.to(full[0].device) for s in full], 1) if len(full) > 1 else full[0].rows
 
     def note(self, labels: str, samples: int, groups: Sequence[int] | None) -> None:
         """Record where the labels of the samples just added came from, and their groups (each its own by default)."""
@@ -154,13 +151,25 @@ class Fisher(Mapping[str, Structure]):
         if list(self.blocks.values()) != list(other.blocks.values()):
             raise ValueError(f"cannot {what}: the blocks differ ({len(self.blocks)} and {len(other.blocks)})")
 
-    def merge(self, other: Fisher) -> None:
-        """Add another pass over other data. ValueError when adapter, space, point, labels or options differ."""
-        self.check_same(other, what="merge Fishers", keys=(*IDENTITY, "point", "labels", "structure", "scope"))
-        start = max(self.groups, default=-1) + 1
+    def merge(self, other: Fisher, *, mix_points: bool = False) -> None:
+        """Add another pass over other data. ValueError when adapter, space, point, labels or options differ.
+
+        `mix_points=True` adds a pass over the *same* data, in the same order, at another evaluation point: the result is the mean over
+        the points (`meta["point"]` names them all), and a sample stays in one group whatever the point.
+        """
+        keys = (*IDENTITY, "labels", "structure", "scope")
+        self.check_same(other, what="merge Fishers", keys=keys if mix_points else (*keys, "point"))
+        if mix_points and self.groups[-len(other.groups) :] != other.groups:
+            raise ValueError(
+                "mix_points=True adds another point of the same samples, but the groups of the two passes differ"
+            )
+        start = 0 if mix_points else max(self.groups, default=-1) + 1
         for mine, theirs in zip(self._holders().values(), other._holders().values()):
             mine.merge(theirs)
         self.groups += [start + g for g in other.groups]
+        if mix_points:
+            self.meta["point"] = f"{self.meta['point']}+{other.meta['point']}"
+            self.meta["point_given"] = self.meta["point_given"] and other.meta["point_given"]
 
     def all_reduce(self, group: Any = None) -> None:
         """Combine over the ranks of a torch.distributed group: afterwards every rank holds the total.
@@ -213,6 +222,8 @@ class Fisher(Mapping[str, Structure]):
             if holders.keys() != ({"joint"} if header["joint"] else {b.name for b in blocks}):
                 raise KeyError("holders")
             joint = holders.pop("joint") if header["joint"] else None
+            if not isinstance(joint, Joint | None):
+                raise TypeError(f"{kind} is kept per block, not jointly")
             metric = {
                 m: (tensors[f"metric/{m}/left"].cpu(), tensors[f"metric/{m}/right"].cpu())
                 for m in dict.fromkeys(b.module for b in blocks)

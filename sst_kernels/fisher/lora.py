@@ -23,14 +23,14 @@ class LoraSite:
 
     @property
     def rank(self) -> int:
-        return self.lora_a.weight.shape[0]
+        return weight_of(self.lora_a).shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the module computes; its weight may rest elsewhere (accelerate offloading)."""
-        hook = getattr(self.lora_a, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None) if self.lora_a.weight.is_meta else None
-        return self.lora_a.weight.device if device is None else torch.device(device)
+        weight, hook = weight_of(self.lora_a), getattr(self.lora_a, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) if weight.is_meta else None
+        return weight.device if device is None else torch.device(device)
 
     def metric(self) -> tuple[Tensor, Tensor]:
         """(scaling² BᵀB, A Aᵀ), both [r, r] float64 on the CPU: ‖ΔW(S)‖²_F = tr(Sᵀ (c²BᵀB) S (AAᵀ)) for ΔW(S) = c·B S A."""
@@ -44,14 +44,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise ValueError(
             "nn.DataParallel copies the modules in every call: use one process per device (torchrun) instead"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return unwrapped(model.module)
-    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
+    inner = (
+        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    )
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map as it stands: a shard under FSDP, without data where accelerate offloads it."""
+    if not isinstance(module.weight, Tensor):
+        raise TypeError(f"a LoRA factor must be a module with a weight tensor, got {module.weight!r} as its weight")
+    return module.weight
 
 
 def whole_weight(module: nn.Module) -> Tensor:
     """The weight of a module, detached: gathered from all ranks where FSDP shards it, fetched where accelerate offloads it."""
-    weight = module.weight.detach()
+    weight = weight_of(module).detach()
     if weight.is_meta:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is None:
@@ -73,7 +81,9 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
             re.compile(modules)
         except re.error as error:
             raise ValueError(f"modules={modules!r} is no regular expression ({error})") from error
-    sites, known, seen = [], set(), {}
+    sites: list[LoraSite] = []
+    known: set[str] = set()
+    seen: dict[int, str] = {}
     for path, layer in model.named_modules():
         if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling")):
             continue
@@ -121,7 +131,7 @@ def _selected(name: str, modules: str | Iterable[str] | None) -> bool:
 def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
     if getattr(layer, "merged", False):
         raise ValueError(
-            f"{name}: adapters {list(layer.merged_adapters)} are merged into the base weight; call model.unmerge_adapter() first"
+            f"{name}: adapters {list(getattr(layer, 'merged_adapters', []))} are merged into the base weight; call model.unmerge_adapter() first"
         )
     if getattr(layer, "disable_adapters", False):
         raise ValueError(

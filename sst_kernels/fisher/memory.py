@@ -111,7 +111,9 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any]) -> None:
     needed = estimate(meta["structure"], blocks, sequences, options=options, **about)
     if isinstance(joint, Full):
         needed = Estimate(needed.state, needed.state)  # nothing has to double
-    others = {f'structure="lowrank", rank={rank}': ("lowrank", {"rank": rank}) for rank in (1024, 256, 64)}
+    others: dict[str, tuple[str, dict[str, Any]]] = {
+        f'structure="lowrank", rank={rank}': ("lowrank", {"rank": rank}) for rank in (1024, 256, 64)
+    }
     others |= {'scope="module"': ("full", {"rows": "fold"}), 'structure="diagonal"': ("diagonal", {})}
     alternatives = {
         what: estimate(kind, blocks, sequences, options=given, **about)

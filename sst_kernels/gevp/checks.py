@@ -31,7 +31,7 @@ def check_settings(k: Any, damping: Any, tol: Any, max_cycles: Any, seed: Any) -
     for name, value, least in (("k", k, 0), ("max_cycles", max_cycles, 1), ("seed", seed, 0)):
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        if not least <= value < 2**63:
+        if not least <= int(value) < 2**63:
             raise ValueError(f"{name} must be an integer from {least} on, got {value}")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1 (it is relative to the largest eigenvalue), got {tol}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -55,15 +55,9 @@ def _(a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float
 
 def empty_outputs(batch: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values, vectors (rows), bounds, status and cycles, for a native solve to fill."""
-    numbers = {"dtype": torch.float64, "device": device}
-    codes = {"dtype": torch.int32, "device": device}
-    return (
-        torch.empty(batch, k, **numbers),
-        torch.empty(batch, k, n, **numbers),
-        torch.empty(batch, k, **numbers),
-        torch.empty(batch, **codes),
-        torch.empty(batch, **codes),
-    )
+    numbers = partial(torch.empty, dtype=torch.float64, device=device)
+    codes = partial(torch.empty, dtype=torch.int32, device=device)
+    return numbers((batch, k)), numbers((batch, k, n)), numbers((batch, k)), codes((batch,)), codes((batch,))
 
 
 @cache

@@ -36,7 +36,8 @@ def operator_jacobi_davidson(
     weights = cost.diagonal()[:, None]
 
     def precondition(x: torch.Tensor) -> torch.Tensor:
-        return x / weights if probe is None else cost.solve(x)
+        solved = cost.solve(x)
+        return x / weights if solved is None else solved
 
     def apply(which: int, source: int, target: int, columns: int) -> None:
         x = block(source, columns)
@@ -44,6 +45,8 @@ def operator_jacobi_davidson(
 
     outputs = empty_outputs(1, n, k, device)
     with torch.cuda.device_of(workspace):
-        native.solve_operator(apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes)
+        native.solve_operator(
+            apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes
+        )
     values, rows, bound, status, cycles = (tensor[0] for tensor in outputs)
     return GEVPResult(values, rows.mT, bound, status, route, cycles)

@@ -9,7 +9,7 @@ from sst_kernels.gevp import lowrank, structured
 from sst_kernels.gevp.checks import check_settings, operand, overflowed
 from sst_kernels.gevp.dense import PRECONDITIONERS, gevp_dense
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
-from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, Operator
+from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
 from sst_kernels.profiling import stage
@@ -66,26 +66,26 @@ def gevp(
     cost = cost.damped(damping)
     chosen = choose(gain, cost, k, method)
     route = str(chosen)
-    match chosen.name:
-        case "diagonal":
+    match chosen.name, gain, cost:
+        case "diagonal", Diagonal(), Diagonal():
             return structured.diagonal_pair(gain, cost, k, route)
-        case "eigenbasis":
+        case "eigenbasis", EigenKronecker(), EigenKronecker():
             return structured.eigenbasis_pair(gain, cost, k, route)
-        case "kronecker":
+        case "kronecker", Kronecker(), Kronecker():
             left, right = (
                 gevp(a, b, min(k, len(a)), tol=tol, max_cycles=max_cycles, seed=seed)
                 for a, b in structured.sides(gain, cost)
             )
             return structured.kronecker_pair(left, right, k, f"{route} (left {left.route}; right {right.route})")
-        case "split_projection":
-            if isinstance(cost, Diagonal):
-                cost = LowRank(gain.rows[:0], cost.diag)
+        case "split_projection", LowRank(), LowRank():
             return lowrank.split_projection(gain, cost, k, seed, route)
-        case "cholesky_projection":
+        case "split_projection", LowRank(), Diagonal():
+            return lowrank.split_projection(gain, LowRank(gain.rows[:0], cost.diag), k, seed, route)
+        case "cholesky_projection", LowRank(), Dense():
             return lowrank.cholesky_projection(gain, cost.matrix, k, seed, route)
-        case "operator_jacobi_davidson":
+        case "operator_jacobi_davidson", _, _:
             return operator_jacobi_davidson(gain, cost, k, tol, max_cycles, seed, route)
-        case "stored":
+        case "stored", _, _:
             inner = "auto" if method == "auto" else "direct"
             result = gevp(
                 gain.dense().double(), cost.dense().double(), k, method=inner, tol=tol, max_cycles=max_cycles, seed=seed
@@ -98,7 +98,9 @@ def gevp(
                 f"{route} ({result.route})",
                 result.cycles,
             )
-    return _solve_dense(gain.matrix, cost.matrix, k, chosen.name, preconditioner, tol, max_cycles, seed, route)
+        case name, Dense(), Dense():
+            return _solve_dense(gain.matrix, cost.matrix, k, name, preconditioner, tol, max_cycles, seed, route)
+    raise AssertionError(f"{route} is no route for {type(gain).__name__} and {type(cost).__name__}")
 
 
 def _check(gain: Operator, cost: Operator, k: int) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,16 +86,22 @@ def by_length(spans: Tensor, limit: int) -> Iterator[tuple[slice | list[int], Ca
             groups.setdefault(end - begin, []).append((n, begin))
     for L, members in groups.items():
         for at in range(0, len(members), max(1, limit)):
-            samples, begins = map(list, zip(*members[at : at + max(1, limit)]))
-            m, first, last = len(samples), begins[0], begins[-1]
+            numbers, begins = map(list, zip(*members[at : at + max(1, limit)]))
+            m, first, last = len(numbers), begins[0], begins[-1]
             step = (last - first) // (m - 1) if m > 1 else L
-            if samples[-1] - samples[0] + 1 == m:
-                samples = slice(samples[0], samples[-1] + 1)
+            samples = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == m else numbers
             if step > 0 and begins == list(range(first, last + 1, step)):
-                yield samples, lambda x, at=slice(first, last + L), L=L, step=step: x[..., at, :].unfold(-2, L, step).mT
+                yield samples, partial(_windows, at=slice(first, last + L), length=L, step=step)
             else:
-                tokens = torch.tensor(begins)[:, None] + torch.arange(L)
-                yield samples, lambda x, tokens=tokens: x[..., tokens, :]
+                yield samples, partial(_gathered, tokens=torch.tensor(begins)[:, None] + torch.arange(L))
+
+
+def _windows(x: Tensor, at: slice, length: int, step: int) -> Tensor:
+    return x[..., at, :].unfold(-2, length, step).mT
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    return x[..., tokens, :]
 
 
 def sample_sums(

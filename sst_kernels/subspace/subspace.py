@@ -134,6 +134,8 @@ class Subspace:
         self._patch = self._z.patch().to(device)
         self._labels = self.cost.counts.labels / self.cost.counts.sequences
         slices = list(self._z.slices.values())
+        self._folds: list[_Fold] = []
+        self._rows: tuple[Tensor, Tensor] | None = None
         if self._has_rows:
             gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
             self._epsilon = self.damping * float(cost.square().sum()) / len(cost) / self._z.size
@@ -152,13 +154,12 @@ class Subspace:
             gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
             self._epsilon = self.damping * sum(float(b.trace()) for b in cost_blocks) / self._z.size
             self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices, self.group)
-            self._folds, self._rows = [], None
             self._blocks = (gain_blocks, cost_blocks)
         else:
             gain, cost = (self._sketch(f).to(device) for f in (self.gain, self.cost))
             self._epsilon = self.damping * float(cost.square().sum()) / self._z.size
             self._spectra = global_spectrum(gain, cost, self._epsilon, self._patch)
-            self._folds, self._rows = [], (gain * len(gain) ** 0.5, cost * len(cost) ** 0.5)
+            self._rows = (gain * len(gain) ** 0.5, cost * len(cost) ** 0.5)
 
     @property
     def values(self) -> Tensor:
@@ -206,8 +207,8 @@ class Subspace:
         if self.scope == "global":
             return global_spectrum(u, w, self._epsilon, self._patch)
         slices = list(self._z.slices.values())
-        grams = (block_grams(rows, slices) for rows in (u, w))
-        return module_spectra(*grams, self._epsilon, self._patch, slices, self.group)
+        grams, costs = block_grams(u, slices), block_grams(w, slices)
+        return module_spectra(grams, costs, self._epsilon, self._patch, slices, self.group)
 
     def _sketch(self, fisher: Fisher) -> Tensor:
         operator = getattr(fisher.joint, "operator", lambda: None)()
@@ -220,12 +221,12 @@ class Subspace:
 
     @stage("filter")
     def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
-        if (parameter is None) == (kl_budget is None):
-            raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
-        if parameter is None:
+        if parameter is None and kl_budget is not None:
             if not kl_budget >= 0:
                 raise ValueError(f"kl_budget must not be negative, got {kl_budget}")
             parameter = self._within(name, weights, kl_budget)
+        elif parameter is None or kl_budget is not None:
+            raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
         elif not parameter >= 0:
             raise ValueError(f"{name}: the parameter must not be negative, got {parameter}")
         z = self._assemble(self._spectra, weights, torch.tensor([float(parameter)], dtype=torch.float64))
@@ -299,7 +300,7 @@ class Subspace:
             cost = cost + 0.5 * (fold.cost @ z).square().sum(0).cpu()
             gain = gain + (fold.gain @ z).square().sum(0).cpu()
             whole = whole + (fold.gain @ self._patch).square().sum().cpu()
-        return cost / len(self._rows[1]), gain / whole
+        return cost / sum(len(fold.cost) for fold in self._folds), gain / whole
 
     def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
         """Filtered patches [n, G], one column per parameter; top-k ranks all spectra together."""
@@ -321,8 +322,8 @@ class Subspace:
         if self._rows is not None:
             rows = self._rows[side]
             return (rows @ z).square().sum(0).cpu() / len(rows)
-        blocks = self._blocks[side]
-        return sum((z[s] * (m @ z[s])).sum(0) for s, m in zip(self._z.slices.values(), blocks)).cpu()
+        parts = [(z[s] * (m @ z[s])).sum(0) for s, m in zip(self._z.slices.values(), self._blocks[side])]
+        return sum(parts[1:], parts[0]).cpu()
 
 
 def _soft(values: Tensor, mu: float) -> Tensor:

@@ -33,22 +33,22 @@ class Evidence:
         self, structure: str = "full", *, space: str = "core", scope: str = "global", point: str = "patched"
     ) -> tuple[sst.Fisher, sst.Fisher]:
         """(gain, cost): refusals with the data's labels at `point`; benign answers with drawn labels at the reference."""
-        common = {
-            "structure": structure,
-            "space": space,
-            "scope": scope,
-            "tokens_per_batch": self.tokens_per_batch,
-            "seed": self.seed,
-        }
+        over = partial(
+            fisher_pass,
+            self.session,
+            structure=structure,
+            space=space,
+            scope=scope,
+            tokens_per_batch=self.tokens_per_batch,
+            seed=self.seed,
+        )
         gain = self._once(
             ("gain", structure, space, scope, point),
-            lambda: fisher_pass(self.session, self.harm, name="harm", point=point, **common),
+            lambda: over(self.harm, name="harm", point=point),
         )
         cost = self._once(
             ("cost", structure, space, scope),
-            lambda: fisher_pass(
-                self.session, self.benign, name="benign", point="reference", labels="model", draws=self.draws, **common
-            ),
+            lambda: over(self.benign, name="benign", point="reference", labels="model", draws=self.draws),
         )
         return gain, cost
 
@@ -72,7 +72,8 @@ class Evidence:
 
     @torch.no_grad()
     def _grams(self, data: Dataset, side: str) -> dict[str, Tensor]:
-        session, out, mask = self.session, {}, None
+        session, out = self.session, dict[str, Tensor]()
+        mask: Tensor | None = None
         device = next(session.model.parameters()).device
         own = SAFETY if side == "harm" else TASK
         active = own if own == SAFETY or session.task is not None else SAFETY

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from sst_kernels.fisher import Fisher
+from sst_kernels.fisher.base import Structure
+from sst_kernels.fisher.structures import Diagonal, Vila
 from sst_kernels.fisher.structures.vila import select_top, vila_ratio
 
 from ..adapters import Adapter, LoraTerm
@@ -16,6 +20,8 @@ from .sst import SHARES
 
 _NEEDS = ("harm", "benign", "model")
 _DAMPING = 1e-8
+
+S = TypeVar("S", bound=Structure)
 
 
 def _masked(inputs: Inputs, weigh: Callable[[str, LoraTerm], tuple[Tensor, Tensor]]) -> Adapter:
@@ -26,12 +32,21 @@ def _masked(inputs: Inputs, weigh: Callable[[str, LoraTerm], tuple[Tensor, Tenso
     return with_task(inputs, replace(inputs.safety, terms=terms))
 
 
+def _factors(fisher: Fisher, name: str, kind: type[S]) -> tuple[S, S]:
+    """What a factor-space Fisher holds of a module's A and B."""
+    a, b = (fisher[f"{name}.lora_{side}"] for side in "AB")
+    if not (isinstance(a, kind) and isinstance(b, kind)):
+        raise TypeError(f"{name}: expected {kind.kind} structures, got {a.kind} and {b.kind}")
+    return a, b
+
+
 def _diagonals(inputs: Inputs) -> Callable[[str], list[tuple[Tensor, Tensor]]]:
+    """Per module, for A and B: (F_harm, F_benign) of the entries."""
     gain, cost = inputs.require().fishers("diagonal", space="factor")
 
     def of(name: str) -> list[tuple[Tensor, Tensor]]:
-        blocks = [f"{name}.lora_{side}" for side in "AB"]
-        return [tuple(f[b].diagonal().reshape(f.blocks[b].shape).cpu() for f in (gain, cost)) for b in blocks]
+        sides = zip(_factors(gain, name, Diagonal), _factors(cost, name, Diagonal))
+        return [(harm.diagonal().cpu(), benign.diagonal().cpu()) for harm, benign in sides]
 
     return of
 
@@ -70,8 +85,8 @@ def _vila(inputs: Inputs, strength: float) -> Adapter:
     harm, benign = inputs.require().fishers("vila", space="factor")
 
     def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
-        sides = [tuple(f[f"{name}.lora_{s}"] for s in "AB") for f in (harm, benign)]
-        rows = select_top(vila_ratio(*sides).cpu(), strength)
+        ratio = vila_ratio(_factors(harm, name, Vila), _factors(benign, name, Vila))
+        rows = select_top(ratio.cpu(), strength)
         return torch.ones(1, dtype=torch.float64), rows.double()[:, None]
 
     return _masked(inputs, weigh)

@@ -33,24 +33,30 @@ def _cosine(left: Tensor, right: Tensor, a: Tensor) -> float:
     return dot / (one * two) ** 0.5 if one * two else 0.0
 
 
-def _unsafe(inputs: Inputs, share: float) -> dict[str, LoraTerm]:
-    """The least aligned share of the modules that both adapters have, with their projections."""
+def _task(inputs: Inputs) -> Adapter:
     if inputs.task is None:
         raise AdapterError("projection methods change the task adapter: give one")
-    both = {n: _projected(t, inputs.safety.terms[n]) for n, t in inputs.task.terms.items() if n in inputs.safety.terms}
+    return inputs.task
+
+
+def _unsafe(task: Adapter, safety: Adapter, share: float) -> dict[str, LoraTerm]:
+    """The least aligned share of the modules that both adapters have, with their projections."""
+    both = {n: _projected(t, safety.terms[n]) for n, t in task.terms.items() if n in safety.terms}
     order = sorted(both, key=lambda n: both[n][1])
     return {n: both[n][0] for n in order[: round(share * len(order))]}
 
 
 def _safe_lora(inputs: Inputs, strength: float) -> Adapter:
-    unsafe = _unsafe(inputs, strength)
-    terms = {n: unsafe.get(n, t) for n, t in inputs.task.terms.items()}
-    return Adapter(terms, base_model=inputs.task.base_model, fan_in_fan_out=inputs.task.fan_in_fan_out)
+    task = _task(inputs)
+    unsafe = _unsafe(task, inputs.safety, strength)
+    terms = {n: unsafe.get(n, t) for n, t in task.terms.items()}
+    return Adapter(terms, base_model=task.base_model, fan_in_fan_out=task.fan_in_fan_out)
 
 
 def _safe_merge(inputs: Inputs, strength: float) -> Adapter:
-    unsafe = _unsafe(inputs, UNSAFE_SHARE)
-    names = {id(t): n for n, t in inputs.task.terms.items()}
+    task = _task(inputs)
+    unsafe = _unsafe(task, inputs.safety, UNSAFE_SHARE)
+    names = {id(t): n for n, t in task.terms.items()}
 
     def rule(terms: list[LoraTerm]) -> LoraTerm:
         name = names.get(id(terms[0]))

@@ -19,7 +19,7 @@ OFF_DIAGONAL = 0.9  # the paper's α: off-diagonal entries of the Grams are shru
 def regmean(terms: list[LoraTerm], grams: list[Tensor], weights: list[float]) -> LoraTerm:
     """One module: terms [r_i], grams [d_in, d_in] float64."""
     shrunk = [w * (OFF_DIAGONAL * g + (1 - OFF_DIAGONAL) * torch.diag(g.diagonal())) for g, w in zip(grams, weights)]
-    total = sum(shrunk)
+    total = sum(shrunk[1:], shrunk[0])
     jitter = torch.finfo(torch.float64).eps * len(total) * total.diagonal().max()
     factor = torch.linalg.cholesky(total + jitter * torch.eye(len(total), dtype=total.dtype))
     parts = [torch.cholesky_solve(g @ t.A.double().T, factor).T for t, g in zip(terms, shrunk)]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum
-from sst_kernels.fisher.base import Structure, TokenBatch
+from sst_kernels.fisher.base import Joint, TokenBatch
 from sst_kernels.fisher.structures.rows import check_columns
 
 
-class Diagonal(Structure):
+class Diagonal(Joint):
     """F = diag(1/count · Σ_n g_n²): the importances of EWC (1612.00796), FILA and diagonal Laplace. No g_n is stored.
 
     `centred=False` (default) keeps Σ g², 4 bytes per coordinate. `centred=True` keeps Σ g and the sum of squared

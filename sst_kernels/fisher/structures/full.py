@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
-from sst_kernels.fisher.base import Structure, TokenBatch
+from sst_kernels.fisher.base import Joint, TokenBatch
 from sst_kernels.fisher.structures.algebra import rows_gramian, rows_times
 from sst_kernels.fisher.structures.rows import RowBuffer, check_columns
 
 
-class Full(Structure):
+class Full(Joint):
     """F = 1/count · Σ_n g_n g_nᵀ, exactly.
 
     `rows="keep"` (default) keeps every g_n as a float32 row. The n-th row of every block of a pass belongs to the same

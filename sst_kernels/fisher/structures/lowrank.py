@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
-from sst_kernels.fisher.base import Counts, Structure, TokenBatch
+from sst_kernels.fisher.base import Counts, Joint, TokenBatch
 from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
 from sst_kernels.fisher.structures.rows import check_columns
 
 UNIT = torch.finfo(torch.float32).eps / 2
 
 
-class LowRank(Structure):
+class LowRank(Joint):
     """F̃ = BᵀB / count with B at most 2ℓ rows, and a number Δ such that 0 ⪯ F − F̃ ⪯ Δ·I  (`certificate`).
 
     Fast Frequent Directions (Liberty, KDD 2013; Ghashami et al., 1501.01711): rows are appended to a buffer of 2ℓ; when
