@@ -9,13 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import machine
 from quality_data import SCARY_BUT_SAFE, Row, refusals, tokenize
-from quality_lab import Cores, DiagonalPencil, Gradients, Lab, ModulePencil, Pencil
+from quality_lab import Cores, DiagonalPencil, Gradients, Lab, ModulePencil, Pencil, Probe
 from torch import Tensor
 
 from sst_merge.pareto import Resample, equal_refusal
@@ -109,7 +108,6 @@ class Study:
                 "select_benign": lab.probe(self.own("select")),
                 "harm": lab.probe(self.harm("final")),
                 "benign": lab.probe(self.own("final")),
-                "answers": lab.probe(self.benign("final")),
             }
 
         return self.once("probes", make)
@@ -134,7 +132,8 @@ class Study:
 
     def unseen(self) -> Gradients:
         """Rows of prompts that are in no pencil: what predictions are made from."""
-        return self.once("unseen rows", lambda: self.lab.rows(self.own("select"), "probe", 0.0, 4))
+        draws = min(self.args.draws, 4)
+        return self.once("unseen rows", lambda: self.lab.rows(self.own("select"), "probe", 0.0, draws))
 
     def pencil(self, c: Config) -> Any:
         gain, cost = self.gain(c).rows, self.cost(c).rows
@@ -151,18 +150,19 @@ class Study:
     def plain_curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Per-prompt sums of the α sweep: harm [alphas, N, 2] (NLL, labels), benign [alphas, M, 2] (KL, labels)."""
         if self._plain is None:
-            files = [self.arrays / f"{self.pair} plain {a}.npz" for a in ALPHAS]
-            for alpha, file in zip(ALPHAS, files):
-                if not file.exists():
-                    self.check_time()
-                    probes = self.probes()
-                    self._store(file, *(self.lab.measure(alpha, probes[k]).numpy() for k in ("harm", "benign")))
-            loaded = [np.load(f) for f in files]
-            self._plain = np.stack([f["harm"] for f in loaded]), np.stack([f["benign"] for f in loaded])
+            sums = [self._final(f"{self.pair} plain {a}", a) for a in ALPHAS]
+            self._plain = np.stack([harm for harm, _ in sums]), np.stack([benign for _, benign in sums])
         return self._plain
 
-    def _store(self, file: Path, harm: np.ndarray, benign: np.ndarray) -> None:
-        np.savez(file, harm=harm[:, [0, 2]], benign=benign[:, [1, 2]])
+    def _final(self, name: str, cores: Cores) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over each prompt of the final split, measured once: harm [N, 2] (NLL, labels), benign [M, 2] (KL, labels)."""
+        file = self.arrays / f"{name}.npz"
+        if not file.exists():
+            self.check_time()
+            harm, benign = (self.lab.measure(cores, self.probes()[k]).numpy() for k in ("harm", "benign"))
+            np.savez(file, harm=harm[:, [0, 2]], benign=benign[:, [1, 2]])
+        with np.load(file) as loaded:
+            return loaded["harm"], loaded["benign"]
 
     def record(self, stage: str, config: Config, cores: Cores | None, *, full: bool = True, **values: Any) -> None:
         """Measure one patch on the final split and write its row. `full` adds generation and benign NLL."""
@@ -186,20 +186,22 @@ class Study:
 
     def _measured(self, row: dict[str, Any], cores: Cores, full: bool) -> dict[str, Any]:
         probes = self.probes()
-        select = self.lab.measure(cores, probes["select_benign"]).sum(0)
-        harm, benign = (self.lab.measure(cores, probes[k]).numpy() for k in ("harm", "benign"))
         name = "_".join(_text(row.get(k)) for k in ("pair", "stage", *asdict(Config()), "target", "strength"))
-        self._store(self.arrays / f"{name}.npz", harm, benign)
-        out = {"select_nll": self.select_nll(cores), "select_kl": float(select[1] / select[2])}
-        found = equal_refusal((harm[:, [0, 2]], benign[:, [1, 2]]), self.plain_curve(), self.resample(harm, benign))
+        name = f"{self.pair} plain {cores}" if isinstance(cores, float) else name
+        harm, benign = self._final(name, cores)
+        out: dict[str, Any] = {}
+        if row["stage"] not in ("plain", "calibration"):  # their strengths were not set on the select split
+            select = self.lab.measure(cores, probes["select_benign"]).sum(0)
+            out = {"select_nll": self.select_nll(cores), "select_kl": float(select[1] / select[2])}
+        found = equal_refusal((harm, benign), self.plain_curve(), self.resample(harm, benign))
         out["plain_kl"] = found["plain_kl"][0]
         for name in ("refusal_nll", "kl", "ratio"):
             out |= dict(zip((name, f"{name}_lo", f"{name}_hi"), found[name]))
         for source in ("gsm8k", "self_instruct"):
             own = np.array([r.source == source for r in probes["benign"].rows])
-            out[f"kl_{source}"] = benign[own, 1].sum() / max(benign[own, 2].sum(), 1)
+            out[f"kl_{source}"] = benign[own, 0].sum() / max(benign[own, 1].sum(), 1)
         if full:
-            answers = self.lab.measure(cores, probes["answers"]).sum(0)
+            answers = self.lab.measure(cores, Probe(self.benign("final"))).sum(0)
             out["benign_nll"] = float(answers[0] / answers[2])
             out["refusal_rate"] = self.lab.refusal_rate([r.prompt for r in probes["harm"].rows], cores)
             out["over_refusal"] = self.lab.refusal_rate(SCARY_BUT_SAFE, cores)

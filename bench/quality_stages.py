@@ -24,7 +24,8 @@ def plain(s: Study) -> None:
             continue
         s.check_time()
         predicted = s.predictions(alpha * s.lab.patch, None)
-        s.record("plain", PLAIN, alpha, full=alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0), strength=alpha, **predicted)  # fmt: skip
+        full = s.args.scale == "full" and alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
+        s.record("plain", PLAIN, alpha, full=full, strength=alpha, **predicted)
 
 
 def main(s: Study) -> None:
@@ -111,7 +112,8 @@ def calibration(s: Study) -> None:
             continue
 
         def body(c: Config = c, where: str = where) -> None:
-            space = sst.subspace(*_fishers(s, c), scope=where, damping=c.damping, folds=4)
+            fishers = s.once("calibration fishers", lambda: _fishers(s, config))
+            space = sst.subspace(*fishers, scope=where, damping=c.damping, folds=4)
             for budget in BUDGETS:
                 if s.has("calibration", c, budget):
                     continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +38,9 @@ def both_passes(
         "seed": recipe.seed,
         "continuity": continuity,
     }
-    gain = fisher_pass(session, harm, name="harm", point=recipe.harm_point, **common)
+    gain = over_points(
+        recipe.harm_points, lambda point: fisher_pass(session, harm, name=f"harm-{point}", point=point, **common)
+    )
     cost = fisher_pass(
         session,
         benign,
@@ -49,6 +51,18 @@ def both_passes(
         **common,
     )
     return gain, cost
+
+
+def over_points(points: Sequence[str | float], run: Callable[[str | float], sst.Fisher]) -> sst.Fisher:
+    """The mean of the Fishers that `run` takes at each point.
+
+    Where a patch has won already, its gradient vanishes: at S = I alone the Fisher of the refusals hardly sees the first words that
+    decide them. Rows along the patch's path see both the decision and what follows it.
+    """
+    total = run(points[0])
+    for point in points[1:]:
+        total.merge(run(point), mix_points=True)
+    return total
 
 
 def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) -> sst.Subspace:

@@ -62,12 +62,15 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         tokens = data[name].summary()["tokens"] * repeats
         return tokens, tokens * flops * parameters / (rate * _EFFICIENCY)
 
-    passes = {"Fisher, harm": stage("harm", 1, 4), "Fisher, benign": stage("benign", recipe.label_draws, 4)}
+    passes = {
+        "Fisher, harm": stage("harm", len(recipe.harm_points), 4),
+        "Fisher, benign": stage("benign", recipe.label_draws, 4),
+    }
     for name, forwards in (("eval_harm", 3), ("eval_benign", 3)):
         if name in data:
             passes[f"evaluation, {name.removeprefix('eval_')}"] = stage(name, forwards, 2)
     coordinates = sum(term.rank**2 for term in safety.terms.values())
-    rows = len(data["harm"]) + len(data["benign"]) * recipe.label_draws
+    rows = len(data["harm"]) * len(recipe.harm_points) + len(data["benign"]) * recipe.label_draws
     memory = _memory(recipe, config, parameters, rows * coordinates, adapters)
     return Plan(parameters, coordinates, rate, passes, memory)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import RecipeError
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
-Point = Literal["patched", "reference"]
+Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Recipe(BaseModel):
@@ -40,7 +40,11 @@ class Recipe(BaseModel):
     scope: Literal["global", "module"] = "global"
     damping: float = Field(3.0, gt=0, allow_inf_nan=False, description="relative: times tr(F_benign)/n")
     folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
-    harm_point: Point = Field("patched", description="where the Fisher of the refusals is taken")
+    harm_points: list[Point] = Field(
+        ["reference", 0.5, "patched"],
+        min_length=1,
+        description="where the Fisher of the refusals is taken: the mean over these points of the patch's path",
+    )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
     benign_labels: Literal["model", "data"] = Field(
         "model", description="sampled from the model, or the data's answers"
