@@ -21,7 +21,7 @@ def fisher_of(rows: torch.Tensor, metric: dict, *, point: str = "patched", group
     blocks = [Block(name, name, (r, r)) for name, r in RANKS.items()]
     fisher = Fisher.empty(
         blocks, options.pop("structure", "full"), devices=dict.fromkeys(RANKS, torch.device("cpu")), metric=metric,
-        scope="global", sample="sequence", count="sequences", options=options,
+        scope="global", sample="sequence", count=options.pop("count", "sequences"), options=options,
         meta={"space": "core", "fingerprint": "x", "adapter": "a", "point": point, "point_given": True},
     )  # fmt: skip
     n = len(rows)
@@ -236,6 +236,27 @@ def test_other_structures_serve_module_scope():
     sketched = subspace(*passes("lowrank", rank=64), scope="global")
     whole = subspace(*passes("full"), scope="global", folds=2)
     torch.testing.assert_close(sketched.values, whole.values, rtol=1e-4, atol=1e-5 * float(whole.values[0]))
+
+
+@pytest.mark.parametrize(("structure", "scope"), [("diagonal", "module"), ("lowrank", "global"), ("full", "global")])
+def test_what_a_fisher_is_divided_by_changes_nothing(structure, scope):
+    spaces = [
+        subspace(*pair(structure=structure, count=count), scope=scope) for count in ("sequences", "tokens", "labels")
+    ]
+    first = spaces[0].soft(1.0)
+    for space in spaces[1:]:
+        torch.testing.assert_close(space.values, spaces[0].values, rtol=1e-6, atol=1e-9 * float(space.values[0]))
+        other = space.soft(1.0).prediction
+        assert other.cost_per_label == pytest.approx(first.prediction.cost_per_label, rel=1e-6)
+        assert other.plain_cost_per_label == pytest.approx(first.prediction.plain_cost_per_label, rel=1e-6)
+
+
+def test_an_untrained_adapter_is_named():
+    gain, cost = pair()
+    nothing = fisher_of(torch.zeros_like(cost.rows()), cost.metric)
+    for scope in ("global", "module"):
+        with pytest.raises(ValueError, match="cost Fisher is zero"):
+            subspace(gain, nothing, scope=scope)
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -47,6 +47,8 @@ def concatenate(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
         raise AdapterError("the adapters disagree on fan_in_fan_out: they belong to different base models")
     modules = sorted({name for _, adapter in used for name in adapter.terms})
     terms = {name: _join(name, [(w, a.terms[name]) for w, a in used if name in a.terms]) for name in modules}
+    if not terms:
+        raise AdapterError("nothing is left to merge: the filter removed the whole patch; allow a larger KL budget")
     bases = sorted({adapter.base_model for _, adapter in used if adapter.base_model})
     notes = (f"the adapters name different base models: {', '.join(bases)}",) if len(bases) > 1 else ()
     return Adapter(terms, base_model=bases[0] if bases else "", fan_in_fan_out=used[0][1].fan_in_fan_out, notes=notes)

@@ -121,7 +121,7 @@ def fisher_pass(
         run = _BatchRunner(session, accumulator, data, labels)
         items = session.reporter.track(steps, f"Fisher: {name}", size=lambda step: batch_tokens(step[1]))
         identity = hashlib.sha256(
-            f"{data.sha256} {len(data)} {labels} {draws} {tokens_per_batch} {seed}".encode()
+            f"{_content(session, data)} {labels} {draws} {tokens_per_batch} {seed}".encode()
         ).hexdigest()
         keep = None
         if continuity is not None and path is not None:
@@ -135,6 +135,16 @@ def fisher_pass(
                 keep.save()
     session.seconds[f"fisher_{name}"] = time.monotonic() - start
     return accumulator.fisher
+
+
+def _content(session: Session, data: Dataset) -> str:
+    """A hash of what the gradients depend on beside the safety adapter, whose fingerprint the Fisher holds."""
+    config, task = getattr(session.model, "config", None), session.task.sha256 if session.task is not None else None
+    about = (getattr(config, "_name_or_path", ""), str(getattr(session.model, "dtype", "")), task)
+    digest = hashlib.sha256(repr(about).encode())
+    for example in data.examples:
+        digest.update(repr((example.tokens, example.prompt_tokens)).encode())
+    return digest.hexdigest()
 
 
 class _BatchRunner:

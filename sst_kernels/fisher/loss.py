@@ -178,7 +178,14 @@ def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | N
             )
         return starts
     positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None or n != 1 or positions.ndim != 2:
+    if positions is None or inputs.get("attention_mask") is not None or positions.ndim != 2:
+        return None
+    if n != 1:
+        if ((positions == 0).sum(1) > 1).any():
+            raise ValueError(
+                f"position_ids start again within a row, so the {n} rows hold several sequences each: pack all of them "
+                "into one row, or give an attention_mask"
+            )
         return None
     starts = (positions[0].detach().cpu() == 0).nonzero().flatten()
     return torch.cat([starts, torch.tensor([length])]) if len(starts) > 1 and starts[0] == 0 else None

@@ -44,7 +44,10 @@ class Pass:
         self._measured = grad.detach().float()
 
     def flat(self, site: LoraSite, tensor: Tensor) -> Tensor:
-        tokens = self.layout.batch * self.layout.length
+        n, length = self.layout.batch, self.layout.length
+        if tensor.ndim == 3 and n != length and tuple(tensor.shape[:2]) == (length, n):
+            raise ValueError(f"{site.name} saw its tokens as [T, N] = {(length, n)}: only [N, T] models are supported")
+        tokens = n * length
         flat = tensor.reshape(-1, tensor.shape[-1])
         if len(flat) != tokens:
             raise ValueError(

@@ -108,8 +108,14 @@ def _solve_modules(
 
 
 def dense_blocks(fisher: Fisher, coordinates: FrobeniusCoordinates, device: torch.device) -> list[Tensor]:
-    """Each module's Fisher matrix in z coordinates, whatever its structure."""
-    return [coordinates.matrix(name, fisher[name].dense().to(device)) for name in fisher]
+    """Each module's Fisher matrix per sequence in z coordinates, whatever its structure."""
+    factor = per_sequence(fisher)
+    return [coordinates.matrix(name, fisher[name].dense().to(device)) * factor for name in fisher]
+
+
+def per_sequence(fisher: Fisher) -> float:
+    """What turns a Fisher that is divided by its `count` (tokens, labels) into one per sequence."""
+    return getattr(fisher.counts, fisher.meta["count"]) / fisher.counts.sequences
 
 
 def block_grams(rows: Tensor, slices: Sequence[slice]) -> list[Tensor]:

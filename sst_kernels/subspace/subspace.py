@@ -13,7 +13,14 @@ from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
 from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import FrobeniusCoordinates
-from sst_kernels.subspace.spectrum import Spectrum, block_grams, dense_blocks, global_spectrum, module_spectra
+from sst_kernels.subspace.spectrum import (
+    Spectrum,
+    block_grams,
+    dense_blocks,
+    global_spectrum,
+    module_spectra,
+    per_sequence,
+)
 
 Weights = Callable[[Tensor, float], Tensor]
 _PATH = 161
@@ -128,7 +135,10 @@ class Subspace:
 
     @stage("subspace")
     def __post_init__(self) -> None:
-        self._has_rows = all(f.meta["structure"] == "full" and not _folded(f) for f in (self.gain, self.cost))
+        self._has_rows = all(
+            f.meta["structure"] == "full" and f.meta["sample"] == "sequence" and not _folded(f)
+            for f in (self.gain, self.cost)
+        )
         device = next(iter(self.gain.values())).device
         self._z = FrobeniusCoordinates(list(self.gain.blocks.values()), self.gain.metric, device)
         self._patch = self._z.patch().to(device)
@@ -138,7 +148,7 @@ class Subspace:
         self._rows: tuple[Tensor, Tensor] | None = None
         if self._has_rows:
             gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
-            self._epsilon = self.damping * float(cost.square().sum()) / len(cost) / self._z.size
+            self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
             self._spectra = self._solve(gain, cost)
             assigned = [_folds_of(f.groups, self.folds, name) for f, name in ((self.gain, "gain"), (self.cost, "cost"))]
             self._folds = [
@@ -152,12 +162,12 @@ class Subspace:
             self._rows = (gain, cost)
         elif self.scope == "module":
             gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
-            self._epsilon = self.damping * sum(float(b.trace()) for b in cost_blocks) / self._z.size
+            self._epsilon = self._absolute(sum(float(b.trace()) for b in cost_blocks))
             self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices, self.group)
             self._blocks = (gain_blocks, cost_blocks)
         else:
             gain, cost = (self._sketch(f).to(device) for f in (self.gain, self.cost))
-            self._epsilon = self.damping * float(cost.square().sum()) / self._z.size
+            self._epsilon = self._absolute(float(cost.square().sum()))
             self._spectra = global_spectrum(gain, cost, self._epsilon, self._patch)
             self._rows = (gain * len(gain) ** 0.5, cost * len(cost) ** 0.5)
 
@@ -210,6 +220,11 @@ class Subspace:
         grams, costs = block_grams(u, slices), block_grams(w, slices)
         return module_spectra(grams, costs, self._epsilon, self._patch, slices, self.group)
 
+    def _absolute(self, trace: float) -> float:
+        if trace == 0:
+            raise ValueError("the cost Fisher is zero: is the adapter trained (lora_B is zero at the start)?")
+        return self.damping * trace / self._z.size
+
     def _sketch(self, fisher: Fisher) -> Tensor:
         operator = getattr(fisher.joint, "operator", lambda: None)()
         if not isinstance(operator, LowRank):
@@ -217,7 +232,7 @@ class Subspace:
                 f"scope='global' needs cross-module statistics, which structure {fisher.meta['structure']!r} (scope={fisher.meta['scope']!r}) "
                 "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
             )
-        return self._z.gradients(operator.rows)
+        return self._z.gradients(operator.rows) * per_sequence(fisher) ** 0.5
 
     @stage("filter")
     def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
