@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 from quality_lab import Pencil
@@ -12,6 +11,7 @@ from quality_runner import ALPHAS, Config, Study
 from torch import Tensor
 
 import sst_kernels as sst
+from sst_merge.pipeline import over_points
 
 PLAIN = Config("plain", "", "", "", cost_labels="", damping=0.0)
 BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -104,28 +104,23 @@ def random_control(s: Study) -> None:
 
 
 def calibration(s: Study) -> None:
-    """The library's own subspace(): KL budgets, cross-fitted predictions and the truth, both scopes; same answer as here?"""
-    config = Config(harm_rows=256, benign_prompts=256, draws=2)
-    for where in ("global", "module"):
-        c = replace(config, method="library-budget", scope=where)
+    """The library's own subspace(): KL budgets, cross-fitted predictions and the truth; the gain Fisher along the path or patched."""
+    for gain_point, where in (("path", "global"), ("patched", "global"), ("path", "module"), ("patched", "module")):
+        c = Config("library-budget", where, gain_point, harm_rows=256, benign_prompts=256, draws=2)
         if all(s.has("calibration", c, b) for b in BUDGETS):
             continue
 
-        def body(c: Config = c, where: str = where) -> None:
-            fishers = s.once("calibration fishers", lambda: _fishers(s, config))
-            space = sst.subspace(*fishers, scope=where, damping=c.damping, folds=4)
+        def body(c: Config = c) -> None:
+            gain, cost = _fishers(s, c)
+            space = sst.subspace(gain, cost, scope=c.scope, damping=c.damping, folds=4, mix_points=True)
             for budget in BUDGETS:
                 if s.has("calibration", c, budget):
                     continue
                 s.check_time()
                 patch = space.soft(kl_budget=budget)
-                z = _z(s, patch)
-                values = s.predictions(z, None) | {"strength": patch.parameter, "target": budget}
+                values = s.predictions(_z(s, patch), None) | {"strength": patch.parameter, "target": budget}
                 values["in_sample"] = patch.prediction.in_sample_cost_per_label
-                s.record("calibration", c, patch.coordinates, full=False, benign_rows=len(space.cost.rows()), **values)
-            if where == "global":
-                own = Pencil(*space._rows, c.damping).soft(s.lab.patch, patch.parameter)
-                s.say(f"row-space solve and sst.subspace agree to {float((own - z).norm() / z.norm()):.1e}")
+                s.record("calibration", c, patch.coordinates, full=False, benign_rows=len(cost.groups), **values)
 
         s.guard("calibration", c, body)
 
@@ -304,14 +299,25 @@ def _z(s: Study, patch: sst.Patch) -> Tensor:
     return s.lab.coordinates.from_cores({name: core.to(s.lab.device) for name, core in patch.coordinates.items()})
 
 
-def _fishers(s: Study, c: Config) -> list[sst.Fisher]:
-    """The library's Fishers over the rows of a configuration."""
-    harm = s.harm("fisher", 2)[: c.harm_rows]
-    benign = s.own("fisher")[: c.benign_prompts]
-    return [
-        _structured(s, harm, "data", 1.0, "full", {}, "global"),
-        _structured(s, benign, "probe", 0.0, "full", {}, "global", c.draws),
-    ]
+def _fishers(s: Study, c: Config) -> tuple[sst.Fisher, sst.Fisher]:
+    """The library's (gain, cost) over the rows of a configuration; each pass is kept in DIR/fishers for the next run."""
+
+    def gain(point: float) -> sst.Fisher:
+        return _structured(s, s.harm("fisher", 2)[: c.harm_rows], "data", point, "full", {}, "global")
+
+    def cost() -> sst.Fisher:
+        return _structured(s, s.own("fisher")[: c.benign_prompts], "probe", 0.0, "full", {}, "global", c.draws)
+
+    points = {"path": (0.0, 0.5, 1.0), "patched": (1.0,), "half": (0.5,), "reference": (0.0,)}[c.gain_point]
+    return over_points(points, lambda p: _kept(s, f"gain {p}", lambda: gain(float(p)))), _kept(s, "cost", cost)
+
+
+def _kept(s: Study, name: str, make: Callable[[], sst.Fisher]) -> sst.Fisher:
+    path = s.args.out / "fishers" / f"{s.pair} {name}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        s.once(name, make).save(path)
+    return sst.Fisher.load(path, s.lab.device)
 
 
 def _structured(

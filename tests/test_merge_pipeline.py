@@ -68,7 +68,10 @@ def test_output_is_what_the_report_says(merged, world):
     assert rows["no patch"]["benign_kl"] == 0
     assert 0 < rows["merged"]["benign_kl"] < rows["plain addition"]["benign_kl"]
     assert report["fisher"]["benign"]["sequences"] == 24
-    assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == ("reference+0.5+patched", "reference")
+    assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == (
+        "reference+0.5+patched",
+        "reference",
+    )
     assert report["fisher"]["benign"]["label_source"] == "model"
     assert sorted(p.name for p in world.iterdir() if p.name.startswith(".")) == []
 
