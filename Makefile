@@ -1,11 +1,10 @@
 # `make demo` and `make test` set up their own virtual environment in .venv from nothing.
 #
-#   TORCH   what pip installs for PyTorch, options included. Default: torch==2.13.0; where pip's index has only CUDA
-#           builds of it, TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" gets the CPU one.
+#   TORCH   what pip installs for PyTorch, options included. Default: the CPU build where there is no GPU.
 #   PYTHON  the interpreter that makes the environment (3.11 or newer).
 
 PYTHON ?= python3
-TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from .errors import DataError
@@ -248,8 +249,11 @@ def _encodable(text: str) -> bool:
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, str]:
     if getattr(tokenizer, "chat_template", None):
-        full = tokenizer.apply_chat_template(messages, tokenize=False)
-        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), full
+        try:
+            full = tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), full
+        except TemplateError as error:
+            raise DataError(f"{where}: the model's chat template refuses these messages: {error}") from error
     if len(messages) != 2:
         raise DataError(
             f"{where}: this tokenizer has no chat template, so only one prompt and one response can be joined"

@@ -114,12 +114,12 @@ def _match(
         patch = space.soft(kl_budget=budget)
         adapter = session.merged(patch.coordinates)
         measured = session.measure(evaluator, adapter, label, only_benign=True).benign_kl
-        tried.append((math.log(budget), math.log(measured), patch, adapter))
+        tried.append((math.log(budget), math.log(max(measured, 1e-12)), patch, adapter))
         if abs(measured / target - 1) <= TOLERANCE:
             break
         slope = 1.0
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
             slope = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
-        budget *= (target / measured) ** (1 / min(max(slope, 0.3), 3.0))
+        budget *= (target / max(measured, 1e-12)) ** (1 / min(max(slope, 0.3), 3.0))
     best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
     return best[2], best[3]

@@ -32,13 +32,14 @@ class OutputError(MergeError):
 
 @contextmanager
 def headlined(what: str) -> Iterator[None]:
-    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError); the user reads it under one
-    headline, as a MergeError."""
+    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError); the user reads it
+    under one headline, as a MergeError."""
     from sst_kernels.fisher import StorageError
+    from sst_kernels.gevp import GEVPError
 
     try:
         yield
     except MergeError:
         raise
-    except (ValueError, FloatingPointError, MemoryError, StorageError) as error:
+    except (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError) as error:
         raise MergeError(f"{what}: {error}") from error

@@ -56,10 +56,16 @@ def model_folder(source: str | Path) -> Path:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU."""
+    """`"auto"` is CUDA where there is one, else the CPU. ModelError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f'device {device!r} cannot be used ({reason}); give "auto", "cpu", "cuda" or "cuda:1"'
+        ) from error
 
 
 def smollm2_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -161,9 +162,11 @@ def describe(
 ) -> dict[str, Any]:
     """The report's facts, as JSON-able values; `report.write_report` turns them into files."""
     values = space.values
-    positive = values[values > 0]
-    path = torch.logspace(float(positive[0].log10()) + 3, float(positive[-1].log10()) - 2, 40, dtype=torch.float64)
-    curve = space.cost_path("soft", path)
+    positive = values[values > 0].log10()
+    path = curve = positive
+    if len(positive):
+        path = torch.logspace(float(positive[0]) + 3, float(positive[-1]) - 2, 40, dtype=torch.float64)
+        curve = space.cost_path("soft", path)
     return {
         "schema": 1,
         "recipe": recipe.model_dump(mode="json"),
@@ -185,7 +188,7 @@ def describe(
         },
         "patch": {
             "filter": patch.filter,
-            "parameter": patch.parameter,
+            "parameter": patch.parameter if math.isfinite(patch.parameter) else None,
             "points": list(patch.points),
             "prediction": asdict(patch.prediction),
             "kept_energy": patch.kept,

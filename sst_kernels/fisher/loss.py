@@ -28,6 +28,7 @@ class Declaration:
         """Name the scalar whose `backward()` will follow, so that any factor put on it later is measured and undone."""
         for watch in self.watchers:
             watch(value)
+        self.watchers.clear()
         return value
 
 

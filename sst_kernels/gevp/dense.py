@@ -64,4 +64,4 @@ def empty_outputs(batch: int, n: int, k: int, device: torch.device) -> tuple[Ten
 def threads() -> int:
     """Threads over which a CPU batch is spread: OMP_NUM_THREADS where it is set, else the cores this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+    return int(asked) if asked.isdigit() and int(asked) > 0 else os.cpu_count() or 1
