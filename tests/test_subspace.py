@@ -183,15 +183,15 @@ def test_kl_budgets_are_kept_and_monotone(seed, budgets, name, scope):
 
 
 def test_held_out_predictions_see_no_row_of_their_own_pencil():
-    """Cross-fitting by hand: fold i of the groups is judged by the patch of the others."""
+    """Cross-fitting by hand: fold i of the cost rows is judged by the patch of the others and all gain rows."""
     gain, cost = pair(4, gain_rows=8, cost_rows=12)
     space = subspace(gain, cost, folds=4)
     mu, total = 0.05, 0.0
     metric = gain.metric
     for fold in range(4):
-        kept = [f.rows()[torch.arange(len(f.rows())) % 4 != fold] for f in (gain, cost)]
+        kept = cost.rows()[torch.arange(12) % 4 != fold]
         out = cost.rows()[torch.arange(12) % 4 == fold].double().numpy()
-        a, b = dense_pencil(fisher_of(kept[0], metric), fisher_of(kept[1], metric), space.epsilon, "global")
+        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global")
         patch = np.linalg.solve(a + mu * b, a @ IDENTITY)
         total += 0.5 * ((out @ patch) ** 2).sum()
     prediction = space.soft(mu).prediction
@@ -199,6 +199,14 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil():
     assert prediction.cost_per_sequence == pytest.approx(total / 12, rel=1e-6)
     assert prediction.cost_per_label == pytest.approx(total / 12 / 2, rel=1e-6)
     assert prediction.in_sample_cost_per_label < prediction.cost_per_label
+    kept = whole = 0.0
+    for fold in range(4):
+        inside = torch.arange(8) % 4 != fold
+        a, b = dense_pencil(fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global")
+        out = gain.rows()[~inside].double().numpy()
+        kept += ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
+        whole += ((out @ IDENTITY) ** 2).sum()
+    assert prediction.gain_kept == pytest.approx(kept / whole, rel=1e-6)
 
 
 def test_draws_of_one_prompt_stay_in_one_fold():

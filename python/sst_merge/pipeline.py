@@ -1,4 +1,4 @@
-"""The merge itself, and the only module that calls sst_kernels: Fisher passes → subspace → filtered patch → adapter."""
+"""The merge itself: Fisher passes → subspace → filtered patch → adapter."""
 
 from __future__ import annotations
 

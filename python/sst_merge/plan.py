@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
+from sst_kernels.fisher import Block
+from sst_kernels.fisher.memory import estimate, estimate_solve
+
 from .adapters import Adapter, load_adapter
+from .errors import headlined
 from .models import DTYPES, model_folder, resolve_device
 from .output import check_output
 from .pipeline import load_data
@@ -70,12 +74,31 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         if name in data:
             passes[f"evaluation, {name.removeprefix('eval_')}"] = stage(name, forwards, 2)
     coordinates = sum(term.rank**2 for term in safety.terms.values())
-    rows = len(data["harm"]) * len(recipe.harm_points) + len(data["benign"]) * recipe.label_draws
-    memory = _memory(recipe, config, parameters, rows * coordinates, adapters)
+    memory = _memory(recipe, config, parameters, adapters)
+    rows = (len(data["harm"]) * len(recipe.harm_points), len(data["benign"]) * recipe.label_draws)
+    memory |= _fisher_memory(recipe, safety, *rows)
     return Plan(parameters, coordinates, rate, passes, memory)
 
 
-def _memory(recipe: Recipe, config: Any, parameters: int, entries: int, adapters: list[Adapter]) -> dict[str, int]:
+def _fisher_memory(recipe: Recipe, safety: Adapter, harm: int, benign: int) -> dict[str, int]:
+    blocks = [Block(name, name, (term.rank, term.rank)) for name, term in safety.terms.items()]
+    given = recipe.structure_options
+    with headlined("the memory of this recipe cannot be estimated"):
+        states = [
+            estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.scope, options=given)
+            for n in (harm, benign)
+        ]
+    exact = recipe.structure == "full" and (recipe.scope == "global" or given.get("rows") == "keep")
+    most = 2 * given.get("rank", 128) if recipe.structure == "lowrank" else 0
+    rows = (harm, benign) if exact else (min(harm, most), min(benign, most))
+    sizes = [b.size for b in blocks]
+    return {
+        "Fisher state": sum(state.peak for state in states),
+        "pencil": estimate_solve(sizes, *rows, scope=recipe.scope, folds=recipe.folds if exact else 0),
+    }
+
+
+def _memory(recipe: Recipe, config: Any, parameters: int, adapters: list[Adapter]) -> dict[str, int]:
     width = DTYPES[recipe.dtype].itemsize
     hidden, layers, inner = config.hidden_size, config.num_hidden_layers, getattr(config, "intermediate_size", None)
     per_token = layers * (10 * hidden + 4 * (inner or 4 * hidden))
@@ -83,7 +106,6 @@ def _memory(recipe: Recipe, config: Any, parameters: int, entries: int, adapters
         "model and adapters": width * (parameters + sum(a.parameters for a in adapters)),
         "activations": width * recipe.tokens_per_batch * per_token,
         "logits": recipe.tokens_per_batch * config.vocab_size * (width + 8),
-        "Fisher rows and pencil": entries * (4 + 2 * 8),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ _PATH = 161
 class Prediction:
     """What the filtered patch is expected to cost and to keep. KL divergences are in nats, ½ zᵀ F_cost z.
 
-    held_out: rows of the prediction were in no pencil that chose the patch they judge (cross-fitting); False when the
-    structures keep no rows to hold out, and then the figures are optimistic, by orders of magnitude for few rows.
+    held_out: the rows that judge (of the cost for costs, of the gain for `gain_kept`) were in no pencil that chose the patch
+    (cross-fitting); False when the structures keep no rows to hold out, and then the figures are optimistic, by orders of magnitude for few rows.
     cost_per_label, cost_per_sequence: of the filtered patch. in_sample_cost_per_label: the same on the pencil's own rows.
     plain_cost_per_label: of the whole patch, by the same quadratic. gain_kept: zᵀF_gain z of the filtered patch over that of
     the whole patch.
@@ -115,11 +116,10 @@ def subspace(
 
 @dataclass
 class _Fold:
-    """Spectra of the pencil without this fold's rows, and the rows held out (unnormalised weights)."""
+    """Spectra of the pencil without some rows of one side, and those rows [m, n]."""
 
     spectra: list[Spectrum]
-    gain: Tensor
-    cost: Tensor
+    held: Tensor
 
 
 @dataclass
@@ -144,20 +144,19 @@ class Subspace:
         self._patch = self._z.patch().to(device)
         self._labels = self.cost.counts.labels / self.cost.counts.sequences
         slices = list(self._z.slices.values())
-        self._folds: list[_Fold] = []
+        self._cost_folds: list[_Fold] = []
         self._rows: tuple[Tensor, Tensor] | None = None
         if self._has_rows:
             gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
             self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
             self._spectra = self._solve(gain, cost)
-            assigned = [_folds_of(f.groups, self.folds, name) for f, name in ((self.gain, "gain"), (self.cost, "cost"))]
-            self._folds = [
-                _Fold(
-                    self._solve(gain[assigned[0] != i], cost[assigned[1] != i]),
-                    gain[assigned[0] == i],
-                    cost[assigned[1] == i],
-                )
-                for i in range(self.folds)
+            [_folds_of(f.groups, self.folds, name) for f, name in ((self.gain, "gain"), (self.cost, "cost"))]
+            of_gain, of_cost = (
+                _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
+            )
+            self._gain_fold = of_gain
+            self._cost_folds = [
+                _Fold(self._solve(gain, cost[of_cost != i]), cost[of_cost == i]) for i in range(self.folds)
             ]
             self._rows = (gain, cost)
         elif self.scope == "module":
@@ -210,7 +209,7 @@ class Subspace:
     def cost_path(self, filter: str, parameters: Tensor) -> Tensor:
         """Held-out predicted cost in nats per label token of `filter` at each of `parameters` [G]."""
         weights = {"soft": _soft, "threshold": _threshold, "top_k": _top_k(len(self.values))}[filter]
-        return self._predicted(weights, parameters)[0] / self._labels
+        return self._predicted(weights, parameters) / self._labels
 
     def _solve(self, gain: Tensor, cost: Tensor) -> list[Spectrum]:
         u, w = gain / len(gain) ** 0.5, cost / len(cost) ** 0.5
@@ -244,10 +243,12 @@ class Subspace:
             raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
         elif not parameter >= 0:
             raise ValueError(f"{name}: the parameter must not be negative, got {parameter}")
-        z = self._assemble(self._spectra, weights, torch.tensor([float(parameter)], dtype=torch.float64))
-        cost, kept = self._predicted(weights, torch.tensor([float(parameter)], dtype=torch.float64))
+        chosen = torch.tensor([float(parameter)], dtype=torch.float64)
+        z, cost, kept = (
+            f(weights, chosen) for f in (partial(self._assemble, self._spectra), self._predicted, self._kept)
+        )
         prediction = Prediction(
-            held_out=bool(self._folds),
+            held_out=bool(self._cost_folds),
             cost_per_label=cost.item() / self._labels,
             cost_per_sequence=cost.item(),
             in_sample_cost_per_label=self._cost(z).item() / self._labels,
@@ -274,7 +275,7 @@ class Subspace:
         """
         path, between = self._path(name)
         for refine in (True, False):
-            allowed = self._predicted(weights, path)[0] / self._labels <= kl_budget
+            allowed = self._predicted(weights, path) / self._labels <= kl_budget
             last = int(allowed.to(torch.int8).cummin(0).values.sum()) - 1
             if last < 0:
                 return 0.0 if name == "top_k" else float("inf")
@@ -304,18 +305,33 @@ class Subspace:
 
         return torch.logspace(float(top), float(bottom), _PATH, dtype=torch.float64), between
 
-    def _predicted(self, weights: Weights, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost per sequence and kept gain, [G] each, held out where there are rows to hold out."""
-        if not self._folds:
-            z = self._assemble(self._spectra, weights, parameters)
-            return self._cost(z), self._gain(z) / self._gain(self._patch[:, None])
-        cost = gain = whole = torch.zeros(())
-        for fold in self._folds:
-            z = self._assemble(fold.spectra, weights, parameters)
-            cost = cost + 0.5 * (fold.cost @ z).square().sum(0).cpu()
-            gain = gain + (fold.gain @ z).square().sum(0).cpu()
-            whole = whole + (fold.gain @ self._patch).square().sum().cpu()
-        return cost / sum(len(fold.cost) for fold in self._folds), gain / whole
+    def _predicted(self, weights: Weights, parameters: Tensor) -> Tensor:
+        """Cost per sequence [G], held out where there are rows to hold out.
+
+        Only cost rows are held out: without some gain rows the filter would keep less, and its cost be told too small.
+        """
+        if not self._cost_folds:
+            return self._cost(self._assemble(self._spectra, weights, parameters))
+        cost = torch.zeros(len(parameters), dtype=torch.float64)
+        for fold in self._cost_folds:
+            cost += 0.5 * (fold.held @ self._assemble(fold.spectra, weights, parameters)).square().sum(0).cpu()
+        return cost / sum(len(fold.held) for fold in self._cost_folds)
+
+    def _kept(self, weights: Weights, parameters: Tensor) -> Tensor:
+        """Gain of the filtered patch over that of the whole patch [G], on gain rows held out where there are any."""
+        if not self._cost_folds:
+            return self._gain(self._assemble(self._spectra, weights, parameters)) / self._gain(self._patch[:, None])
+        kept, whole = torch.zeros(len(parameters), dtype=torch.float64), 0.0
+        for fold in self._gain_folds:
+            kept += (fold.held @ self._assemble(fold.spectra, weights, parameters)).square().sum(0).cpu()
+            whole += float((fold.held @ self._patch).square().sum())
+        return kept / whole
+
+    @cached_property
+    def _gain_folds(self) -> list[_Fold]:
+        assert self._rows is not None
+        (gain, cost), fold = self._rows, self._gain_fold
+        return [_Fold(self._solve(gain[fold != i], cost), gain[fold == i]) for i in range(self.folds)]
 
     def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
         """Filtered patches [n, G], one column per parameter; top-k ranks all spectra together."""
