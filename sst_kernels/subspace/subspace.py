@@ -150,11 +150,9 @@ class Subspace:
             gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
             self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
             self._spectra = self._solve(gain, cost)
-            [_folds_of(f.groups, self.folds, name) for f, name in ((self.gain, "gain"), (self.cost, "cost"))]
-            of_gain, of_cost = (
+            self._gain_fold, of_cost = (
                 _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
             )
-            self._gain_fold = of_gain
             self._cost_folds = [
                 _Fold(self._solve(gain, cost[of_cost != i]), cost[of_cost == i]) for i in range(self.folds)
             ]
