@@ -24,6 +24,8 @@ PACKAGES = (
 VARIABLES = {
     "OMP_NUM_THREADS": "threads over which a batch of CPU eigenproblems is spread, and torch's own; default: all cores",
     "TRITON_INTERPRET": "1 runs the Triton kernels in NumPy on CPU tensors, for debugging; read when triton is imported",
+    "WORLD_SIZE": "set by torchrun: sst-merge shares its passes over that many processes; default: 1",
+    "LOCAL_RANK": "set by torchrun: which GPU of its machine a process of sst-merge takes; default: 0",
     "SST_CACHE": "where sst_merge unpacks SmolLM2; default: $XDG_CACHE_HOME/sst-merge",
     "XDG_CACHE_HOME": "parent of the default of SST_CACHE; default: ~/.cache",
     "SST_CUDA": "build: OFF leaves the CUDA module out even where nvcc is found",
