@@ -42,6 +42,12 @@ class CMakeBuild(build_ext):
     def get_outputs(self):
         return [str(path) for path in Path(self.build_lib, "sst_kernels").glob("_native_*")]
 
+    def copy_extensions_to_source(
+        self,
+    ):  # in place and editable: whichever modules were built, not only the declared one
+        for built in self.get_outputs():
+            self.copy_file(built, str(ROOT / "sst_kernels"))
+
 
 setup(
     packages=[
