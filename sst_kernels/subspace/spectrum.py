@@ -55,7 +55,7 @@ def module_spectra(
     """One pencil per module from its dense matrices [m, m]; modules of one size are solved as a batch.
 
     The ranks of a torch.distributed `group`, which hold the same matrices, share the modules by cost m³ and exchange what they
-    solved: the same bits as without, since a pencil is solved alike alone and in company.
+    solved: every rank has the same bits, and the same eigenpairs as without sharing.
     """
     modules = range(len(gain))
     if group is None:
