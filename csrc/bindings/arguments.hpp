@@ -37,7 +37,6 @@ inline Result outputs(int64_t n, int64_t k, uint64_t values, uint64_t vectors, u
 /// Both modules show Options under the same names.
 inline void bind_options(py::module_& module) {
     py::class_<Options>(module, "Options", py::module_local())  // both modules may be loaded at once
-       
         .def_static("for_problem", &Options::for_problem, py::arg("n"), py::arg("k"), py::arg("wide") = true)
         .def_readwrite("k", &Options::k)
         .def_readwrite("block", &Options::block)
