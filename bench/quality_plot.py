@@ -38,6 +38,8 @@ def read(path: Path) -> list[Row]:
 def name(row: Row) -> str:
     """How a row's method is called in plots and tables."""
     method = NAMES.get(row["method"], row["method"])
+    if row["stage"] == "calibration":
+        return f"SST soft, KL budgets, {row['scope']}, F_harm {row['gain_point']}"
     if row["method"] == "sst-soft":
         gain = "" if row["gain_labels"] == "data" else ", F_harm from probes"
         return f"{method}, {row['scope']}{gain}"
@@ -58,7 +60,9 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     """Refusal NLL against benign KL of whole curves."""
     chosen = [
-        r for r in rows if r["pair"] == pair and r["stage"] in ("plain", "main", "newton", "scope") and r["kl"] > 0
+        r
+        for r in rows
+        if r["pair"] == pair and r["stage"] in ("plain", "calibration", "main", "newton", "scope") and r["kl"] > 0
     ]
     figure, axes = _axes("refusal NLL, nats per token", "benign KL, nats per token", pair, size=(7.2, 4.6))
     for label, points in grouped(chosen, name).items():
