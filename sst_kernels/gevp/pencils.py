@@ -85,9 +85,10 @@ def _dense(gain: Dense, k: int, method: str) -> Route:
         return Route(method, "asked for")
     device = gain.device.type
     from_n = crossover(device, k, batch)
+    basis = "measured" if device == "cpu" else "estimated"
     if iterable(n, k) and n >= from_n:
-        return Route("jacobi_davidson", f"n = {n} >= {from_n}, the measured crossover on {device} for k = {k}")
-    return Route("direct", f"n = {n} < {from_n}, the measured crossover on {device} for k = {k}")
+        return Route("jacobi_davidson", f"n = {n} >= {from_n}, the {basis} crossover on {device} for k = {k}")
+    return Route("direct", f"n = {n} < {from_n}, the {basis} crossover on {device} for k = {k}")
 
 
 def iterable(n: int, k: int) -> bool:
