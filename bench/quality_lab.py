@@ -76,13 +76,8 @@ class Lab:
 
     def logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the label positions [L, V] in float32, labels [L], owners [L]; other positions meet no vocabulary."""
-        inputs = dict(batch)
-        labels = inputs.pop("labels")[:, 1:]
-        wanted = labels != -100
-        columns = wanted.any(0).nonzero().squeeze(1)
-        logits = self.model(**inputs, logits_to_keep=columns, use_cache=False).logits.float()
-        keep = wanted[:, columns]
-        return logits[keep], labels[:, columns][keep], keep.nonzero()[:, 0]
+        logits, labels, owner = sst.label_logits(self.model, batch)
+        return logits.float(), labels, owner
 
     @torch.no_grad()
     def probe(self, rows: Sequence[Row], cores: Cores = 0.0) -> Probe:

@@ -46,7 +46,8 @@ def tiny_lora(
     model = None
     for i, name in enumerate(adapters):
         config = LoraConfig(
-            r=r + i, lora_alpha=2 * r, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2", **options
+            **{"r": r + i, "lora_alpha": 2 * r, "target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2"}
+            | options
         )
         if model is None:
             model = get_peft_model(base, config, adapter_name=name)

@@ -151,6 +151,26 @@ def test_reduction_sum_and_stated_scale():
     assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_only_label_columns_meet_the_vocabulary_unless_the_head_is_adapted(targets, padding):
+    model = tiny_lora(target_modules=targets).double()
+    batch = tiny_batch(3, padding=padding)
+    positions = position_ids(batch)
+    widths = []
+    handle = (
+        model.get_base_model()
+        .get_output_embeddings()
+        .register_forward_hook(lambda _m, _i, out: widths.append(out.shape[1]))
+    )
+    with fisher_accumulate(model, "safety") as pass_:
+        sequence_nll(model, {**batch, "position_ids": positions}).backward()
+    handle.remove()
+    labelled = int((batch["labels"][:, 1:] != -100).any(0).sum())
+    assert widths == [batch["labels"].shape[1] if "lm_head" in targets else labelled]
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
 def test_sequence_nll_with_data_labels():
     model, batch = tiny_lora().double(), tiny_batch(3)
     with fisher_accumulate(model, "safety") as pass_:

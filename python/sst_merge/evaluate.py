@@ -11,7 +11,6 @@ answers in the data, in nats:
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import IGNORE, Batch, Dataset, batches, prompt_batches
+import sst_kernels as sst
+
+from .data import Batch, Dataset, batches, prompt_batches
 from .progress import Reporter, batch_tokens
 
 REFUSAL_PHRASES = (
@@ -101,7 +102,7 @@ class Evaluator:
         total = 0.0
         with active(self.model, adapter):
             for batch in self._track(data, f"{label}: refusal NLL"):
-                logits, targets, owner = answer_logits(self.model, batch)
+                logits, targets, owner = self._logits(batch)
                 nll = _nll(logits, targets)
                 for n, row in enumerate(batch.rows):
                     own = float(nll[owner == n].sum())
@@ -117,7 +118,7 @@ class Evaluator:
         for index, batch in enumerate(self._track(data, f"{label}: benign KL")):
             reference = self._reference_logits(index, batch)
             with active(self.model, adapter):
-                logits, targets, owner = answer_logits(self.model, batch)
+                logits, targets, owner = self._logits(batch)
             nll, kl = _nll(logits, targets), kl_divergence(reference.to(logits.device), logits)
             for n, row in enumerate(batch.rows):
                 own = torch.stack([nll[owner == n].sum(), kl[owner == n].sum()]).cpu()
@@ -152,6 +153,9 @@ class Evaluator:
                     refused += is_refusal(answer)
         return refused / len(data)
 
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return sst.label_logits(self.model, batch.inputs(next(self.model.parameters()).device))
+
     def _track(self, data: Dataset, label: str) -> Iterator[Batch]:
         return self.reporter.track(batches(data, self.tokens_per_batch), label, size=batch_tokens)
 
@@ -159,7 +163,7 @@ class Evaluator:
         if index in self._cache:
             return self._cache[index]
         with active(self.model, self.reference):
-            logits = answer_logits(self.model, batch)[0]
+            logits = self._logits(batch)[0]
         size = logits.numel() * logits.element_size()
         if self._cached_bytes + size <= _CACHE_BYTES:
             self._cache[index] = logits.cpu()
@@ -180,25 +184,6 @@ def active(model: Any, adapter: str | None) -> Iterator[None]:
         yield
     finally:
         model.base_model.set_adapter(list(before))
-
-
-def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the label positions of a batch, flat: [L, V] in the model's dtype, targets [L], owning row [L].
-
-    Only the columns that predict a label in some row go through the vocabulary projection.
-    """
-    device = next(model.parameters()).device
-    inputs = batch.inputs(device)
-    labels = inputs.pop("labels")[:, 1:]
-    wanted = labels != IGNORE
-    columns = wanted.any(0).nonzero().squeeze(1)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
-        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, columns]
-    keep = wanted[:, columns]
-    return logits[keep], labels[:, columns][keep], keep.nonzero()[:, 0]
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:

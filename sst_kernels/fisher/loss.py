@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -79,23 +80,51 @@ def sequence_nll(
         raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
     if batch.get("labels") is None:
         raise ValueError("batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer")
-    target = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with declared_loss(target, source=labels, groups=groups) as declaration:
-        output = model(**inputs)
-        logits = output.logits if hasattr(output, "logits") else output[0]
-        mask = target[:, 1:] != IGNORE
-        if not mask.any():
-            raise ValueError("every label of the batch is masked (-100): there is no loss to differentiate")
-        mask = mask.to(logits.device)
-        picked = logits[:, :-1][mask]
-        picked = picked.float() if picked.dtype in (torch.float16, torch.bfloat16) else picked
+    with declared_loss(batch["labels"], source=labels, groups=groups) as declaration:
+        logits, answers, _ = label_logits(model, batch)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         if labels == "model":
             with torch.no_grad():
-                answers = torch.multinomial(picked.softmax(-1), 1, generator=generator).squeeze(-1)
-        else:
-            answers = target[:, 1:].to(logits.device)[mask]
-        return declaration.loss(nn.functional.cross_entropy(picked, answers, reduction="sum"))
+                answers = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        return declaration.loss(nn.functional.cross_entropy(logits, answers, reduction="sum"))
+
+
+def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that predict the labels of a batch, flat: [L, V] in the model's dtype, with labels [L] and their rows [L].
+
+    Position t is predicted from t − 1. Only columns that predict a label in some row meet the vocabulary, where the model
+    takes `logits_to_keep`: the logits are the largest tensor of a pass over prompts. A LoRA adapter on the output layer must
+    see every token, so there all columns are computed. The forward pass runs without a cache of keys and values. Raises
+    ValueError if every label is masked.
+    """
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    targets = batch["labels"][:, 1:]
+    wanted = targets != IGNORE
+    if len(wanted) and not wanted.any():
+        raise ValueError("every label of the batch is masked (-100): there is no loss to differentiate")
+    columns = wanted.any(0).nonzero().squeeze(1)
+    plain = _plain(model)
+    takes = inspect.signature(plain.forward).parameters
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in takes and not _adapts_head(plain):
+        inputs["logits_to_keep"], kept = columns, slice(None)
+    else:
+        kept = columns
+    output = model(**inputs)
+    logits = (output.logits if hasattr(output, "logits") else output[0])[:, kept]
+    keep, targets = wanted[:, columns].to(logits.device), targets[:, columns].to(logits.device)
+    return logits[keep], targets[keep], keep.nonzero()[:, 0]
+
+
+def _plain(model: nn.Module) -> Any:
+    model = getattr(model, "module", model)  # DistributedDataParallel
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _adapts_head(model: Any) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return hasattr(head, "lora_A")
 
 
 def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
