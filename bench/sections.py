@@ -73,7 +73,7 @@ def _plan(name: str) -> str:
 
 def _structures(results: Results) -> dict[str, Any]:
     gates = [row for row in results.all(stage="gate") if row["error"]]
-    solved = [row for row in results.all(stage="gevp") if row["error"] and row["variant"].endswith("one solve")]
+    solved = [row for row in results.all(stage="gevp") if row["error"] and row["model"] in SHAPES]
     rows = results.all(lambda r: r["file"].startswith("structures"))
     rows = fullest(rows)
     worst = lambda found: f"at most {max(float(r['error']) for r in found):.1e}" if found else "not measured yet"  # noqa: E731

@@ -116,17 +116,18 @@ def test_estimates_add_with_one_temporary_at_a_time():
 
 
 @pytest.mark.parametrize("scope", ["global", "module"])
-def test_solves_take_what_was_estimated(scope):
-    model = tiny_lora(r=12)
+@pytest.mark.parametrize(("rank", "rows"), [(12, (24, 48)), (3, (70, 60))])  # fewer rows than coordinates, and more
+def test_solves_take_what_was_estimated(scope, rank, rows):
+    model = tiny_lora(r=rank)
     fishers = []
-    for point, count in (("patched", 24), ("reference", 48)):
+    for point, count in zip(("patched", "reference"), rows):
         with fisher_accumulate(model, "safety", point=point) as pass_:
             model(**tiny_batch(count)).loss.backward()
         fishers.append(pass_.fisher)
     solved, peak = measured_peak(lambda: subspace(*fishers, scope=scope))
     sizes = [b.size for b in fishers[0].blocks.values()]
     assert len(solved.values) > 0
-    assert estimate_solve(sizes, 24, 48, scope=scope) == pytest.approx(peak, rel=0.1)
+    assert estimate_solve(sizes, *rows, scope=scope) == pytest.approx(peak, rel=0.1)
 
 
 def test_the_host_says_what_is_available():

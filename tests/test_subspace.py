@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from sst_kernels import Fisher, fisher_accumulate, sequence_nll, subspace
 from sst_kernels.fisher import Block, Counts, TokenBatch
+from sst_kernels.gevp import LowRank, gevp
+from sst_kernels.subspace.rowspace import RowSpace
 from tests.models import lora_layers, tiny_batch, tiny_lora
 
 RANKS = {"a": 2, "b": 3, "c": 2}
@@ -207,6 +209,81 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil():
         kept += ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
         whole += ((out @ IDENTITY) ** 2).sum()
     assert prediction.gain_kept == pytest.approx(kept / whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+@pytest.mark.parametrize("name", ["soft", "threshold", "top_k"])
+def test_fewer_rows_than_coordinates_change_nothing(scope, name):
+    """3 + 4 rows against 17 coordinates (9 of the widest module): patch, costs and folds of the dense pencils."""
+    gain, cost = pair(6, gain_rows=3, cost_rows=4)
+    space = subspace(gain, cost, scope=scope, folds=2)
+    sizes = [r * r for r in RANKS.values()]
+    blocks = (
+        [slice(0, sum(sizes))] if scope == "global" else [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in (0, 1, 2)]
+    )
+    level = float(space.values[:3].mean())
+
+    def filtered(cost_rows: torch.Tensor) -> np.ndarray:
+        a, b = dense_pencil(gain, fisher_of(cost_rows, cost.metric), space.epsilon, scope)
+        pairs = [(s, *scipy.linalg.eigh(a[s, s], b[s, s])) for s in blocks]
+        values = np.sort(np.concatenate([values for _, values, _ in pairs]))[::-1]
+        cut = {"soft": 0.0, "threshold": level, "top_k": values[1:3].mean()}[name]
+        out = np.zeros(sum(sizes))
+        for s, values, v in pairs:
+            weights = values / (values + level) if name == "soft" else values > cut
+            out[s] = v @ (weights * (v.T @ (b[s, s] @ IDENTITY[s])))
+        return out
+
+    patch = getattr(space, name)(2 if name == "top_k" else level)
+    expected, rows = filtered(cost.rows()), cost.rows().double().numpy()
+    np.testing.assert_allclose(flat(patch), expected, rtol=1e-9, atol=1e-10 * abs(expected).max())
+    half_square = lambda out, s: 0.5 * ((out @ s) ** 2).sum() / len(rows) / 2  # noqa: E731 - two labels per sequence
+    of_fold = torch.arange(4) % 2
+    held = sum(half_square(rows[of_fold == i], filtered(cost.rows()[of_fold != i])) for i in range(2))
+    assert patch.prediction.cost_per_label == pytest.approx(held, rel=1e-8)
+    assert patch.prediction.in_sample_cost_per_label == pytest.approx(half_square(rows, expected), rel=1e-8)
+    assert patch.prediction.plain_cost_per_label == pytest.approx(half_square(rows, IDENTITY), rel=1e-10)
+    assert space.predict_cost(patch.coordinates) == pytest.approx(half_square(rows, expected), rel=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**16), count=st.integers(1, 12), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    scale=st.sampled_from([1e-150, 1.0, 1e150]), repeated=st.booleans(),
+)  # fmt: skip
+def test_rows_lie_in_their_row_space(seed, count, sizes, scale, repeated):
+    """rows = small rows · Qᵀ block by block with orthonormal Q, for rows of any scale and rank; Qᵀ is the adjoint of Q."""
+    generator = torch.Generator().manual_seed(seed)
+    stops = np.cumsum(sizes)
+    blocks = [slice(int(stop) - size, int(stop)) for stop, size in zip(stops, sizes)]
+    rows = torch.randn(count, sum(sizes), dtype=torch.float64, generator=generator)
+    rows[0] *= scale
+    if repeated:
+        rows[-1] = rows[0]
+    space = RowSpace(rows, blocks)
+    width = space.rows.shape[1]
+    assert width == sum(min(count, size) for size in sizes)
+    identity = torch.eye(width, dtype=torch.float64)
+    basis = space.lift(identity)
+    torch.testing.assert_close(basis.T @ basis, identity, rtol=0, atol=1e-14 * width)
+    for row, small in zip(rows, space.rows):
+        assert (space.lift(small[:, None])[:, 0] - row).abs().max() <= 1e-14 * len(row) * row.abs().max()
+    z = torch.randn(sum(sizes), 2, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(space.project(z), basis.T @ z, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("damping", [3.0, 1e-2, 1e-5])
+def test_row_space_keeps_the_eigenvalues_of_long_rows(damping):
+    """Gain rows in the span of the cost's, nearly singular: what a Gram of the rows would round away."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.randn(24, 2000, dtype=torch.float64, generator=generator) * torch.logspace(0, -3, 24)[:, None]
+    gain = torch.randn(16, 24, dtype=torch.float64, generator=generator) @ cost
+    gain += 1e-6 * torch.randn(16, 2000, dtype=torch.float64, generator=generator)
+    epsilon = damping * float(cost.square().sum()) / 2000
+    u, w = RowSpace(torch.cat([gain, cost]), [slice(0, 2000)]).rows.split([16, 24])
+    whole, small = (gevp(LowRank(a), LowRank(b, epsilon), 16).values for a, b in ((gain, cost), (u, w)))
+    # 180 eps; an eigendecomposition of the Gram is off by 1e5 to 3e9 eps.
+    torch.testing.assert_close(small, whole, rtol=4e-14, atol=4e-14 * float(whole[0]))
 
 
 def test_draws_of_one_prompt_stay_in_one_fold():

@@ -68,15 +68,19 @@ def estimate_solve(
 ) -> int:
     """Peak bytes of `subspace` over modules of `sizes` = r² coordinates with that many rows each (0: no rows are kept)."""
     n, rows = sum(sizes), gain_rows + cost_rows
-    held = 2 * DOUBLE * n * rows  # all rows in float64, and each fold's share of them once more
+    blocks = [n] if scope == "global" else sizes
+    widths = [min(m, rows) if rows else m for m in blocks]
+    reflectors = DOUBLE * rows * sum(m for m, w in zip(blocks, widths) if w < m)
+    small = DOUBLE * rows * sum(widths)
+    reducing = DOUBLE * rows * n + reflectors + small + DOUBLE * max(widths) ** 2
+    held = reflectors + small + DOUBLE * cost_rows * sum(widths)  # and each fold's share of the cost rows once more
     if scope == "module":
-        squares = DOUBLE * sum(m * m for m in sizes)
-        vectors = squares * (folds + 1 if rows else 1)
-        return held + vectors + 5 * squares
-    k = min(n, gain_rows)
-    vectors = DOUBLE * n * k * (folds + 1)
-    working = DOUBLE * n * (3 * gain_rows + 2 * cost_rows)
-    return held + vectors + working
+        solving = DOUBLE * sum(w * w for w in widths) * (5 + (folds + 1 if rows else 1))
+    else:
+        k, m = min(n, gain_rows), widths[0]
+        solving = DOUBLE * (m * (k * (folds + 1) + 4 * gain_rows + 3 * cost_rows) + rows * rows)
+    coordinates = DOUBLE * 5 * n
+    return coordinates + max(reducing, held + solving)
 
 
 def available(device: torch.device | str) -> int | None:

@@ -56,9 +56,9 @@ class FrobeniusCoordinates:
             cores[name] = left @ z[self.slices[name]].reshape(r, r) @ right
         return cores
 
-    def gradients(self, rows: Tensor) -> Tensor:
-        """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64."""
-        out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    def gradients(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64; into `out` if given."""
+        out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device) if out is None else out
         for name, (left, right) in self._inverse.items():
             r, columns = self._ranks[name], self.slices[name]
             out[:, columns] = (left @ rows[:, columns].double().reshape(-1, r, r) @ right).flatten(1)

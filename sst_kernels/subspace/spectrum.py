@@ -119,5 +119,5 @@ def per_sequence(fisher: Fisher) -> float:
 
 
 def block_grams(rows: Tensor, slices: Sequence[slice]) -> list[Tensor]:
-    """The diagonal blocks of rowsᵀ rows."""
-    return [rows[:, s].T @ rows[:, s] for s in slices]
+    """The diagonal blocks of rowsᵀ rows / N."""
+    return [rows[:, s].T @ rows[:, s] / len(rows) for s in slices]

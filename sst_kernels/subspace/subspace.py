@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
 from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.filters import WEIGHTS, Weights
+from sst_kernels.subspace.rowspace import RowSpace
 from sst_kernels.subspace.spectrum import (
     Spectrum,
     block_grams,
@@ -23,7 +26,6 @@ from sst_kernels.subspace.spectrum import (
     per_sequence,
 )
 
-Weights = Callable[[Tensor, float], Tensor]
 _PATH = 161
 
 
@@ -116,7 +118,7 @@ def subspace(
 
 @dataclass
 class _Fold:
-    """Spectra of the pencil without some rows of one side, and those rows [m, n]."""
+    """Spectra of the pencil without some rows of one side, and those rows, in the pencil's coordinates."""
 
     spectra: list[Spectrum]
     held: Tensor
@@ -141,32 +143,45 @@ class Subspace:
         )
         device = next(iter(self.gain.values())).device
         self._z = FrobeniusCoordinates(list(self.gain.blocks.values()), self.gain.metric, device)
-        self._patch = self._z.patch().to(device)
+        self._whole = self._z.patch().to(device)
         self._labels = self.cost.counts.labels / self.cost.counts.sequences
-        slices = list(self._z.slices.values())
         self._cost_folds: list[_Fold] = []
         self._rows: tuple[Tensor, Tensor] | None = None
+        self._space: RowSpace | None = None
+        if self._has_rows or self.scope == "global":
+            self._from_rows(device)
+        else:
+            self._patch, self._slices = self._whole, list(self._z.slices.values())
+            gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
+            self._epsilon = self._absolute(sum(float(b.trace()) for b in cost_blocks))
+            self._blocks = (gain_blocks, cost_blocks)
+            self._spectra = module_spectra(*self._blocks, self._epsilon, self._patch, self._slices, self.group)
+
+    def _from_rows(self, device: torch.device) -> None:
+        """Solve in the space of the rows. Held rows only add coordinates there: a fold's pencil is what it is without them."""
+        given = [self._rows_of(f) for f in (self.gain, self.cost)]
+        self._space = self._row_space(given, device)
+        self._slices = self._space.slices
+        self._patch = self._space.project(self._whole[:, None])[:, 0]
+        gain, cost = self._rows = self._space.rows.split([len(rows) for rows in given])
+        self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
+        self._spectra = self._solve(gain, cost)
         if self._has_rows:
-            gain, cost = (self._z.gradients(f.rows().to(device)) for f in (self.gain, self.cost))
-            self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
-            self._spectra = self._solve(gain, cost)
             self._gain_fold, of_cost = (
                 _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
             )
             self._cost_folds = [
                 _Fold(self._solve(gain, cost[of_cost != i]), cost[of_cost == i]) for i in range(self.folds)
             ]
-            self._rows = (gain, cost)
-        elif self.scope == "module":
-            gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
-            self._epsilon = self._absolute(sum(float(b.trace()) for b in cost_blocks))
-            self._spectra = module_spectra(gain_blocks, cost_blocks, self._epsilon, self._patch, slices, self.group)
-            self._blocks = (gain_blocks, cost_blocks)
-        else:
-            gain, cost = (self._sketch(f).to(device) for f in (self.gain, self.cost))
-            self._epsilon = self._absolute(float(cost.square().sum()))
-            self._spectra = global_spectrum(gain, cost, self._epsilon, self._patch)
-            self._rows = (gain * len(gain) ** 0.5, cost * len(cost) ** 0.5)
+
+    def _row_space(self, given: list[Tensor], device: torch.device) -> RowSpace:
+        rows = torch.empty(sum(map(len, given)), self._z.size, dtype=torch.float64, device=device)
+        for name, own, part in zip(("gain", "cost"), given, rows.split([len(own) for own in given])):
+            self._z.gradients(own.to(device), out=part)
+            if not isfinite(float(torch.linalg.vector_norm(part))):
+                raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
+        whole = [slice(0, self._z.size)]
+        return RowSpace(rows, whole if self.scope == "global" else list(self._z.slices.values()))
 
     @property
     def values(self) -> Tensor:
@@ -188,76 +203,79 @@ class Subspace:
 
         Give μ, or `kl_budget` in nats per label token: the smallest μ whose predicted cost stays within it.
         """
-        return self._choose("soft", _soft, mu, kl_budget)
+        return self._choose("soft", mu, kl_budget)
 
     def threshold(self, mu: float | None = None, *, kl_budget: float | None = None) -> Patch:
         """w = 1 where λ > μ, else 0."""
-        return self._choose("threshold", _threshold, mu, kl_budget)
+        return self._choose("threshold", mu, kl_budget)
 
     def top_k(self, k: int | None = None, *, kl_budget: float | None = None) -> Patch:
         """w = 1 for the k directions of largest λ over the whole model, else 0; or the largest k within `kl_budget`."""
         if k is not None and not 0 <= k <= len(self.values):
             raise ValueError(f"k must lie in 0 … {len(self.values)} (directions with a stored λ), got {k}")
-        return self._choose("top_k", _top_k(len(self.values)), k, kl_budget)
+        return self._choose("top_k", k, kl_budget)
 
     def predict_cost(self, coordinates: Mapping[str, Tensor]) -> float:
         """½ zᵀ F_cost z in nats per label token for any S [r, r] per module (all rows, no holding out)."""
-        return self._cost(self._z.from_cores(coordinates)[:, None]).item() / self._labels
+        z = self._z.from_cores(coordinates)[:, None]
+        return self._cost(z if self._space is None else self._space.project(z)).item() / self._labels
 
     def cost_path(self, filter: str, parameters: Tensor) -> Tensor:
         """Held-out predicted cost in nats per label token of `filter` at each of `parameters` [G]."""
-        weights = {"soft": _soft, "threshold": _threshold, "top_k": _top_k(len(self.values))}[filter]
-        return self._predicted(weights, parameters) / self._labels
+        return self._predicted(WEIGHTS[filter], parameters) / self._labels
 
     def _solve(self, gain: Tensor, cost: Tensor) -> list[Spectrum]:
-        u, w = gain / len(gain) ** 0.5, cost / len(cost) ** 0.5
         if self.scope == "global":
-            return global_spectrum(u, w, self._epsilon, self._patch)
-        slices = list(self._z.slices.values())
-        grams, costs = block_grams(u, slices), block_grams(w, slices)
-        return module_spectra(grams, costs, self._epsilon, self._patch, slices, self.group)
+            return global_spectrum(gain / len(gain) ** 0.5, cost / len(cost) ** 0.5, self._epsilon, self._patch)
+        grams, costs = block_grams(gain, self._slices), block_grams(cost, self._slices)
+        return module_spectra(grams, costs, self._epsilon, self._patch, self._slices, self.group)
 
     def _absolute(self, trace: float) -> float:
         if trace == 0:
             raise ValueError("the cost Fisher is zero: is the adapter trained (lora_B is zero at the start)?")
         return self.damping * trace / self._z.size
 
-    def _sketch(self, fisher: Fisher) -> Tensor:
+    def _rows_of(self, fisher: Fisher) -> Tensor:
+        """Rows [N, n] with F = rowsᵀ rows / N per sequence: the samples', or a sketch's."""
+        if self._has_rows:
+            return fisher.rows()
         operator = getattr(fisher.joint, "operator", lambda: None)()
         if not isinstance(operator, LowRank):
             raise ValueError(
                 f"scope='global' needs cross-module statistics, which structure {fisher.meta['structure']!r} (scope={fisher.meta['scope']!r}) "
                 "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
             )
-        return self._z.gradients(operator.rows) * per_sequence(fisher) ** 0.5
+        return operator.rows * (per_sequence(fisher) * len(operator.rows)) ** 0.5
 
     @stage("filter")
-    def _choose(self, name: str, weights: Weights, parameter: float | None, kl_budget: float | None) -> Patch:
+    def _choose(self, name: str, parameter: float | None, kl_budget: float | None) -> Patch:
         if parameter is None and kl_budget is not None:
             if not kl_budget >= 0:
                 raise ValueError(f"kl_budget must not be negative, got {kl_budget}")
-            parameter = self._within(name, weights, kl_budget)
+            parameter = self._within(name, kl_budget)
         elif parameter is None or kl_budget is not None:
             raise ValueError(f"{name}: give exactly one of its parameter and kl_budget")
         elif not parameter >= 0:
             raise ValueError(f"{name}: the parameter must not be negative, got {parameter}")
         chosen = torch.tensor([float(parameter)], dtype=torch.float64)
         z, cost, kept = (
-            f(weights, chosen) for f in (partial(self._assemble, self._spectra), self._predicted, self._kept)
+            f(WEIGHTS[name], chosen) for f in (partial(self._assemble, self._spectra), self._predicted, self._kept)
         )
+        in_sample = self._cost(z).item() / self._labels
+        z = (z if self._space is None else self._space.lift(z))[:, 0]
+        energy = {
+            m: (float(z[s].square().sum()), float(self._whole[s].square().sum())) for m, s in self._z.slices.items()
+        }
         prediction = Prediction(
             held_out=bool(self._cost_folds),
             cost_per_label=cost.item() / self._labels,
             cost_per_sequence=cost.item(),
-            in_sample_cost_per_label=self._cost(z).item() / self._labels,
+            in_sample_cost_per_label=in_sample,
             plain_cost_per_label=self._cost(self._patch[:, None]).item() / self._labels,
             gain_kept=kept.item(),
         )
-        energy = {
-            m: (float(z[s].square().sum()), float(self._patch[s].square().sum())) for m, s in self._z.slices.items()
-        }
         return Patch(
-            self._z.to_cores(z[:, 0]),
+            self._z.to_cores(z),
             name,
             float(parameter),
             prediction,
@@ -266,14 +284,14 @@ class Subspace:
             (str(self.gain.meta["point"]), str(self.cost.meta["point"])),
         )
 
-    def _within(self, name: str, weights: Weights, kl_budget: float) -> float:
+    def _within(self, name: str, kl_budget: float) -> float:
         """The parameter nearest to keeping everything whose path, walked from keeping nothing, never exceeds the budget.
 
         Demanding it of the whole path makes the kept part grow with the budget and the prediction stay below it.
         """
         path, between = self._path(name)
         for refine in (True, False):
-            allowed = self._predicted(weights, path) / self._labels <= kl_budget
+            allowed = self.cost_path(name, path) <= kl_budget
             last = int(allowed.to(torch.int8).cummin(0).values.sum()) - 1
             if last < 0:
                 return 0.0 if name == "top_k" else float("inf")
@@ -332,10 +350,10 @@ class Subspace:
         return [_Fold(self._solve(gain[fold != i], cost), gain[fold == i]) for i in range(self.folds)]
 
     def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
-        """Filtered patches [n, G], one column per parameter; top-k ranks all spectra together."""
+        """Filtered patches [Σ m, G] in the pencil's coordinates, one column per parameter; top-k ranks all spectra together."""
         values = torch.cat([s.values for s in spectra])
-        table = torch.stack([weights(values, float(p)) for p in parameters], 1)
-        out = torch.empty(self._z.size, len(parameters), dtype=torch.float64, device=self._patch.device)
+        table = weights(values, parameters.to(values))
+        out = torch.empty(len(self._patch), len(parameters), dtype=torch.float64, device=self._patch.device)
         for spectrum, part in zip(spectra, table.split([len(s.values) for s in spectra])):
             out[spectrum.where] = spectrum.filtered(part)
         return out
@@ -351,25 +369,8 @@ class Subspace:
         if self._rows is not None:
             rows = self._rows[side]
             return (rows @ z).square().sum(0).cpu() / len(rows)
-        parts = [(z[s] * (m @ z[s])).sum(0) for s, m in zip(self._z.slices.values(), self._blocks[side])]
+        parts = [(z[s] * (m @ z[s])).sum(0) for s, m in zip(self._slices, self._blocks[side])]
         return sum(parts[1:], parts[0]).cpu()
-
-
-def _soft(values: Tensor, mu: float) -> Tensor:
-    return values / (values + mu) if mu > 0 else (values > 0).to(values)
-
-
-def _threshold(values: Tensor, mu: float) -> Tensor:
-    return (values > mu).to(values)
-
-
-def _top_k(total: int) -> Weights:
-    def weights(values: Tensor, k: float) -> Tensor:
-        chosen = torch.zeros_like(values)
-        chosen[values.topk(min(int(k), len(values))).indices] = 1
-        return chosen
-
-    return weights
 
 
 def _folded(fisher: Fisher) -> bool:
