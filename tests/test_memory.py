@@ -127,7 +127,7 @@ def test_solves_take_what_was_estimated(scope, rank, rows):
     solved, peak = measured_peak(lambda: subspace(*fishers, scope=scope))
     sizes = [b.size for b in fishers[0].blocks.values()]
     assert len(solved.values) > 0
-    assert estimate_solve(sizes, *rows, scope=scope) == pytest.approx(peak, rel=0.1)
+    assert estimate_solve(sizes, *rows, scope=scope) == pytest.approx(peak, rel=0.1, abs=64 * 1024)
 
 
 def test_the_host_says_what_is_available():
