@@ -32,8 +32,11 @@ void load_lapack() {
     load(table.dpotrf, linalg, "dpotrf");
     load(table.spotrf, linalg, "spotrf");
     load(table.dsyevd, linalg, "dsyevd");
-    load(table.dsyevr, linalg, "dsyevr");
     load(table.dsygst, linalg, "dsygst");
+    load(table.dsytrd, linalg, "dsytrd");
+    load(table.dstemr, linalg, "dstemr");
+    load(table.dstedc, linalg, "dstedc");
+    load(table.dormtr, linalg, "dormtr");
 }
 
 template <class S>

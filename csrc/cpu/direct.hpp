@@ -1,4 +1,5 @@
-// The direct route for one problem: screen, scale, Cholesky, reduction to standard form, eigensolver, back substitution.
+// The direct route for one problem: screen, scale, Cholesky, reduction to standard and to tridiagonal form, eigenpairs of that,
+// and the way back.
 #pragma once
 
 #include <cmath>
@@ -6,14 +7,15 @@
 #include <vector>
 
 #include "cpu/cpu_backend.hpp"
+#include "cpu/tridiagonal.hpp"
 #include "gevp/screen.hpp"
 
 namespace sst::cpu {
 
 /// Scratch of one worker, reused over its problems.
 struct DirectWorkspace {
-    std::vector<double> c, factor, z, work, w;
-    std::vector<int> integers, support;
+    std::vector<double> c, factor, tau, work;
+    Tridiagonal tridiagonal;
 };
 
 /// Top-k pairs of `a` v = lambda `b` v (n x n, storage S) into slice `p` of `result`. Returns nothing: the status says it.
@@ -32,55 +34,34 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
     auto fail = [&](Status status) { gevp::poison(backend, one, result, k, status); };
     if (screen.status != Status::converged) return fail(screen.status);
 
-    ws.c.resize(nn), ws.factor.resize(nn), ws.w.resize(n);
+    Tridiagonal& t = ws.tridiagonal;
+    ws.c.resize(nn), ws.factor.resize(nn), ws.tau.resize(n), t.resize(n);
     for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = 0; i < n; ++i) {
             ws.c[j * n + i] = double(a(p, i, j)) * screen.scale_a;
             ws.factor[j * n + i] = double(b(p, i, j)) * screen.scale_b;
         }
     }
-    char lower = 'L', vectors = 'V', range = 'I', left = 'L', trans = 'T', plain = 'N';
-    int info = 0, type = 1, first = n - int(k) + 1, last = n, found = 0, size = -1, integer_size = -1, integer_query = 0;
-    double query = 0, unused = 0, tolerance = 0, unit = 1;
+    char lower = 'L', left = 'L', trans = 'T', plain = 'N';
+    int info = 0, type = 1, count = int(k);
+    int size = 64 * std::max(n, count + 65);  // what LAPACK's block size of 32 to 64 asks for, in dormtr with its triangular factors
+    double unit = 1;
     lapack().dpotrf(&lower, &n, ws.factor.data(), &n, &info);
     if (info != 0) return fail(Status::not_positive_definite);
     lapack().dsygst(&type, &lower, &n, ws.c.data(), &n, ws.factor.data(), &n, &info);
-
-    const bool subset = 3 * k <= n;  // beyond a third of the spectrum divide and conquer is the faster one
-    double* z = ws.c.data() + nn - k * n;
-    if (subset) {
-        ws.z.resize(k * n), ws.support.resize(2 * k);
-        auto call = [&](double* work, int* integers) {
-            lapack().dsyevr(&vectors, &range, &lower, &n, ws.c.data(), &n, &unused, &unused, &first, &last, &tolerance, &found,
-                            ws.w.data(), ws.z.data(), &n, ws.support.data(), work, &size, integers, &integer_size, &info);
-        };
-        call(&query, &integer_query);
-        size = int(query), integer_size = integer_query;
-        ws.work.resize(size), ws.integers.resize(integer_size);
-        call(ws.work.data(), ws.integers.data());
-        z = ws.z.data();
-    } else {
-        auto call = [&](double* work, int* integers) {
-            lapack().dsyevd(&vectors, &lower, &n, ws.c.data(), &n, ws.w.data(), work, &size, integers, &integer_size, &info);
-        };
-        call(&query, &integer_query);
-        size = int(query), integer_size = integer_query;
-        ws.work.resize(size), ws.integers.resize(integer_size);
-        call(ws.work.data(), ws.integers.data());
-        std::copy(ws.w.end() - k, ws.w.end(), ws.w.begin());
-    }
-    if (info != 0) return fail(Status::max_iterations);
-
-    int count = int(k);
+    ws.work.resize(std::max<int64_t>(size, 2 * k * n + n * 64));
+    lapack().dsytrd(&lower, &n, ws.c.data(), &n, t.d.data(), t.e.data(), ws.tau.data(), ws.work.data(), &size, &info);
+    double* const z = largest_pairs(n, count, t);
+    if (z == nullptr) return fail(Status::max_iterations);
+    lapack().dormtr(&left, &lower, &plain, &n, &count, ws.c.data(), &n, ws.tau.data(), z, &n, ws.work.data(), &size, &info);
     lapack().dtrsm(&left, &lower, &trans, &plain, &n, &count, &unit, ws.factor.data(), &n, z, &n);
     const double unscale_value = screen.scale_b / screen.scale_a, unscale_vector = std::sqrt(screen.scale_b);
     for (int64_t j = 0; j < k; ++j) {
-        result.values(p, j, 0) = ws.w[k - 1 - j];
+        result.values(p, j, 0) = t.values[k - 1 - j];
         std::copy_n(z + (k - 1 - j) * n, n, &result.vectors(p, 0, j));
     }
 
     // The bound: r = A v - theta B v in the B^-1 norm, from the stored A and B, not from the reduced matrix.
-    ws.work.resize(2 * k * n + n * 64);
     Batch<double> r{ws.work.data(), n, k, n, 0};
     Batch<double> bv{ws.work.data() + k * n, n, k, n, 0};
     backend.widen(ws.work.data() + 2 * k * n);
@@ -95,7 +76,7 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
     backend.dots(one, r, r, bounds);
     backend.each_column(one, k, [=](int64_t q, int64_t j) { bounds(q, j, 0) = std::sqrt(bounds(q, j, 0)); });
     result.status[p] = code(Status::converged);
-    const double top = ws.w[k - 1], bottom = ws.w[0];
+    const double top = t.values[k - 1], bottom = t.values[0];
     for (int64_t j = 0; j < k; ++j) {
         const bool zero = gevp::finish_column(result, p, j, n, top, bottom, unscale_value, unscale_vector);
         if (zero) result.status[p] = code(Status::rank_deficient);

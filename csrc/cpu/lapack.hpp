@@ -11,9 +11,12 @@ struct Lapack {
     using Dpotrf = void(char*, int*, double*, int*, int*);
     using Spotrf = void(char*, int*, float*, int*, int*);
     using Syevd = void(char*, char*, int*, double*, int*, double*, double*, int*, int*, int*, int*);
-    using Syevr = void(char*, char*, char*, int*, double*, int*, double*, double*, int*, int*, double*, int*, double*, double*,
-                       int*, int*, double*, int*, int*, int*, int*);
     using Sygst = void(int*, char*, int*, double*, int*, double*, int*, int*);
+    using Sytrd = void(char*, int*, double*, int*, double*, double*, double*, double*, int*, int*);
+    using Stemr = void(char*, char*, int*, double*, double*, double*, double*, int*, int*, int*, double*, double*, int*, int*, int*,
+                       int*, double*, int*, int*, int*, int*);
+    using Stedc = void(char*, int*, double*, double*, double*, int*, double*, int*, int*, int*, int*);
+    using Ormtr = void(char*, char*, char*, int*, int*, double*, int*, double*, double*, int*, double*, int*, int*);
 
     Gemm* dgemm = nullptr;
     Dtrsm* dtrsm = nullptr;
@@ -21,8 +24,11 @@ struct Lapack {
     Dpotrf* dpotrf = nullptr;
     Spotrf* spotrf = nullptr;
     Syevd* dsyevd = nullptr;
-    Syevr* dsyevr = nullptr;
     Sygst* dsygst = nullptr;
+    Sytrd* dsytrd = nullptr;
+    Stemr* dstemr = nullptr;
+    Stedc* dstedc = nullptr;
+    Ormtr* dormtr = nullptr;
 };
 
 /// The one table of the process, filled before the first solve.

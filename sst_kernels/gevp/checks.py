@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from numbers import Integral
 from typing import Any
 
@@ -29,7 +30,7 @@ def operand(name: str, value: Any) -> Operator:
 def check_settings(k: Any, damping: Any, tol: Any, max_cycles: Any, seed: Any) -> None:
     """TypeError or ValueError for numbers that no solve can use."""
     for name, value, least in (("k", k, 0), ("max_cycles", max_cycles, 1), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not least <= int(value) < 2**63:
             raise ValueError(f"{name} must be an integer from {least} on, got {value}")
@@ -41,6 +42,8 @@ def check_settings(k: Any, damping: Any, tol: Any, max_cycles: Any, seed: Any) -
 
 def overflowed(values: Tensor, status: Tensor) -> Tensor:
     """`status` [batch] with `non_finite` where values [batch, k] beyond float64 came out of finite matrices."""
+    if isfinite(values.sum()):
+        return status
     usable = (
         (status == GEVPStatus.converged) | (status == GEVPStatus.rank_deficient) | (status == GEVPStatus.max_iterations)
     )

@@ -125,9 +125,9 @@ def _solve_dense(
     a, b = (x.detach().to(dtype).reshape(batch.numel(), n, n).contiguous() for x in (a, b))
     settings = (k, method, preconditioner, tol, max_cycles, seed)
     outputs = gevp_dense(a, b, *settings)
-    skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
-    skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])] if len(skewed) else skewed
-    if len(skewed):
+    if GEVPStatus.not_symmetric in outputs[3].tolist():
+        skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
+        skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])]
         again = gevp_dense(*((x[skewed] + x[skewed].mT) / 2 for x in (a, b)), *settings)
         for old, new in zip(outputs, again):
             old[skewed] = new

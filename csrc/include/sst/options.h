@@ -29,18 +29,21 @@ struct Options {
     Preconditioner preconditioner = Preconditioner::cholesky;
 
     /// Shapes that the measurements favour. Wide blocks (a GPU's): basis 64 up to k = 16 keeps the projected problem in one CTA's
-    /// shared memory. Narrow ones (a CPU's) take fewer products to converge and a smaller projected problem more often.
+    /// shared memory. A CPU reads A and its factor once per block whatever its width up to 8, and pays for every column of the
+    /// basis: fewer columns, and one more block kept over a restart. Where n is too small for that, the least that restarts.
     static Options for_problem(int64_t n, int64_t k, bool wide = true) {
         Options options;
         options.k = k;
-        options.block = wide ? std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8))
-                             : std::min<int64_t>(16, std::max<int64_t>(4, (k + 15) / 16 * 4));
-        const int64_t b = options.block;
-        options.keep = (k + b - 1) / b * b + b;
+        options.block = wide ? std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8)) : (k <= 8 ? 4 : (k <= 32 ? 8 : 16));
+        const int64_t b = options.block, least = (k + b - 1) / b * b + b;
+        options.keep = wide ? least : least + b;
         options.previous = std::min(b, k);
-        options.basis = wide ? std::max<int64_t>(64, options.keep + 5 * b) : std::max<int64_t>(32, 3 * k);
-        options.basis = std::max(options.basis, options.keep + 3 * b) / b * b;
-        while (options.basis + b > n && options.basis > options.keep + 2 * b) options.basis -= b;
+        options.basis = wide ? std::max<int64_t>(64, options.keep + 5 * b) : options.keep + std::max<int64_t>(32, 6 * b);
+        options.basis = options.basis / b * b;
+        if (options.basis + b > n) {
+            options.keep = least;
+            options.basis = std::max(least + 2 * b, std::min(options.basis, (n - b) / b * b));
+        }
         return options;
     }
 };
