@@ -1,7 +1,7 @@
 """The laboratory of the quality study: one model, a task and a safety adapter, and what can be asked of them.
 
 A candidate patch is its core coordinates S [r, r] per module (ΔW' = scaling · B S A), so candidates are measured by hooks on
-`lora_A`, without building adapters. All curvature lives in Frobenius coordinates z (`FrobeniusCoordinates`), per-sequence
+`lora_A`, without building adapters. All curvature lives in Frobenius coordinates z (`Coordinates`), per-sequence
 gradients in rows, and K = F_gain + μ(F_cost + εI) is solved exactly in the space of the rows.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sst_kernels as sst
 from sst_kernels.fisher.lora import find_sites
-from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.coordinates import Coordinates
 
 Cores = Mapping[str, Tensor] | float
 REFUSAL_PHRASES = (
@@ -46,7 +46,7 @@ class Lab:
         self.activate(task, safety)
         self.sites = find_sites(model, safety)
         blocks = [sst.fisher.Block(s.name, s.name, (s.rank, s.rank)) for s in self.sites]
-        self.coordinates = FrobeniusCoordinates(blocks, {s.name: s.metric() for s in self.sites}, self.device)
+        self.coordinates = Coordinates(blocks, {s.name: s.metric() for s in self.sites}, self.device)
         self.patch = self.coordinates.patch().to(self.device)
 
     def activate(self, *adapters: str) -> None:

@@ -49,18 +49,33 @@ def pair(seed: int = 0, gain_rows: int = 12, cost_rows: int = 40, **options) -> 
     return fisher_of(gain, metric, **options), fisher_of(cost, metric, **options)
 
 
-def dense_metric(fisher: Fisher) -> np.ndarray:
-    return scipy.linalg.block_diag(*(np.kron(left.numpy(), right.numpy()) for left, right in fisher.metric.values()))
+def dense_metric(cost: Fisher, kind: str) -> np.ndarray:
+    """M in S coordinates, module by module from its definition."""
+    blocks, rows, start = [], cost.rows().double().numpy(), 0
+    for left, right in (tuple(x.numpy() for x in pair) for pair in cost.metric.values()):
+        r = len(left)
+        roots = [np.real(scipy.linalg.sqrtm(x)) for x in (left, right)]
+        samples = rows[:, start : start + r * r].reshape(-1, r, r)
+        samples = np.linalg.solve(roots[0], samples) @ np.linalg.inv(roots[1])
+        l_moment, r_moment = (np.einsum(path, samples, samples) / len(rows) for path in ("nij,nkj->ik", "nij,nil->jl"))
+        shape = np.kron(l_moment, r_moment) / np.trace(l_moment) if kind == "kronecker" else np.eye(r * r)
+        shape = 0.99 * shape + 0.01 * np.trace(shape) / r**2 * np.eye(r * r)
+        blocks.append((shape, np.kron(*roots)))
+        start += r * r
+    mean = sum(np.trace(shape) for shape, _ in blocks) / start
+    return scipy.linalg.block_diag(*(root @ shape @ root / mean for shape, root in blocks))
 
 
-def dense_pencil(gain: Fisher, cost: Fisher, epsilon: float, scope: str) -> tuple[np.ndarray, np.ndarray]:
+def dense_pencil(
+    gain: Fisher, cost: Fisher, epsilon: float, scope: str, kind: str = "kronecker"
+) -> tuple[np.ndarray, np.ndarray]:
     """F_gain and F_cost + εM in S coordinates, straight from the definition."""
     a, b = (f.rows().double().numpy() for f in (gain, cost))
     a, b = a.T @ a / len(a), b.T @ b / len(b)
     if scope == "module":
         mask = scipy.linalg.block_diag(*(np.ones((r * r, r * r)) for r in RANKS.values()))
         a, b = a * mask, b * mask
-    return a, b + epsilon * dense_metric(gain)
+    return a, b + epsilon * dense_metric(cost, kind)
 
 
 def flat(patch) -> np.ndarray:
@@ -70,11 +85,12 @@ def flat(patch) -> np.ndarray:
 IDENTITY = np.concatenate([np.eye(r).ravel() for r in RANKS.values()])
 
 
+@pytest.mark.parametrize("metric", ["kronecker", "frobenius"])
 @pytest.mark.parametrize("scope", ["global", "module"])
-def test_values_are_those_of_the_pencil(scope):
+def test_values_are_those_of_the_pencil(scope, metric):
     gain, cost = pair()
-    space = subspace(gain, cost, scope=scope)
-    a, b = dense_pencil(gain, cost, space.epsilon, scope)
+    space = subspace(gain, cost, scope=scope, metric=metric)
+    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric)
     expected = scipy.linalg.eigh(a, b, eigvals_only=True)[::-1]
     values = space.values.numpy()
     np.testing.assert_allclose(values, expected[: len(values)], rtol=1e-9, atol=1e-9 * expected[0])
@@ -83,17 +99,43 @@ def test_values_are_those_of_the_pencil(scope):
 def test_epsilon_is_relative_to_the_cost_in_frobenius_coordinates():
     gain, cost = pair()
     _, b = dense_pencil(gain, cost, 0.0, "global")
-    trace = np.trace(np.linalg.solve(dense_metric(gain), b))
-    assert subspace(gain, cost, damping=2.0).epsilon == pytest.approx(2.0 * trace / len(b), rel=1e-10)
+    trace = np.trace(np.linalg.solve(dense_metric(cost, "frobenius"), b))
+    for metric in ("kronecker", "frobenius"):
+        epsilon = subspace(gain, cost, damping=2.0, metric=metric).epsilon
+        assert epsilon == pytest.approx(2.0 * trace / len(b), rel=1e-10)
+
+
+def test_the_kronecker_metric_is_exact_where_the_fisher_is_a_kronecker_product():
+    """Gradients X^½ G Y^½ with white G: E[CCᵀ] ⊗ E[CᵀC] / tr is their covariance, so λ of a like gain are all alike."""
+    generator = torch.Generator().manual_seed(0)
+    metric = {name: (torch.eye(r, dtype=torch.float64),) * 2 for name, r in RANKS.items()}
+    sides = [torch.diag(torch.logspace(0, -0.25, r, dtype=torch.float64)) for r in RANKS.values() for _ in "lr"]
+
+    def rows(count: int) -> torch.Tensor:
+        parts = []
+        for i, r in enumerate(RANKS.values()):
+            white = torch.randn(count, r, r, dtype=torch.float64, generator=generator)
+            parts.append((sides[2 * i] @ white @ sides[2 * i + 1].mT).flatten(1))
+        return torch.cat(parts, 1)
+
+    spread = {}
+    for kind in ("kronecker", "frobenius"):
+        space = subspace(
+            fisher_of(rows(4_000), metric), fisher_of(rows(4_000), metric), metric=kind, damping=50.0, folds=2
+        )
+        spread[kind] = float(space.values[0] / space.values[-1])
+    assert spread["kronecker"] < 1.5  # (1 + √(17/4000))² over (1 − √(17/4000))² is 1.3
+    assert spread["frobenius"] > 8
 
 
 @pytest.mark.parametrize("scope", ["global", "module"])
 @pytest.mark.parametrize("mu", [1e-3, 0.1, 10.0])
-def test_soft_minimises_its_objective(scope, mu):
+@pytest.mark.parametrize("metric", ["kronecker", "frobenius"])
+def test_soft_minimises_its_objective(scope, mu, metric):
     """s' = argmin (s'−s)ᵀF_g(s'−s) + μ s'ᵀ(F_c+εM)s', whose solution is (F_g + μ B)⁻¹ F_g s."""
     gain, cost = pair(1)
-    space = subspace(gain, cost, scope=scope)
-    a, b = dense_pencil(gain, cost, space.epsilon, scope)
+    space = subspace(gain, cost, scope=scope, metric=metric)
+    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric)
     expected = np.linalg.solve(a + mu * b, a @ IDENTITY)
     np.testing.assert_allclose(flat(space.soft(mu)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
 
@@ -120,8 +162,12 @@ def test_keeping_everything_returns_the_patch():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**16), scope=st.sampled_from(["global", "module"]))
-def test_the_gauge_of_the_adapter_does_not_matter(seed, scope):
+@given(
+    seed=st.integers(0, 2**16),
+    scope=st.sampled_from(["global", "module"]),
+    kind=st.sampled_from(["kronecker", "frobenius"]),
+)
+def test_the_gauge_of_the_adapter_does_not_matter(seed, scope, kind):
     """(B X⁻¹, X A) leaves λ and the filtered ΔW = c·B S' A unchanged."""
     generator = torch.Generator().manual_seed(seed)
     a_side = {n: torch.randn(r, 7, dtype=torch.float64, generator=generator) for n, r in RANKS.items()}
@@ -135,7 +181,8 @@ def test_the_gauge_of_the_adapter_does_not_matter(seed, scope):
     def solved(a: dict, b: dict):
         rows = torch.cat([(b[n].T @ full[n] @ a[n].T).flatten(1) for n in RANKS], 1)
         metric = {n: (b[n].T @ b[n], a[n] @ a[n].T) for n in RANKS}
-        space = subspace(fisher_of(rows[:8], metric), fisher_of(rows[8:], metric), scope=scope, folds=2)
+        gain, cost = fisher_of(rows[:8], metric), fisher_of(rows[8:], metric)
+        space = subspace(gain, cost, scope=scope, metric=kind, folds=2)
         patch = space.soft(0.3)
         return space.values, {n: b[n] @ patch.coordinates[n] @ a[n] for n in RANKS}
 
@@ -184,16 +231,17 @@ def test_kl_budgets_are_kept_and_monotone(seed, budgets, name, scope):
     assert parameters == sorted(parameters)
 
 
-def test_held_out_predictions_see_no_row_of_their_own_pencil():
-    """Cross-fitting by hand: fold i of the cost rows is judged by the patch of the others and all gain rows."""
+@pytest.mark.parametrize("kind", ["kronecker", "frobenius"])
+def test_held_out_predictions_see_no_row_of_their_own_pencil(kind):
+    """Cross-fitting by hand: fold i of the cost rows is judged by the patch, and in the metric, of the others and all gain rows."""
     gain, cost = pair(4, gain_rows=8, cost_rows=12)
-    space = subspace(gain, cost, folds=4)
+    space = subspace(gain, cost, folds=4, metric=kind)
     mu, total = 0.05, 0.0
     metric = gain.metric
     for fold in range(4):
         kept = cost.rows()[torch.arange(12) % 4 != fold]
         out = cost.rows()[torch.arange(12) % 4 == fold].double().numpy()
-        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global")
+        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global", kind)
         patch = np.linalg.solve(a + mu * b, a @ IDENTITY)
         total += 0.5 * ((out @ patch) ** 2).sum()
     prediction = space.soft(mu).prediction
@@ -204,7 +252,7 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil():
     kept = whole = 0.0
     for fold in range(4):
         inside = torch.arange(8) % 4 != fold
-        a, b = dense_pencil(fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global")
+        a, b = dense_pencil(fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global", kind)
         out = gain.rows()[~inside].double().numpy()
         kept += ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
         whole += ((out @ IDENTITY) ** 2).sum()
@@ -357,7 +405,7 @@ def test_what_does_not_belong_together_is_refused():
         subspace(gain, stranger)
     with pytest.raises(ValueError, match="fewer than folds=20"):
         subspace(gain, cost, folds=20)
-    for arguments in ({"scope": "layer"}, {"damping": 0.0}, {"folds": 1}):
+    for arguments in ({"scope": "layer"}, {"metric": "spectral"}, {"damping": 0.0}, {"folds": 1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             subspace(gain, cost, **arguments)
     space = subspace(gain, cost)

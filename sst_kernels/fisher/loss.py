@@ -117,7 +117,7 @@ def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     return logits[keep], targets[keep], keep.nonzero()[:, 0]
 
 
-def _plain(model: nn.Module) -> Any:
+def _plain(model: Any) -> Any:
     model = getattr(model, "module", model)  # DistributedDataParallel
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

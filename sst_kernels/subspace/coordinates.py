@@ -1,80 +1,148 @@
-"""Core coordinates in which the Frobenius norm of ΔW is the Euclidean norm.
+"""Core coordinates z in which the damping metric M of a pencil is the identity: ‖z‖² = vec(S)ᵀ M vec(S).
 
-With M = (c²BᵀB) ⊗ (AAᵀ) = R², ΔW(S) = c·B S A has ‖ΔW(S)‖_F = ‖R vec S‖. In z = R vec(S) gradients become R⁻¹g, the
-damping metric M becomes the identity, and nothing depends on the gauge (B X⁻¹, X A) of the adapter any more. Directions of S
-that do not reach ΔW (rank-deficient A or B) are dropped by the pseudo-inverse.
+Frobenius: M = (c²BᵀB) ⊗ (AAᵀ) per module, so that ‖z‖ = ‖ΔW(S)‖_F with ΔW(S) = c·B S A. Nothing depends on the gauge
+(B X⁻¹, X A) of the adapter any more. Directions of S that do not reach ΔW (rank-deficient A or B) are dropped.
+
+Kronecker: in Frobenius coordinates a module's Fisher is E[vec C vec Cᵀ] over gradients C [r, r], and E[CCᵀ] ⊗ E[CᵀC] / tr is the
+Kronecker product with its marginals (Shampoo, arXiv:1802.09568, and K-FAC, arXiv:1503.05671, use the like as preconditioners). It is
+of full rank from few samples, so as M it tells what directions cost that no sample has shown: shrinkage towards a structured
+target (Ledoit and Wolf 2004), where the Frobenius metric calls all of them equally dear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Block
 
+_LEVEL = 0.01  # share of a module's Kronecker metric that is its mean instead: a bound on what rounding may amplify
+_LEAST = 1e-9  # of the mean over all modules, for modules whose gradients vanish
 
-class FrobeniusCoordinates:
-    """z [n], n = Σ r² over the modules in order; `slices[module]` are a module's coordinates."""
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """z = scale ∘ (left S right), [r, r]."""
+
+    left: Tensor
+    right: Tensor
+    left_inverse: Tensor
+    right_inverse: Tensor
+    scale: Tensor
+
+
+class Coordinates:
+    """z [n], n = Σ r² over the modules in order; `slices[module]` are a module's coordinates. Made in the Frobenius metric.
+
+    Args:
+        blocks: the modules.
+        metric: per module (c²BᵀB, AAᵀ), [r, r] float64.
+        device: where z lives.
+    """
 
     def __init__(self, blocks: Sequence[Block], metric: Mapping[str, tuple[Tensor, Tensor]], device: torch.device):
         self.slices: dict[str, slice] = {}
-        self._ranks: dict[str, int] = {}
-        modules: dict[str, str] = {}
-        start = 0
+        self.size = 0
         for block in blocks:
-            self.slices[block.name] = slice(start, start + block.size)
-            start += block.size
-            self._ranks[block.name] = block.shape[0]
-            modules[block.name] = block.module
-        pairs: dict[str, Tensor] = {}
-        for rank in set(self._ranks.values()):
-            names = [name for name, r in self._ranks.items() if r == rank]
-            sides = torch.stack([torch.stack(metric[modules[name]]) for name in names]).to("cpu", torch.float64)
-            # Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
-            pairs |= zip(names, torch.stack(_roots(sides), 1).to(device))
-        self._roots = {name: pairs[name][0].unbind() for name in self.slices}
-        self._inverse = {name: pairs[name][1].unbind() for name in self.slices}
-        self.size = start
+            self.slices[block.name] = slice(self.size, self.size + block.size)
+            self.size += block.size
+        self._charts: dict[str, _Chart] = {}
+        sides = {block.name: metric[block.module] for block in blocks}
+        for names, (values, vectors) in _eigen(sides):
+            live = values > values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps * 8
+            root = torch.where(live, values, 0).sqrt()
+            inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
+            roots, inverses = ((vectors * x[..., None, :] @ vectors.mT).to(device) for x in (root, inverse))
+            scale = torch.ones_like(roots[0, 0])
+            for name, (left, right), (left_inverse, right_inverse) in zip(names, roots, inverses):
+                self._charts[name] = _Chart(left, right, left_inverse, right_inverse, scale)
+
+    def kronecker(self, moments: Moments) -> Coordinates:
+        """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has."""
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for names, (values, vectors) in _eigen(moments):
+            values = values.clamp_min(0)
+            trace = values[:, 0].sum(1)[:, None, None]
+            shape = values[:, 0, :, None] * values[:, 1, None, :] / torch.where(trace > 0, trace, 1)
+            shape = (1 - _LEVEL) * shape + _LEVEL * shape.mean((1, 2), keepdim=True)
+            found |= {name: (*pair, own) for name, pair, own in zip(names, vectors, shape)}
+        mean = sum(float(shape.sum()) for *_, shape in found.values()) / self.size
+        out = copy.copy(self)
+        out._charts = {}
+        for name, chart in self._charts.items():
+            left, right, shape = (x.to(chart.left.device) for x in found[name])
+            out._charts[name] = _Chart(
+                left.mT @ chart.left,
+                chart.right @ right,
+                chart.left_inverse @ left,
+                right.mT @ chart.right_inverse,
+                (shape / mean).clamp_min(_LEAST).sqrt(),
+            )
+        return out
 
     def patch(self) -> Tensor:
         """z [n] of the whole patch, S = I."""
-        return self.from_cores({name: torch.eye(r, dtype=torch.float64) for name, r in self._ranks.items()})
+        ranks = {name: len(chart.left) for name, chart in self._charts.items()}
+        return self.from_cores({name: torch.eye(r, dtype=torch.float64) for name, r in ranks.items()})
 
     def from_cores(self, cores: Mapping[str, Tensor]) -> Tensor:
         """z [n] of S [r, r] per module."""
-        return torch.cat(
-            [(left @ cores[name].to(left) @ right).flatten() for name, (left, right) in self._roots.items()]
-        )
+        charts = ((self._charts[name], cores[name]) for name in self.slices)
+        return torch.cat([(c.scale * (c.left @ core.to(c.left) @ c.right)).flatten() for c, core in charts])
 
     def to_cores(self, z: Tensor) -> dict[str, Tensor]:
         """S [r, r] float64 per module, of z [n]."""
         cores = {}
-        for name, (left, right) in self._inverse.items():
-            r = self._ranks[name]
-            cores[name] = left @ z[self.slices[name]].reshape(r, r) @ right
+        for name, where in self.slices.items():
+            c = self._charts[name]
+            cores[name] = c.left_inverse @ (z[where].reshape(c.scale.shape) / c.scale) @ c.right_inverse
         return cores
 
     def gradients(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64; into `out` if given."""
         out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device) if out is None else out
-        for name, (left, right) in self._inverse.items():
-            r, columns = self._ranks[name], self.slices[name]
-            out[:, columns] = (left @ rows[:, columns].double().reshape(-1, r, r) @ right).flatten(1)
+        for name, where in self.slices.items():
+            c = self._charts[name]
+            own = rows[:, where].double().reshape(-1, *c.scale.shape)
+            out[:, where] = (c.left_inverse.mT @ own @ c.right_inverse.mT / c.scale).flatten(1)
         return out
 
     def matrix(self, name: str, fisher: Tensor) -> Tensor:
         """A module's Fisher [r², r²] in S coordinates -> in z coordinates."""
-        left, right = self._inverse[name]
-        inverse = torch.kron(left, right)
-        return inverse @ fisher @ inverse
+        c = self._charts[name]
+        change = torch.kron(c.left_inverse.mT.contiguous(), c.right_inverse.contiguous()) / c.scale.flatten()[:, None]
+        return change @ fisher @ change.mT
+
+    def moments(self, rows: Tensor) -> Moments:
+        """E[CCᵀ] and E[CᵀC] [r, r] per module, of gradients [N, n] with respect to z."""
+        out = {}
+        for name, where in self.slices.items():
+            own = rows[:, where].reshape(-1, *self._charts[name].scale.shape)
+            flat = own.mT.flatten(0, 1), own.flatten(0, 1)
+            out[name] = (flat[0].mT @ flat[0] / len(rows), flat[1].mT @ flat[1] / len(rows))
+        return out
+
+    def matrix_moments(self, name: str, fisher: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, of a module's Fisher [r², r²] in z coordinates: its partial traces."""
+        r = len(self._charts[name].left)
+        split = fisher.reshape(r, r, r, r)
+        return torch.einsum("ijkj->ik", split), torch.einsum("ijil->jl", split)
 
 
-def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square roots and their pseudo-inverses of PSD matrices [..., r, r]."""
-    values, vectors = torch.linalg.eigh(matrices)
-    live = values > values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps * 8
-    root = torch.where(live, values, 0).sqrt()
-    inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
-    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+def _eigen(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterable[tuple[list[str], tuple[Tensor, Tensor]]]:
+    """Names and eigenpairs ([M, 2, r], [M, 2, r, r], float64, CPU) of the pairs of one size.
+
+    Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
+    """
+    by_rank: dict[int, list[str]] = {}
+    for name, (left, _) in pairs.items():
+        by_rank.setdefault(len(left), []).append(name)
+    for names in by_rank.values():
+        stacked = torch.stack([torch.stack(tuple(pairs[name])) for name in names]).to("cpu", torch.float64)
+        yield names, tuple(torch.linalg.eigh(stacked))

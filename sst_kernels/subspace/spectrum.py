@@ -1,4 +1,4 @@
-"""The pencil (F_gain, F_cost + ε I) in Frobenius coordinates and the patch's components along its eigenvectors."""
+"""The pencil (F_gain, F_cost + ε I) in coordinates whose metric is I and the patch's components along its eigenvectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sst_kernels.distributed import gather_objects, gather_rows, raise_together, share_by_cost
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank, gevp
-from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.coordinates import Coordinates
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Spectrum:
 
 def global_spectrum(gain: Tensor, cost: Tensor, damping: float, patch: Tensor) -> list[Spectrum]:
     """One pencil over all coordinates, exact from rows: gain [p, n] and cost [q, n] with F = rowsᵀ rows, patch [n]."""
+    gain, cost = (torch.linalg.qr(x, mode="r").R if len(x) > len(patch) else x for x in (gain, cost))
     solved = gevp(LowRank(gain), LowRank(cost, damping), k=min(gain.shape)).raise_if_failed()
     live = solved.values > 0
     values, vectors = solved.values[live], solved.vectors[:, live]
@@ -107,7 +108,7 @@ def _solve_modules(
     return spectra
 
 
-def dense_blocks(fisher: Fisher, coordinates: FrobeniusCoordinates, device: torch.device) -> list[Tensor]:
+def dense_blocks(fisher: Fisher, coordinates: Coordinates, device: torch.device) -> list[Tensor]:
     """Each module's Fisher matrix per sequence in z coordinates, whatever its structure."""
     factor = per_sequence(fisher)
     return [coordinates.matrix(name, fisher[name].dense().to(device)) * factor for name in fisher]

@@ -14,8 +14,9 @@ from torch import Tensor
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
 from sst_kernels.profiling import stage
-from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.coordinates import Coordinates
 from sst_kernels.subspace.filters import WEIGHTS, Weights
+from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.rowspace import RowSpace
 from sst_kernels.subspace.spectrum import (
     Spectrum,
@@ -29,61 +30,29 @@ from sst_kernels.subspace.spectrum import (
 _PATH = 161
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the filtered patch is expected to cost and to keep. KL divergences are in nats, ½ zᵀ F_cost z.
-
-    held_out: the rows that judge (of the cost for costs, of the gain for `gain_kept`) were in no pencil that chose the patch
-    (cross-fitting); False when the structures keep no rows to hold out, and then the figures are optimistic, by orders of magnitude for few rows.
-    cost_per_label, cost_per_sequence: of the filtered patch. in_sample_cost_per_label: the same on the pencil's own rows.
-    plain_cost_per_label: of the whole patch, by the same quadratic. gain_kept: zᵀF_gain z of the filtered patch over that of
-    the whole patch.
-    """
-
-    held_out: bool
-    cost_per_label: float
-    cost_per_sequence: float
-    in_sample_cost_per_label: float
-    plain_cost_per_label: float
-    gain_kept: float
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A filtered patch: ΔW' = scaling · B S' A with S' = coordinates[module] [r, r] (float64; I would be the whole patch).
-
-    filter: "soft", "top_k" or "threshold"; parameter: its μ or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F.
-    """
-
-    coordinates: dict[str, Tensor]
-    filter: str
-    parameter: float
-    prediction: Prediction
-    kept: dict[str, float]
-    scope: str
-    points: tuple[str, str]
-
-
 def subspace(
     gain: Fisher,
     cost: Fisher,
     *,
     scope: str = "global",
-    damping: float = 3.0,
+    metric: str = "kronecker",
+    damping: float = 1.0,
     folds: int = 4,
     mix_points: bool = False,
     group: Any = None,
 ) -> Subspace:
     """Solve F_gain v = λ (F_cost + ε M) v for the adapter that both Fishers describe.
 
-    M is the Frobenius metric of ΔW, so nothing depends on the gauge of the adapter, and ε = damping · tr(F_cost)/n in its
-    coordinates. λ is the gain per unit of cost along v.
+    λ is the gain per unit of cost along v. F_cost has the rank of its samples; the damping metric M tells what the other
+    directions cost. Either metric is scaled to tr M = n in Frobenius coordinates, and ε = damping · tr(F_cost)/n there.
 
     Args:
         gain, cost: core-space Fishers of the same adapter weights (for a safety patch: refusals, benign answers).
         scope: "global" solves one pencil over all modules, exactly from the aligned rows (structure "full") or from the sketches
             ("lowrank"); "module" one per module (any structure), ranked on one λ scale.
-        damping: relative damping, positive.
+        metric: "kronecker", the Kronecker product per module with the marginals of F_cost itself (see `Coordinates`), or
+            "frobenius", ‖ΔW‖². Nothing depends on the gauge of the adapter in either.
+        damping: trace of the damping term over that of F_cost, positive.
         folds: cross-fitting folds for held-out predictions (at least 2); groups of samples stay together.
         mix_points: allow Fishers taken at different evaluation points. Points that were both given explicitly to
             `fisher_accumulate` count as asked for.
@@ -95,6 +64,8 @@ def subspace(
     """
     if scope not in ("global", "module"):
         raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
+    if metric not in ("kronecker", "frobenius"):
+        raise ValueError(f'metric: expected "kronecker" or "frobenius", got {metric!r}')
     if not 0 < damping < float("inf"):
         raise ValueError(f"damping must be positive and finite (the cost Fisher alone is singular), got {damping}")
     if folds < 2:
@@ -113,7 +84,18 @@ def subspace(
     for fisher, name in ((gain, "gain"), (cost, "cost")):
         if not fisher.counts.sequences:
             raise ValueError(f"the {name} Fisher holds no sequences: run backward passes before solving")
-    return Subspace(gain, cost, scope, damping, folds, group)
+    return Subspace(gain, cost, scope, metric, damping, folds, group)
+
+
+@dataclass
+class _System:
+    """Coordinates z, and in the space that the rows span there: the patch [Σ m] and the rows of both Fishers [N, Σ m]."""
+
+    z: Coordinates
+    space: RowSpace
+    patch: Tensor
+    gain: Tensor
+    cost: Tensor
 
 
 @dataclass
@@ -131,6 +113,7 @@ class Subspace:
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
     scope: str
+    metric: str
     damping: float
     folds: int
     group: Any = field(default=None, repr=False)
@@ -142,46 +125,58 @@ class Subspace:
             for f in (self.gain, self.cost)
         )
         device = next(iter(self.gain.values())).device
-        self._z = FrobeniusCoordinates(list(self.gain.blocks.values()), self.gain.metric, device)
-        self._whole = self._z.patch().to(device)
+        frobenius = Coordinates(list(self.gain.blocks.values()), self.gain.metric, device)
         self._labels = self.cost.counts.labels / self.cost.counts.sequences
         self._cost_folds: list[_Fold] = []
-        self._rows: tuple[Tensor, Tensor] | None = None
-        self._space: RowSpace | None = None
+        self._system: _System | None = None
         if self._has_rows or self.scope == "global":
-            self._from_rows(device)
+            self._from_rows(frobenius, device)
         else:
-            self._patch, self._slices = self._whole, list(self._z.slices.values())
-            gain_blocks, cost_blocks = (dense_blocks(f, self._z, device) for f in (self.gain, self.cost))
-            self._epsilon = self._absolute(sum(float(b.trace()) for b in cost_blocks))
-            self._blocks = (gain_blocks, cost_blocks)
-            self._spectra = module_spectra(*self._blocks, self._epsilon, self._patch, self._slices, self.group)
+            self._from_blocks(frobenius, device)
 
-    def _from_rows(self, device: torch.device) -> None:
+    def _from_rows(self, frobenius: Coordinates, device: torch.device) -> None:
         """Solve in the space of the rows. Held rows only add coordinates there: a fold's pencil is what it is without them."""
-        given = [self._rows_of(f) for f in (self.gain, self.cost)]
-        self._space = self._row_space(given, device)
-        self._slices = self._space.slices
-        self._patch = self._space.project(self._whole[:, None])[:, 0]
-        gain, cost = self._rows = self._space.rows.split([len(rows) for rows in given])
-        self._epsilon = self._absolute(float(cost.square().sum()) / len(cost))
-        self._spectra = self._solve(gain, cost)
-        if self._has_rows:
-            self._gain_fold, of_cost = (
-                _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
-            )
-            self._cost_folds = [
-                _Fold(self._solve(gain, cost[of_cost != i]), cost[of_cost == i]) for i in range(self.folds)
-            ]
-
-    def _row_space(self, given: list[Tensor], device: torch.device) -> RowSpace:
-        rows = torch.empty(sum(map(len, given)), self._z.size, dtype=torch.float64, device=device)
-        for name, own, part in zip(("gain", "cost"), given, rows.split([len(own) for own in given])):
-            self._z.gradients(own.to(device), out=part)
-            if not isfinite(float(torch.linalg.vector_norm(part))):
+        given = self._rows_of(self.gain).to(device), self._rows_of(self.cost).to(device)
+        for name, rows in zip(("gain", "cost"), given):
+            if not isfinite(float(torch.linalg.vector_norm(rows, dtype=torch.float64))):
                 raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
-        whole = [slice(0, self._z.size)]
-        return RowSpace(rows, whole if self.scope == "global" else list(self._z.slices.values()))
+        cost = frobenius.gradients(given[1])
+        self._epsilon = self._absolute(float(cost.square().sum()) / len(cost), cost.shape[1])
+        kronecker = self.metric == "kronecker"
+        self._system = own = self._in(frobenius.kronecker(frobenius.moments(cost)) if kronecker else frobenius, given)
+        self._z, self._patch, self._slices = own.z, own.patch, own.space.slices
+        self._spectra = self._solve(own)
+        if not self._has_rows:
+            return
+        self._gain_fold, of_cost = (
+            _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
+        )
+        for fold in range(self.folds):
+            kept = of_cost != fold
+            system = self._in(frobenius.kronecker(frobenius.moments(cost[kept])), given) if kronecker else own
+            self._cost_folds.append(_Fold(self._solve(system, cost=kept), system.cost[~kept]))
+
+    def _from_blocks(self, frobenius: Coordinates, device: torch.device) -> None:
+        self._z = frobenius
+        cost = dense_blocks(self.cost, frobenius, device)
+        self._epsilon = self._absolute(sum(float(b.trace()) for b in cost), frobenius.size)
+        if self.metric == "kronecker":
+            moments = {name: frobenius.matrix_moments(name, block) for name, block in zip(self.cost, cost)}
+            self._z = frobenius.kronecker(moments)
+            cost = dense_blocks(self.cost, self._z, device)
+        self._blocks = dense_blocks(self.gain, self._z, device), cost
+        self._patch, self._slices = self._z.patch().to(device), list(self._z.slices.values())
+        self._spectra = module_spectra(*self._blocks, self._epsilon, self._patch, self._slices, self.group)
+
+    def _in(self, z: Coordinates, given: tuple[Tensor, Tensor]) -> _System:
+        """Gain and cost rows [N, n] with respect to S, moved into z and there into the space they span."""
+        counts = [len(rows) for rows in given]
+        rows = torch.empty(sum(counts), z.size, dtype=torch.float64, device=given[0].device)
+        for own, part in zip(given, rows.split(counts)):
+            z.gradients(own, out=part)
+        space = RowSpace(rows, [slice(0, z.size)] if self.scope == "global" else list(z.slices.values()))
+        patch = space.project(z.patch().to(rows.device)[:, None])[:, 0]
+        return _System(z, space, patch, *space.rows.split(counts))
 
     @property
     def values(self) -> Tensor:
@@ -190,7 +185,7 @@ class Subspace:
 
     @property
     def epsilon(self) -> float:
-        """The absolute damping ε that was added, in units of F_cost per ‖ΔW‖²_F."""
+        """The absolute damping ε that was added, in units of F_cost per unit of the metric."""
         return self._epsilon
 
     @property
@@ -218,22 +213,26 @@ class Subspace:
     def predict_cost(self, coordinates: Mapping[str, Tensor]) -> float:
         """½ zᵀ F_cost z in nats per label token for any S [r, r] per module (all rows, no holding out)."""
         z = self._z.from_cores(coordinates)[:, None]
-        return self._cost(z if self._space is None else self._space.project(z)).item() / self._labels
+        return self._cost(z if self._system is None else self._system.space.project(z)).item() / self._labels
 
     def cost_path(self, filter: str, parameters: Tensor) -> Tensor:
         """Held-out predicted cost in nats per label token of `filter` at each of `parameters` [G]."""
         return self._predicted(WEIGHTS[filter], parameters) / self._labels
 
-    def _solve(self, gain: Tensor, cost: Tensor) -> list[Spectrum]:
+    def _solve(
+        self, system: _System, gain: Tensor | slice = slice(None), cost: Tensor | slice = slice(None)
+    ) -> list[Spectrum]:
+        """The pencil of those rows of each side."""
+        u, w = system.gain[gain], system.cost[cost]
         if self.scope == "global":
-            return global_spectrum(gain / len(gain) ** 0.5, cost / len(cost) ** 0.5, self._epsilon, self._patch)
-        grams, costs = block_grams(gain, self._slices), block_grams(cost, self._slices)
-        return module_spectra(grams, costs, self._epsilon, self._patch, self._slices, self.group)
+            return global_spectrum(u / len(u) ** 0.5, w / len(w) ** 0.5, self._epsilon, system.patch)
+        grams, costs = block_grams(u, self._slices), block_grams(w, self._slices)
+        return module_spectra(grams, costs, self._epsilon, system.patch, self._slices, self.group)
 
-    def _absolute(self, trace: float) -> float:
+    def _absolute(self, trace: float, size: int) -> float:
         if trace == 0:
             raise ValueError("the cost Fisher is zero: is the adapter trained (lora_B is zero at the start)?")
-        return self.damping * trace / self._z.size
+        return self.damping * trace / size
 
     def _rows_of(self, fisher: Fisher) -> Tensor:
         """Rows [N, n] with F = rowsᵀ rows / N per sequence: the samples', or a sketch's."""
@@ -262,10 +261,7 @@ class Subspace:
             f(WEIGHTS[name], chosen) for f in (partial(self._assemble, self._spectra), self._predicted, self._kept)
         )
         in_sample = self._cost(z).item() / self._labels
-        z = (z if self._space is None else self._space.lift(z))[:, 0]
-        energy = {
-            m: (float(z[s].square().sum()), float(self._whole[s].square().sum())) for m, s in self._z.slices.items()
-        }
+        cores = self._z.to_cores((z if self._system is None else self._system.space.lift(z))[:, 0])
         prediction = Prediction(
             held_out=bool(self._cost_folds),
             cost_per_label=cost.item() / self._labels,
@@ -275,14 +271,23 @@ class Subspace:
             gain_kept=kept.item(),
         )
         return Patch(
-            self._z.to_cores(z),
+            cores,
             name,
             float(parameter),
             prediction,
-            {m: part / whole if whole else 0.0 for m, (part, whole) in energy.items()},
+            self._energies(cores),
             self.scope,
             (str(self.gain.meta["point"]), str(self.cost.meta["point"])),
         )
+
+    def _energies(self, cores: Mapping[str, Tensor]) -> dict[str, float]:
+        """‖ΔW'‖²_F / ‖ΔW‖²_F per module."""
+        kept = {}
+        for name, block in self.gain.blocks.items():
+            left, right = (x.to(cores[name].device) for x in self.gain.metric[block.module])
+            whole = float((left * right).sum())
+            kept[name] = float((cores[name] * (left @ cores[name] @ right)).sum()) / whole if whole > 0 else 0.0
+        return kept
 
     def _within(self, name: str, kl_budget: float) -> float:
         """The parameter nearest to keeping everything whose path, walked from keeping nothing, never exceeds the budget.
@@ -345,9 +350,9 @@ class Subspace:
 
     @cached_property
     def _gain_folds(self) -> list[_Fold]:
-        assert self._rows is not None
-        (gain, cost), fold = self._rows, self._gain_fold
-        return [_Fold(self._solve(gain[fold != i], cost), gain[fold == i]) for i in range(self.folds)]
+        own, fold = self._system, self._gain_fold
+        assert own is not None
+        return [_Fold(self._solve(own, gain=fold != i), own.gain[fold == i]) for i in range(self.folds)]
 
     def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
         """Filtered patches [Σ m, G] in the pencil's coordinates, one column per parameter; top-k ranks all spectra together."""
@@ -366,8 +371,8 @@ class Subspace:
 
     def _form(self, side: int, z: Tensor) -> Tensor:
         """zᵀ F z per column, on the pencil's own data."""
-        if self._rows is not None:
-            rows = self._rows[side]
+        if self._system is not None:
+            rows = (self._system.gain, self._system.cost)[side]
             return (rows @ z).square().sum(0).cpu() / len(rows)
         parts = [(z[s] * (m @ z[s])).sum(0) for s, m in zip(self._slices, self._blocks[side])]
         return sum(parts[1:], parts[0]).cpu()

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import sst_kernels as sst
-from sst_kernels.subspace.coordinates import FrobeniusCoordinates
+from sst_kernels.subspace.coordinates import Coordinates
 
 from ..adapters import Adapter
 from .base import Inputs, Method, check_strength, from_cores
@@ -48,8 +48,8 @@ def _random(inputs: Inputs, strength: float) -> Adapter:
     return from_cores(inputs, z.to_cores(patch))
 
 
-def _coordinates(fisher: sst.Fisher) -> FrobeniusCoordinates:
-    return FrobeniusCoordinates(list(fisher.blocks.values()), fisher.metric, torch.device("cpu"))
+def _coordinates(fisher: sst.Fisher) -> Coordinates:
+    return Coordinates(list(fisher.blocks.values()), fisher.metric, torch.device("cpu"))
 
 
 def _form(
