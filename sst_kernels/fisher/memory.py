@@ -64,7 +64,13 @@ def estimate(
 
 
 def estimate_solve(
-    sizes: Sequence[int], gain_rows: int, cost_rows: int, *, scope: str = "global", folds: int = 4
+    sizes: Sequence[int],
+    gain_rows: int,
+    cost_rows: int,
+    *,
+    scope: str = "global",
+    folds: int = 4,
+    metric: str = "kronecker",
 ) -> int:
     """Peak bytes of `subspace` over modules of `sizes` = r² coordinates with that many rows each (0: no rows are kept)."""
     n, rows = sum(sizes), gain_rows + cost_rows
@@ -75,12 +81,19 @@ def estimate_solve(
     reducing = DOUBLE * rows * n + reflectors + small + DOUBLE * max(widths) ** 2
     held = reflectors + small + DOUBLE * cost_rows * sum(widths)  # and each fold's share of the cost rows once more
     if scope == "module":
-        solving = DOUBLE * sum(w * w for w in widths) * (5 + (folds + 1 if rows else 1))
+        spectra = DOUBLE * sum(w * w for w in widths)
+        solving = spectra * 5
     else:
         k, m = min(n, gain_rows), widths[0]
-        solving = DOUBLE * (m * (k * (folds + 1) + 4 * gain_rows + 3 * cost_rows) + rows * rows)
-    coordinates = DOUBLE * 5 * n
-    return coordinates + max(reducing, held + solving)
+        spectra = DOUBLE * m * k
+        solving = DOUBLE * (m * (4 * gain_rows + 3 * cost_rows) + rows * rows)
+    solved = spectra * (folds + 1 if rows else 1)
+    again, charts = 0, 1
+    if metric == "kronecker":  # every fold has coordinates of its own
+        charts = folds + 2 if rows else 2
+        again = reflectors + small if rows and folds else 0
+        reducing += held + solved if again else 0
+    return DOUBLE * 5 * n * charts + max(reducing, held + solved + solving + again)
 
 
 def available(device: torch.device | str) -> int | None:
@@ -137,7 +150,7 @@ def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str
     folded = samples >= period
     state = SINGLE * n * (samples % period) + DOUBLE * n * n * folded
     capacity, growing = _doubled(min(samples, period), batch)
-    folding = (DOUBLE + 4 * SINGLE) * n * n * folded
+    folding = DOUBLE * n * (n + min(period, CHUNK // n)) * folded
     return Estimate(state, max(SINGLE * n * capacity + folding, SINGLE * n * growing))
 
 

@@ -142,19 +142,26 @@ class Subspace:
                 raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
         cost = frobenius.gradients(given[1])
         self._epsilon = self._absolute(float(cost.square().sum()) / len(cost), cost.shape[1])
-        kronecker = self.metric == "kronecker"
-        self._system = own = self._in(frobenius.kronecker(frobenius.moments(cost)) if kronecker else frobenius, given)
+        kept: list[Tensor] = []
+        if self._has_rows:
+            self._gain_fold, of_cost = (
+                _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
+            )
+            kept = [of_cost != fold for fold in range(self.folds)]
+        charts = [frobenius] * (1 + len(kept))
+        if self.metric == "kronecker":
+            charts = [frobenius.kronecker(frobenius.moments(rows)) for rows in (cost, *(cost[k] for k in kept))]
+        del cost
+        self._system = own = self._in(charts[0], given)
         self._z, self._patch, self._slices = own.z, own.patch, own.space.slices
         self._spectra = self._solve(own)
-        if not self._has_rows:
-            return
-        self._gain_fold, of_cost = (
-            _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
-        )
-        for fold in range(self.folds):
-            kept = of_cost != fold
-            system = self._in(frobenius.kronecker(frobenius.moments(cost[kept])), given) if kronecker else own
-            self._cost_folds.append(_Fold(self._solve(system, cost=kept), system.cost[~kept]))
+        self._cost_folds = [self._without(~inside, z, given) for inside, z in zip(kept, charts[1:])]
+
+    def _without(self, held: Tensor, z: Coordinates, given: tuple[Tensor, Tensor]) -> _Fold:
+        """The pencil in z without the cost rows `held`."""
+        assert self._system is not None
+        system = self._system if z is self._system.z else self._in(z, given)
+        return _Fold(self._solve(system, cost=~held), system.cost[held])
 
     def _from_blocks(self, frobenius: Coordinates, device: torch.device) -> None:
         self._z = frobenius
