@@ -70,7 +70,7 @@ def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) 
     """The safety subspace: F_harm v = λ (F_benign + εM) v, with cross-fitted folds for predictions."""
     start = time.monotonic()
     with headlined("the pencil cannot be solved"):
-        options: dict[str, Any] = {"scope": recipe.scope, "damping": recipe.damping, "folds": recipe.folds}
+        options = {name: getattr(recipe, name) for name in ("scope", "metric", "damping", "folds")}
         space = sst.subspace(gain, cost, mix_points=True, group=world(), **options)
     session.seconds["subspace"] = time.monotonic() - start
     return space
@@ -179,6 +179,7 @@ def describe(
         "subspace": {
             "scope": space.scope,
             "route": space.route,
+            "metric": space.metric,
             "relative_damping": space.damping,
             "epsilon": space.epsilon,
             "folds": space.folds,

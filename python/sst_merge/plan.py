@@ -94,7 +94,9 @@ def _fisher_memory(recipe: Recipe, safety: Adapter, harm: int, benign: int) -> d
     sizes = [b.size for b in blocks]
     return {
         "Fisher state": sum(state.peak for state in states),
-        "pencil": estimate_solve(sizes, *rows, scope=recipe.scope, folds=recipe.folds if exact else 0),
+        "pencil": estimate_solve(
+            sizes, *rows, scope=recipe.scope, metric=recipe.metric, folds=recipe.folds if exact else 0
+        ),
     }
 
 

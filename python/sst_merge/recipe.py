@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import RecipeError
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
+PATH: tuple[Literal["patched", "reference"] | float, ...] = ("reference", 0.5, "patched")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -38,10 +39,13 @@ class Recipe(BaseModel):
     structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")
     space: Literal["core"] = "core"
     scope: Literal["global", "module"] = "global"
-    damping: float = Field(3.0, gt=0, allow_inf_nan=False, description="relative: times tr(F_benign)/n")
+    metric: Literal["kronecker", "frobenius"] = Field(
+        "kronecker", description="shape of the damping (sst_kernels.subspace)"
+    )
+    damping: float = Field(1.0, gt=0, allow_inf_nan=False, description="trace of the damping over that of F_benign")
     folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
     harm_points: list[Point] = Field(
-        ["reference", 0.5, "patched"],
+        list(PATH),
         min_length=1,
         description="where the Fisher of the refusals is taken: the mean over these points of the patch's path",
     )

@@ -52,7 +52,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
         f"{prediction['plain_cost_per_label']:.4g} for the whole patch",
         f"- refusal gain kept {prediction['gain_kept']:.1%}",
-        f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n), "
+        f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n) in the {spectrum['metric']} metric, "
         f"{spectrum['folds']} folds",
     ]
     for point in report.get("calibration", []):

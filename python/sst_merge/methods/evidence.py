@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,8 @@ from torch import Tensor
 import sst_kernels as sst
 
 from ..data import Dataset, batches
-from ..pipeline import fisher_pass
+from ..pipeline import fisher_pass, over_points
+from ..recipe import PATH
 from ..session import SAFETY, TASK, Session
 
 
@@ -30,9 +32,9 @@ class Evidence:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def fishers(
-        self, structure: str = "full", *, space: str = "core", scope: str = "global", point: str = "patched"
+        self, structure: str = "full", *, space: str = "core", scope: str = "global", point: str = "path"
     ) -> tuple[sst.Fisher, sst.Fisher]:
-        """(gain, cost): refusals with the data's labels at `point`; benign answers with drawn labels at the reference."""
+        """(gain, cost): refusals with the data's labels at `point` or along the "path"; benign answers with drawn labels at the reference."""
         over = partial(
             fisher_pass,
             self.session,
@@ -42,9 +44,14 @@ class Evidence:
             tokens_per_batch=self.tokens_per_batch,
             seed=self.seed,
         )
-        gain = self._once(
-            ("gain", structure, space, scope, point),
-            lambda: over(self.harm, name="harm", point=point),
+
+        def at(point: str | float) -> sst.Fisher:
+            key = ("gain", structure, space, scope, point)
+            return self._once(key, lambda: over(self.harm, name=f"harm-{point}", point=point))
+
+        key = ("gain", structure, space, scope, "path")
+        gain = (
+            at(point) if point != "path" else self._once(key, lambda: over_points(PATH, lambda p: copy.deepcopy(at(p))))
         )
         cost = self._once(
             ("cost", structure, space, scope),
@@ -53,12 +60,12 @@ class Evidence:
         return gain, cost
 
     def subspace(
-        self, structure: str = "full", *, scope: str = "global", point: str = "patched", damping: float = 3.0
+        self, structure: str = "full", *, scope: str = "global", point: str = "path", metric: str = "kronecker"
     ) -> sst.Subspace:
         gain, cost = self.fishers(structure, scope=scope, point=point)
         return self._once(
-            ("subspace", structure, scope, point, damping),
-            lambda: sst.subspace(gain, cost, scope=scope, damping=damping, mix_points=True),
+            ("subspace", structure, scope, point, metric),
+            lambda: sst.subspace(gain, cost, scope=scope, metric=metric, mix_points=True),
         )
 
     def grams(self, side: str) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def _factors(fisher: Fisher, name: str, kind: type[S]) -> tuple[S, S]:
 
 def _diagonals(inputs: Inputs) -> Callable[[str], list[tuple[Tensor, Tensor]]]:
     """Per module, for A and B: (F_harm, F_benign) of the entries."""
-    gain, cost = inputs.require().fishers("diagonal", space="factor")
+    gain, cost = inputs.require().fishers("diagonal", space="factor", point="patched")
 
     def of(name: str) -> list[tuple[Tensor, Tensor]]:
         sides = zip(_factors(gain, name, Diagonal), _factors(cost, name, Diagonal))
@@ -82,7 +82,7 @@ def _fisher_average(inputs: Inputs, strength: float) -> Adapter:
 def _vila(inputs: Inputs, strength: float) -> Adapter:
     """Keep the output rows of each module (rows of B) with the largest harm-to-benign ratio of VILA importances."""
     check_strength(strength, 0.0, 1.0)
-    harm, benign = inputs.require().fishers("vila", space="factor")
+    harm, benign = inputs.require().fishers("vila", space="factor", point="patched")
 
     def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
         ratio = vila_ratio(_factors(harm, name, Vila), _factors(benign, name, Vila))

@@ -17,8 +17,8 @@ SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
 _BOTH = ("harm", "benign", "model")
 
 
-def _budget(structure: str, scope: str, point: str, rule: str, inputs: Inputs, strength: float) -> Adapter:
-    space = inputs.require().subspace(structure, scope=scope, point=point)
+def _budget(structure: str, scope: str, point: str, metric: str, rule: str, inputs: Inputs, strength: float) -> Adapter:
+    space = inputs.require().subspace(structure, scope=scope, point=point, metric=metric)
     return from_cores(inputs, getattr(space, rule)(kl_budget=strength).coordinates)
 
 
@@ -53,23 +53,32 @@ def _coordinates(fisher: sst.Fisher) -> Coordinates:
 
 
 def _form(
-    name: str, structure: str, scope: str, point: str = "patched", rule: str = "soft", source: str = "ours"
+    name: str,
+    structure: str,
+    scope: str,
+    point: str = "path",
+    metric: str = "kronecker",
+    rule: str = "soft",
+    source: str = "ours",
 ) -> Method:
-    variant = f"{structure} Fisher, core space, {scope} scope, {rule} filter, F_harm at the {point} point"
+    where = "along the patch's path" if point == "path" else f"at the {point} point"
+    variant = f"{structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}"
     return Method(
         name,
         source,
         variant,
         "KL budget, nats per label token",
         BUDGETS,
-        partial(_budget, structure, scope, point, rule),
+        partial(_budget, structure, scope, point, metric, rule),
         _BOTH,
     )
 
 
 METHODS = [
     _form("sst", "full", "global"),
+    _form("sst-patched", "full", "global", "patched"),
     _form("sst-reference", "full", "global", "reference"),
+    _form("sst-frobenius", "full", "global", metric="frobenius"),
     _form("sst-top-k", "full", "global", rule="top_k"),
     _form("sst-threshold", "full", "global", rule="threshold"),
     _form("sst-module", "full", "module"),
