@@ -49,6 +49,18 @@ def test_folding_is_exact_and_bounded(n):
             structure.block(0, SHAPE)
 
 
+def test_folding_rounds_like_float64():
+    """Rows of sizes 1 to 1e4 fold to their float64 Gram: a float32 one would be 1e-7 off."""
+    rows = torch.randn(70, SHAPE[0] * SHAPE[1]) * torch.logspace(0, 4, 70)[:, None]
+    structure = make_structure("full", SHAPE, rows="fold")
+    for part in rows.split(7):
+        structure.append(part)
+    structure.counts += Counts(70, 70, 70)
+    assert structure.folded
+    expected = rows.double().mT @ rows.double() / 70
+    torch.testing.assert_close(structure.dense(), expected, rtol=0, atol=1e-15 * 70 * float(expected.abs().max()))
+
+
 def test_folded_and_unfolded_parts_merge():
     data = samples(40)
     parts = []

@@ -26,6 +26,14 @@ def rows_gramian(rows: Tensor, vectors: Tensor) -> Tensor:
     return out
 
 
+def add_gram(rows: Tensor, out: Tensor) -> None:
+    """out [n, n] float64 += Rᵀ R for rows [N, n], widening a bounded piece of R at a time."""
+    step = max(1, CHUNK // max(1, rows.shape[1]))
+    for i in range(0, len(rows), step):
+        piece = rows[i : i + step].double()
+        out.addmm_(piece.mT, piece)
+
+
 def rows_inner(rows: Tensor) -> Tensor:
     """R Rᵀ [N, N] in float64 for rows [N, n], widening a bounded range of columns at a time."""
     step = max(1, CHUNK // max(1, len(rows)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
 from sst_kernels.fisher.base import Joint, TokenBatch
-from sst_kernels.fisher.structures.algebra import rows_gramian, rows_times
+from sst_kernels.fisher.structures.algebra import add_gram, rows_gramian, rows_times
 from sst_kernels.fisher.structures.rows import RowBuffer, check_columns
 
 
@@ -20,9 +20,9 @@ class Full(Joint):
     `rows="keep"` (default) keeps every g_n as a float32 row. The n-th row of every block of a pass belongs to the same
     sample, so both the per-module and the cross-module Fisher can be read from one pass: 4·n bytes per sample.
 
-    `rows="fold"` adds the rows into the n×n matrix (float64) whenever more than n are waiting: at most 12·n² bytes
-    whatever the number of samples, the same F, but which sample a row came from is lost, and with it the cross-module
-    Fisher and cross-fitting (`rows` then raises).
+    `rows="fold"` adds the rows into the n×n matrix, products and sums in float64, whenever more than n are waiting: at
+    most 12·n² bytes whatever the number of samples, the same F, but which sample a row came from is lost, and with it the
+    cross-module Fisher and cross-fitting (`rows` then raises).
 
     State: `rows` [N, n] float32, and for "fold" also `matrix` [n, n] float64 (raw sums).
     """
@@ -102,24 +102,22 @@ class Full(Joint):
 
     def _fold_when_full(self) -> None:
         if self._mode == "fold" and len(self._buffer) > self.size:
-            self._add_matrix(self._gram(self._buffer.rows))
-            self._buffer.clear()
+            self._fold()
 
-    def _gram(self, rows: Tensor) -> Tensor:
-        from sst_kernels.ops import gram, symmetrize_
+    def _fold(self) -> Tensor:
+        total = self._sums()
+        add_gram(self._buffer.rows, total)
+        self._buffer.clear()
+        return total
 
-        out = torch.zeros(self.size, self.size, dtype=torch.float32, device=self.device)
-        return symmetrize_(gram(rows, None, None, out))
-
-    def _add_matrix(self, matrix: Tensor) -> Tensor:
+    def _sums(self) -> Tensor:
         if self._matrix is None:
             self._matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
-        self._matrix += matrix.to(self.device)
         return self._matrix
 
     def _merge(self, other: Self) -> None:
         if other._matrix is not None:
-            self._add_matrix(other._matrix)
+            self._sums().add_(other._matrix.to(self.device))
         self.append(other._waiting)
 
     def reduction(self) -> Reduction:
@@ -129,9 +127,7 @@ class Full(Joint):
         yield Sum([state])
         total, folded = state.tolist()
         if folded or (self._mode == "fold" and total > self.size):
-            matrix = self._add_matrix(self._gram(self._buffer.rows))
-            self._buffer.clear()
-            yield Sum([matrix])
+            yield Sum([self._fold()])
             return
         rows = RowBuffer(self.size, self.device)
         rows.reserve(total)
@@ -149,7 +145,7 @@ class Full(Joint):
         self._buffer, self._columns, self._matrix = RowBuffer(self.size, self.device), None, None
         self._buffer.append(state["rows"].to(self.device))
         if "matrix" in state:
-            self._add_matrix(state["matrix"])
+            self._sums().copy_(state["matrix"])
 
     def matvec(self, vectors: Tensor) -> Tensor:
         out = rows_gramian(self._waiting, vectors)
