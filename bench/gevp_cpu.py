@@ -1,38 +1,50 @@
 """Top-k generalized eigenproblems on one CPU thread: ours against SciPy, torch, ARPACK, LOBPCG, PRIMME and SLEPc.
 
-Process CPU seconds, best of a few, one thread: wall time on a shared machine says nothing. Every solver asks for 1e-10 by its own
-rule; a row carries the relative eigenvalue error against LAPACK, and a row whose error exceeds 1e-8 is marked wrong instead of
-timed. Peers that are not installed are left out and named.
+A row is one solver on one pencil: process CPU seconds (the wall clock of a shared machine measures its neighbours), the contestants in
+turn and the least of the rounds; peak memory above what was held before; the relative eigenvalue error against LAPACK and the largest
+sqrt(r' B^-1 r) over |lambda_1|. Every solver is asked for 1e-10 by its own rule and judged by what it attained: above 1e-8 its verdict
+is `wrong`. Peers that are not installed are left out and named. A batch is one call where a solver has one, else a loop.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/gevp_cpu.py [--n 256,1024] [--crossover]
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m bench.gevp_cpu [--n 256,1024] [--k 8,16] [--batch 1,32]
+        [--fishers GAIN.safetensors COST.safetensors]      Fishers in core space, of which leading columns make the family `fisher`
+    ... python -m bench.gevp_cpu --crossover               times the two routes, writes gevp_crossover.csv and crossover.json
+    python -m bench.gevp_cpu --derive                      crossover.json from the gevp_crossover.csv that is there
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from datetime import date
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import scipy
 import scipy.linalg as sl
 import scipy.sparse.linalg as ssl
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.common import ROOT, machine
+from sst_kernels import Fisher
 from sst_kernels.gevp import gevp
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "bench" / "results"
+TABLE = ROOT / "sst_kernels" / "gevp" / "crossover.json"
+FAMILIES = ("decay", "flat", "steep")
+Pencil = tuple[np.ndarray, np.ndarray]
+Pairs = tuple[np.ndarray, np.ndarray]
 
 
-def pencil(n: int, kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pencil(n: int, kind: str, seed: int = 0) -> Pencil:
     """FIM-like pencils: "decay" (A of rank n/4 sharing B's power law), "flat" (full rank, other directions), "steep"."""
     rng = np.random.default_rng(seed)
     power = {"decay": 0.8, "flat": 0.25, "steep": 2.0}[kind]
@@ -42,8 +54,18 @@ def pencil(n: int, kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     other = np.linalg.qr(rng.standard_normal((n, n)))[0] if kind == "flat" else turn
     gain = rng.standard_normal((rows, n)) * rng.standard_t(5, (rows, 1)) * weights @ other.T
     cost = rng.standard_normal((2 * n, n)) * weights @ turn.T
-    a, b = gain.T @ gain / rows, cost.T @ cost / (2 * n)
-    b += 1e-3 * np.trace(b) / n * np.eye(n)
+    return _from_rows(gain, cost)
+
+
+def fisher_pencil(gain: np.ndarray, cost: np.ndarray, n: int, seed: int) -> Pencil:
+    """n neighbouring coordinates (whole modules) of two saved Fishers, the `seed`-th such window."""
+    first = (seed * n) % (gain.shape[1] - n + 1)
+    return _from_rows(gain[:, first : first + n], cost[:, first : first + n])
+
+
+def _from_rows(gain: np.ndarray, cost: np.ndarray) -> Pencil:
+    a, b = (rows.T @ rows / len(rows) for rows in (gain, cost))
+    b += 1e-3 * np.trace(b) / len(b) * np.eye(len(b))
     return (a + a.T) / 2, (b + b.T) / 2
 
 
@@ -53,125 +75,221 @@ def inverse(b: np.ndarray) -> ssl.LinearOperator:
     return ssl.LinearOperator(b.shape, matvec=solve, matmat=solve, dtype=float)
 
 
-def arpack(a, b, k):
-    return ssl.eigsh(a, k, M=b, Minv=inverse(b), which="LA", tol=1e-10, return_eigenvectors=True)[0]
+def arpack(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
+    return ssl.eigsh(a, k, M=b, Minv=inverse(b), which="LA", tol=1e-10)
 
 
-def lobpcg(a, b, k):
+def lobpcg(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
     start = np.random.default_rng(0).standard_normal((len(a), k))
-    return ssl.lobpcg(a, start, B=b, M=inverse(b), largest=True, tol=1e-10 * np.linalg.norm(a), maxiter=500)[0]
+    with warnings.catch_warnings():  # what it did not reach is in the row
+        warnings.simplefilter("ignore")
+        return ssl.lobpcg(a, start, B=b, M=inverse(b), largest=True, tol=1e-10 * np.linalg.norm(a), maxiter=500)
 
 
-def torch_eigh(a, b, k):
-    factor = torch.linalg.cholesky(torch.from_numpy(b))
-    half = torch.linalg.solve_triangular(factor, torch.from_numpy(a), upper=False)
-    values, y = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-    torch.linalg.solve_triangular(factor.mT, y[:, -k:], upper=True)
-    return values[-k:].numpy()
-
-
-def primme_eigsh(a, b, k):
+def primme_eigsh(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
     import primme
 
-    return primme.eigsh(a, k, M=b, Minv=inverse(b), OPinv=inverse(b), which="LA", tol=1e-10, maxBlockSize=8)[0]
+    return primme.eigsh(a, k, M=b, Minv=inverse(b), OPinv=inverse(b), which="LA", tol=1e-10, maxBlockSize=8)
 
 
-def ours(method):
-    return lambda a, b, k: gevp(torch.from_numpy(a), torch.from_numpy(b), k, method=method).values.numpy()
+def looped(solve: Callable[[np.ndarray, np.ndarray, int], Pairs]) -> Callable[[Pencil, int], list[Pairs]]:
+    return lambda stacked, k: [solve(a, b, k) for a, b in zip(*stacked)]
 
 
-def solvers() -> dict:
-    rows = {
+def torch_eigh(stacked: Pencil, k: int) -> list[Pairs]:
+    a, b = map(torch.from_numpy, stacked)
+    factor = torch.linalg.cholesky(b)
+    half = torch.linalg.solve_triangular(factor, a, upper=False)
+    values, y = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
+    vectors = torch.linalg.solve_triangular(factor.mT, y[..., -k:], upper=True)
+    return list(zip(values[..., -k:].numpy(), vectors.numpy()))
+
+
+def ours(method: str) -> Callable[[Pencil, int], list[Pairs]]:
+    def solve(stacked: Pencil, k: int) -> list[Pairs]:
+        result = gevp(*map(torch.from_numpy, stacked), k, method=method)
+        return list(zip(result.values.numpy(), result.vectors.numpy()))
+
+    return solve
+
+
+def solvers() -> dict[str, Callable[[Pencil, int], list[Pairs]]]:
+    table = {
         "sst auto": ours("auto"),
-        "sst direct": ours("direct"),
-        "sst jacobi_davidson": ours("jacobi_davidson"),
-        "scipy eigh gvx": lambda a, b, k: sl.eigh(a, b, subset_by_index=[len(a) - k, len(a) - 1])[0],
+        "scipy eigh gvx": looped(lambda a, b, k: sl.eigh(a, b, subset_by_index=[len(a) - k, len(a) - 1])),
+        "scipy eigh gvd": looped(lambda a, b, k: tuple(x[..., -k:] for x in sl.eigh(a, b, driver="gvd"))),
         "torch cholesky+eigh": torch_eigh,
-        "arpack, cholesky": arpack,
-        "scipy lobpcg, cholesky": lobpcg,
+        "arpack, cholesky": looped(arpack),
+        "scipy lobpcg, cholesky": looped(lobpcg),
     }
     if find_spec("primme"):
-        rows["primme, cholesky, block 8"] = primme_eigsh
-    return rows
-
-
-def seconds(solve, a, b, k, repeats: int) -> tuple[float, np.ndarray]:
-    best = np.inf
-    for _ in range(repeats):
-        start = time.process_time()
-        values = solve(a, b, k)
-        best = min(best, time.process_time() - start)
-    return best, np.sort(values)[::-1]
-
-
-def header() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "cpu": platform.processor() or platform.machine(),
-        "scipy": scipy.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def measure(orders: list[int], ks: list[int]) -> list[dict]:
-    table, meta = [], header()
-    for n in orders:
-        for kind in ("decay", "flat", "steep"):
-            a, b = pencil(n, kind)
-            reference = sl.eigh(a, b, eigvals_only=True)[::-1]
-            for k in ks:
-                for name, solve in solvers().items():
-                    if n >= 2048 and name.startswith(("torch", "scipy lobpcg")) and k > 8:
-                        continue
-                    spent, values = seconds(solve, a, b, k, 5 if n <= 512 else 2)
-                    error = np.abs(values / reference[:k] - 1).max()
-                    row = {"pencil": kind, "n": n, "k": k, "solver": name, "cpu_seconds": f"{spent:.5f}"}
-                    row |= {"error": f"{error:.1e}", "verdict": "wrong" if error > 1e-8 else "ok"}
-                    table.append(row | meta)
-                    print(*row.values(), flush=True)
+        table["primme, cholesky, block 8"] = looped(primme_eigsh)
     return table
 
 
-def crossover(orders: list[int], ks: list[int]) -> list[dict]:
-    table, meta = [], header()
-    for k in ks:
-        for n in orders:
-            for kind in ("decay", "flat"):
-                a, b = pencil(n, kind)
-                spent = {method: seconds(ours(method), a, b, k, 7)[0] for method in ("direct", "jacobi_davidson")}
-                row = {"device": "cpu", "pencil": kind, "n": n, "k": k} | {
-                    name: f"{s:.5f}" for name, s in spent.items()
+def left_out() -> list[str]:
+    return [name for name, module in (("PRIMME", "primme"), ("SLEPc", "slepc4py")) if not find_spec(module)]
+
+
+class Peak:
+    """Most resident memory since the start, above what was resident then, in MiB (Linux; freed heap is returned first)."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._read("VmRSS")
+
+    def mib(self) -> float:
+        return max(0.0, (self._read("VmHWM") - self.before) / 1024)
+
+    @staticmethod
+    def _read(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def attained(stacked: Pencil, pairs: list[Pairs], references: list[np.ndarray], k: int) -> tuple[float, float]:
+    """Largest relative eigenvalue error and largest sqrt(r' B^-1 r) / |lambda_1| over the batch."""
+    error = residual = 0.0
+    for a, b, (values, vectors), reference in zip(*stacked, pairs, references):
+        order = np.argsort(values)[::-1]
+        values, vectors = values[order], vectors[:, order]
+        norms = np.sqrt(np.sum(vectors * (b @ vectors), axis=0))
+        r = sl.solve_triangular(sl.cholesky(b, lower=True), a @ vectors - b @ vectors * values, lower=True) / norms
+        error = max(error, np.abs(values / reference[:k] - 1).max())
+        residual = max(residual, np.sqrt((r * r).sum(0)).max() / abs(reference[0]))
+    return error, residual
+
+
+def timed(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least process seconds of each over `rounds` rounds in which they take turns; a turn begins with a call that is not timed."""
+    best = dict.fromkeys(contestants, np.inf)
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            run()
+            start = time.process_time()
+            run()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> Iterable[dict[str, object]]:
+    for family, n, batch, stacked in pencils:
+        references = [sl.eigh(a, b, eigvals_only=True)[::-1] for a, b in zip(*stacked)]
+        for k in ks:
+            chosen = solvers()
+            if n >= 2048 or n * batch > 8192:  # an order of magnitude behind long before
+                chosen = {
+                    name: solve for name, solve in chosen.items() if not name.startswith(("torch", "scipy lobpcg"))
                 }
-                table.append(row | meta)
-                print(*row.values(), flush=True)
+            answers, peaks = {}, {}
+            for name, solve in chosen.items():
+                solve(stacked, k)
+                peak = Peak()
+                answers[name] = solve(stacked, k)
+                peaks[name] = peak.mib()
+            rounds = 25 if n * batch <= 128 else 7 if n * batch <= 512 else 2
+            runs = {name: partial(solve, stacked, k) for name, solve in chosen.items()}
+            seconds = timed(runs, rounds)
+            for name in chosen:
+                error, residual = attained(stacked, answers[name], references, k)
+                row = {"pencil": family, "n": n, "batch": batch, "k": k, "solver": name}
+                row |= {"cpu_ms": f"{1e3 * seconds[name]:.3f}", "peak_mib": f"{peaks[name]:.2f}"}
+                row |= {"error": f"{error:.1e}", "residual": f"{residual:.1e}"}
+                yield row | {"verdict": "wrong" if error > 1e-8 else "ok"}
+
+
+def crossover(orders: list[int], ks: list[int]) -> Iterable[dict[str, object]]:
+    for n in orders:
+        for family in FAMILIES[:2]:
+            stacked = tuple(x[None] for x in pencil(n, family))
+            for k in ks:
+                routes = ("direct", "jacobi_davidson")
+                runs = {route: partial(ours(route), stacked, k) for route in routes}
+                seconds = timed(runs, 15 if n <= 256 else 4)
+                times = {f"{route}_ms": f"{1e3 * spent:.3f}" for route, spent in seconds.items()}
+                yield {"device": "cpu", "pencil": family, "n": n, "batch": 1, "k": k} | times
+
+
+def derive(rows: Iterable[dict[str, str]]) -> list[list[int]]:
+    """[[k, order], ...]: from `order` on, iterating took no longer than the direct route at every order measured, in the geometric mean
+    over the families; twice the largest order measured where it never did."""
+    gain: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        gain[int(row["k"]), int(row["n"])].append(np.log(float(row["direct_ms"]) / float(row["jacobi_davidson_ms"])))
+    table = []
+    for k in sorted({k for k, _ in gain}):
+        orders = sorted((n for own, n in gain if own == k), reverse=True)
+        order = 2 * orders[0]
+        for n in orders:
+            if np.mean(gain[k, n]) < 0:
+                break
+            order = n
+        table.append([k, order])
     return table
+
+
+def store(table: list[list[int]]) -> None:
+    kept = json.loads(TABLE.read_text()) | {"cpu": {"single": table}}
+    lines = (f"  {json.dumps(device)}: {json.dumps(kinds)}" for device, kinds in sorted(kept.items()))
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print("wrote", TABLE, kept["cpu"])
+
+
+def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    about = machine("cpu")
+    with suppress(PackageNotFoundError):
+        about["versions"] += f" primme {version('primme')}"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = None
+        for row in rows:
+            row |= {key: about[key] for key in ("device", "versions", "commit", "date")}
+            if writer is None:
+                writer = csv.DictWriter(stream, row, lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+            stream.flush()
+            print(*list(row.values())[:-4], flush=True)
+    print("wrote", path, "without", ", ".join(left_out()) or "nothing")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", default="64,128,256,512,1024,2048")
     parser.add_argument("--k", default="8,16,32")
-    parser.add_argument(
-        "--crossover", action="store_true", help="time the two routes only; bench/results/gevp_crossover.csv"
-    )
+    parser.add_argument("--batch", default="1,32", help="32 is measured up to n = 256")
+    parser.add_argument("--fishers", nargs=2, metavar=("GAIN", "COST"))
+    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--derive", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
-        raise SystemExit(
-            "set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1: process time over several threads is not comparable"
-        )
-    torch.set_num_threads(1)
-    orders, ks = ([int(x) for x in text.split(",")] for text in (arguments.n, arguments.k))
-    table = crossover(orders, ks) if arguments.crossover else measure(orders, ks)
-    target = RESULTS / ("gevp_crossover.csv" if arguments.crossover else "gevp_cpu.csv")
-    with target.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, table[0])
-        writer.writeheader()
-        writer.writerows(table)
-    print("wrote", target)
+    orders, ks, batches = ([int(x) for x in text.split(",")] for text in (arguments.n, arguments.k, arguments.batch))
+    measured = arguments.out / "gevp_crossover.csv"
+    if not arguments.derive:
+        if os.environ.get("OPENBLAS_NUM_THREADS") != "1" or os.environ.get("OMP_NUM_THREADS") != "1":
+            raise SystemExit(
+                "set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1: process time over several threads compares nothing"
+            )
+        torch.set_num_threads(1)
+        if not arguments.crossover:
+            rows = [Fisher.load(path).rows().double().numpy() for path in arguments.fishers or ()]
+            return write(arguments.out / "gevp_cpu.csv", measure(_pencils(orders, batches, rows), ks))
+        write(measured, crossover(orders, ks))
+    with measured.open(encoding="utf-8") as stream:
+        store(derive(csv.DictReader(stream)))
+
+
+def _pencils(orders: list[int], batches: list[int], rows: list[np.ndarray]) -> Iterable[tuple[str, int, int, Pencil]]:
+    for batch in batches:
+        for n in orders:
+            if batch > 1 and n > 256:
+                continue
+            for family in FAMILIES[: 3 if batch == 1 else 2]:
+                several = (pencil(n, family, seed) for seed in range(batch))
+                yield family, n, batch, tuple(np.stack(side) for side in zip(*several))
+            if rows and n <= 1024:
+                several = (fisher_pencil(*rows, n, seed) for seed in range(batch))
+                yield "fisher", n, batch, tuple(np.stack(side) for side in zip(*several))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     split     used for
     adapter   training the adapters
-    fisher    Fisher passes, and the fits of variants that use gradients
-    select    choosing a strength or hyper-parameter
+    fisher    Fisher passes
+    select    rows that are in no pencil: what predictions are checked on
     final     what is reported
 
 HarmBench's standard behaviours are in `final` only: they are harmful prompts of another origin than the patch has seen.

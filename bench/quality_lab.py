@@ -1,25 +1,22 @@
 """The laboratory of the quality study: one model, a task and a safety adapter, and what can be asked of them.
 
 A candidate patch is its core coordinates S [r, r] per module (ΔW' = scaling · B S A), so candidates are measured by hooks on
-`lora_A`, without building adapters. All curvature lives in Frobenius coordinates z (`Coordinates`), per-sequence
-gradients in rows, and K = F_gain + μ(F_cost + εI) is solved exactly in the space of the rows.
+`lora_A`, without building adapters.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from quality_data import Row, batches, collate, continued, prompt_tokens
+from quality_data import Row, batches, collate, prompt_tokens
 from torch import Tensor
 
 import sst_kernels as sst
 from sst_kernels.fisher.lora import find_sites
-from sst_kernels.subspace.coordinates import Coordinates
 
 Cores = Mapping[str, Tensor] | float
 REFUSAL_PHRASES = (
@@ -45,9 +42,6 @@ class Lab:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.activate(task, safety)
         self.sites = find_sites(model, safety)
-        blocks = [sst.fisher.Block(s.name, s.name, (s.rank, s.rank)) for s in self.sites]
-        self.coordinates = Coordinates(blocks, {s.name: s.metric() for s in self.sites}, self.device)
-        self.patch = self.coordinates.patch().to(self.device)
 
     def activate(self, *adapters: str) -> None:
         self.model.base_model.set_adapter(list(adapters))
@@ -66,9 +60,6 @@ class Lab:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def cores(self, z: Tensor) -> dict[str, Tensor]:
-        return self.coordinates.to_cores(z)
 
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         for index in batches(rows, self.tokens):
@@ -138,11 +129,9 @@ class Lab:
                     answers[i] = answer[: answer.index(eos) + 1] if eos in answer else answer
         return answers
 
-    def own_answers(self, rows: Sequence[Row], tokens: int = 64) -> list[Row]:
-        """The rows with answers that the reference samples itself: the text on which KL(reference ‖ p) is defined."""
-        return continued(
-            rows, self.generate([r.tokens[: r.prompt_tokens] for r in rows], tokens=tokens, sample=True), self.tokenizer
-        )
+    def own_answers(self, rows: Sequence[Row], tokens: int = 64) -> list[list[int]]:
+        """Answers that the reference samples itself: the text on which KL(reference ‖ p) is defined."""
+        return self.generate([r.tokens[: r.prompt_tokens] for r in rows], tokens=tokens, sample=True)
 
     def refusal_rate(self, prompts: Sequence[str], cores: Cores, tokens: int = 24) -> float:
         """Share of greedy answers that hold a refusal phrase."""
@@ -150,44 +139,23 @@ class Lab:
         texts = [self.tokenizer.decode(a, skip_special_tokens=True).lower().replace("’", "'") for a in out]
         return sum(any(p in t for p in REFUSAL_PHRASES) for t in texts) / max(len(texts), 1)
 
-    def rows(self, rows: Sequence[Row], labels: str, point: Cores, draws: int = 1) -> Gradients:
-        """Per-sequence gradients of the safety adapter at `point`.
+    def fisher(self, rows: Sequence[Row], labels: str, point: float, draws: int = 1) -> sst.Fisher:
+        """The Fisher of the safety adapter over `rows`, task adapter on, at the share `point` of the patch.
 
         labels: "data"; "model" (drawn from the model, teacher-forced); or "probe": random-sign curvature propagation (Martens,
         Sutskever and Swersky 2012), u = √p∘ε − p⟨√p, ε⟩ with E uuᵀ = diag(p) − ppᵀ: the same expected Fisher as
         "model" with every label position in every draw.
         """
-        loss = self._probe_loss if labels == "probe" else self._nll(labels)
-        return self._gradients(rows, point, draws, loss)
-
-    def kl_rows(self, probe: Probe, point: Cores) -> Gradients:
-        """Per-sequence gradients of Σ KL(reference ‖ p) at `point`."""
-        references = iter(probe.reference)
-
-        def loss(batch: dict[str, Tensor], groups: list[int]) -> Tensor:
-            with sst.declared_loss(batch["labels"], source="model", groups=groups) as declared:
-                return declared.loss(_kl(next(references), self.logits(batch)[0]))
-
-        return self._gradients(probe.rows, point, 1, loss)
-
-    def _gradients(self, rows: Sequence[Row], point: Cores, draws: int, loss: Callable) -> Gradients:
         self.activate(self.task, self.safety)
         with sst.fisher_accumulate(self.model, adapter=self.safety, point=point) as accumulator:
             for _ in range(draws):
                 for index, batch in self.batches(rows):
-                    loss(batch, index).backward()
-        fisher = accumulator.fisher
-        groups = torch.tensor(fisher.groups)
-        return Gradients(
-            self.coordinates.gradients(fisher.rows()), groups, fisher.counts.labels / fisher.counts.sequences
-        )
+                    self._loss(batch, index, labels).backward()
+        return accumulator.fisher
 
-    def _nll(self, labels: str) -> Callable:
-        return lambda batch, groups: sst.sequence_nll(
-            self.model, batch, labels=labels, generator=self.generator, groups=groups
-        )
-
-    def _probe_loss(self, batch: dict[str, Tensor], groups: list[int]) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], groups: list[int], labels: str) -> Tensor:
+        if labels != "probe":
+            return sst.sequence_nll(self.model, batch, labels=labels, generator=self.generator, groups=groups)
         with sst.declared_loss(batch["labels"], source="model", groups=groups) as declared:
             logits = self.logits(batch)[0]
             with torch.no_grad():
@@ -196,110 +164,6 @@ class Lab:
                 root = p.sqrt() * (2.0 * signs - 1)
                 u = root - p * root.sum(-1, keepdim=True)
             return declared.loss((u * logits).sum())
-
-
-@dataclass
-class Gradients:
-    """Rows [N, n] float64 in z coordinates, the prompt each belongs to, and mean labels per sequence."""
-
-    rows: Tensor
-    groups: Tensor
-    labels: float
-
-    def take(self, prompts: int | None = None, draws: int | None = None) -> Gradients:
-        """The first rows: of the first `prompts` prompts, at most `draws` rows each."""
-        seen = torch.zeros(len(self.groups), dtype=torch.int64)
-        counter: dict[int, int] = {}
-        for i, g in enumerate(self.groups.tolist()):
-            counter[g] = counter.get(g, 0) + 1
-            seen[i] = counter[g]
-        keep = torch.ones(len(self.groups), dtype=torch.bool)
-        keep &= self.groups < (prompts if prompts is not None else math.inf)
-        keep &= seen <= (draws if draws is not None else math.inf)
-        return Gradients(self.rows[keep.to(self.rows.device)], self.groups[keep], self.labels)
-
-    def cost(self, z: Tensor, slices: Sequence[slice] | None = None) -> float:
-        """½ zᵀFz per label; with `slices`, of the block-diagonal Fisher."""
-        parts = [self.rows @ z] if slices is None else [self.rows[:, s] @ z[s] for s in slices]
-        return 0.5 * sum(float(p.square().mean()) for p in parts) / self.labels
-
-
-class Pencil:
-    """K = F_gain + μ(F_cost + εI), all modules coupled; F = mean of row outer products, ε = damping · tr(F_cost)/n."""
-
-    def __init__(self, gain: Tensor, cost: Tensor, damping: float):
-        self.u, self.w = gain / len(gain) ** 0.5, cost / len(cost) ** 0.5
-        self.epsilon = damping * float(self.w.square().sum()) / self.w.shape[1]
-        self.scale = float(self.u.square().sum() / self.w.square().sum())
-        self._dense = len(gain) + len(cost) > self.w.shape[1]
-        if self._dense:
-            self._a, self._b = self.u.T @ self.u, self.w.T @ self.w
-        else:
-            self._uu, self._uw, self._ww = self.u @ self.u.T, self.u @ self.w.T, self.w @ self.w.T
-
-    def with_gain(self, gain: Tensor) -> Pencil:
-        """The pencil with other gain rows."""
-        out = object.__new__(Pencil)
-        out.__dict__ |= self.__dict__ | {"u": gain / len(gain) ** 0.5}
-        if self._dense:
-            out._a = out.u.T @ out.u
-        else:
-            out._uu, out._uw = out.u @ out.u.T, out.u @ self.w.T
-        return out
-
-    def solve(self, b: Tensor, mu: float) -> Tensor:
-        """K⁻¹ b for b [n]."""
-        shift = mu * self.epsilon
-        if self._dense:
-            k = self._a + mu * self._b
-            k.diagonal().add_(shift)
-            return torch.cholesky_solve(b[:, None], torch.linalg.cholesky(k))[:, 0]
-        root = mu**0.5
-        gram = torch.cat([torch.cat([self._uu, root * self._uw], 1), torch.cat([root * self._uw.T, mu * self._ww], 1)])
-        gram.diagonal().add_(shift)
-        seen = torch.cat([self.u @ b, root * (self.w @ b)])
-        y = torch.cholesky_solve(seen[:, None], torch.linalg.cholesky(gram))[:, 0]
-        p = len(self.u)
-        return (b - self.u.T @ y[:p] - root * (self.w.T @ y[p:])) / shift
-
-    def cost_gradient(self, z: Tensor) -> Tensor:
-        return self.w.T @ (self.w @ z) + self.epsilon * z
-
-    def soft(self, patch: Tensor, mu: float) -> Tensor:
-        """argmin (z−patch)ᵀF_gain(z−patch) + μ zᵀ(F_cost+εI)z."""
-        return self.solve(self.u.T @ (self.u @ patch), mu)
-
-
-class ModulePencil:
-    """The same with one pencil per module; all modules have the same number of coordinates."""
-
-    def __init__(self, gain: Tensor, cost: Tensor, damping: float, modules: int):
-        u, w = (x.reshape(len(x), modules, -1) / len(x) ** 0.5 for x in (gain, cost))
-        self._a, self._b = torch.einsum("nmi,nmj->mij", u, u), torch.einsum("nmi,nmj->mij", w, w)
-        self.epsilon = damping * float(w.square().sum()) / cost.shape[1]
-        self.scale = float(u.square().sum() / w.square().sum())
-
-    def soft(self, patch: Tensor, mu: float) -> Tensor:
-        k = self._a + mu * self._b
-        k.diagonal(dim1=1, dim2=2).add_(mu * self.epsilon)
-        z = patch.reshape(len(k), -1, 1)
-        return torch.linalg.solve(k, self._a @ z).flatten()
-
-
-class DiagonalPencil:
-    """Elementwise: w = λ/(λ+μ), λ = diag(F_gain) / (diag(F_cost) + ε)."""
-
-    def __init__(self, gain: Tensor, cost: Tensor, damping: float):
-        self._a, self._b = gain.square().mean(0), cost.square().mean(0)
-        self._b = self._b + damping * self._b.mean()
-        self.scale = float(self._a.sum() / self._b.sum())
-
-    def soft(self, patch: Tensor, mu: float) -> Tensor:
-        return patch * self._a / (self._a + mu * self._b)
-
-
-def _kl(reference: Tensor, logits: Tensor) -> Tensor:
-    return torch.nn.functional.kl_div(logits.log_softmax(-1), reference, reduction="sum", log_target=True)
 
 
 def _scaled(core: Tensor | float) -> Callable:

@@ -4,8 +4,8 @@
                                   [--stages plain,main,…] [--pairs gsm8k+refuse,…] [--limit N] [--tiny]
 
 Trains the adapters (seeded), collects Fishers, and measures every configuration on held-out prompts; a row of DIR/quality.csv
-is written as soon as it is known, and a killed run continues where it stopped. Strengths are set on the `select` split (so
-that refusal NLL meets the target there), every reported number is from `final`. Confidence intervals are 95 % bootstraps over
+is written as soon as it is known, and a killed run continues where it stopped. Strengths are KL budgets that the library's own
+held-out predictions keep; every reported number is from the `final` split. Confidence intervals are 95 % bootstraps over
 prompts, drawn for harmful and benign ones together, of the configuration and the plain curve alike.
 """
 
@@ -31,7 +31,7 @@ PAIRS = ("gsm8k+refuse", "gsm8k+mixed", "instruct+refuse", "instruct+mixed")
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EPOCHS = {
     "full": {"gsm8k": 2, "instruct": 3, "refuse": 5, "mixed": 4},
-    "cpu": {"gsm8k": 1, "instruct": 2, "refuse": 4, "mixed": 3},
+    "cpu": {"gsm8k": 1, "instruct": 2, "refuse": 12, "mixed": 6},
 }
 
 
@@ -154,12 +154,9 @@ def main() -> None:
     parser.add_argument(
         "--stages", default=",".join(STAGES), help=f"of the first pair; the others run {','.join(SHORT)}"
     )
-    parser.add_argument(
-        "--target", type=float, default=0.46, help="refusal NLL of the equal-refusal reading, nats per token"
-    )
     parser.add_argument("--lr", type=float, default=5e-4, help="of the adapters' training")
-    parser.add_argument("--prompts", type=int, default=504, help="benign Fisher prompts")
-    parser.add_argument("--draws", type=int, default=8, help="gradient rows per benign prompt")
+    parser.add_argument("--prompts", type=int, default=240, help="benign Fisher prompts")
+    parser.add_argument("--draws", type=int, default=2, help="gradient rows per benign prompt")
     parser.add_argument("--tokens", type=int, help="padded tokens per batch (default 16384 on CUDA, 1024 elsewhere)")
     parser.add_argument("--scale", choices=tuple(SIZES), default="full", help="how many rows and epochs")
     parser.add_argument("--limit", type=int, help="keep this many rows of every split (smoke test)")
