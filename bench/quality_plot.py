@@ -19,35 +19,31 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-NAMES = {
-    "sst-soft": "SST soft",
-    "plain": "plain addition",
-    "diagonal": "diagonal SST",
-    "random-subspace": "random subspace",
-}
+WORDS = {"pair", "stage", "method", "scope", "metric", "filter", "gain_point", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
+DEFAULTS = {"scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "path", "cost_labels": "model", "damping": 1.0}  # fmt: skip
 
 
 def read(path: Path) -> list[Row]:
     """Rows without errors, numbers as floats (NaN where empty)."""
-    words = {"pair", "stage", "method", "scope", "gain_point", "gain_labels", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [{k: v if k in words else float(v or "nan") for k, v in r.items()} for r in csv.DictReader(file)]
+        rows = [{k: v if k in WORDS else float(v or "nan") for k, v in r.items()} for r in csv.DictReader(file)]
     return [r for r in rows if not r["error"]]
 
 
 def name(row: Row) -> str:
-    """How a row's method is called in plots and tables."""
-    method = NAMES.get(row["method"], row["method"])
-    if row["stage"] == "calibration":
-        return f"SST soft, KL budgets, {row['scope']}, F_harm {row['gain_point']}"
-    if row["method"] == "sst-soft":
-        gain = "" if row["gain_labels"] == "data" else ", F_harm from probes"
-        return f"{method}, {row['scope']}{gain}"
-    return (
-        method
-        if math.isnan(row["damping"]) or row["damping"] in (0.0, 3.0)
-        else f"{method}, damping {row['damping']:g}"
-    )
+    """A method, and in what it differs from the library's defaults."""
+    if row["method"] == "plain":
+        return "plain addition"
+    if row["method"] != "sst":
+        return str(row["method"])
+    differs = [_differs(key, row[key]) for key, default in DEFAULTS.items() if row[key] != default]
+    return "SST" + (f", {', '.join(differs)}" if differs else "")
+
+
+def _differs(key: str, value: Any) -> str:
+    words = {"gain_point": "F_harm at", "damping": "damping", "cost_labels": "labels:", "scope": "scope", "metric": ""}
+    text = f"{value:g}" if isinstance(value, float) else f"{value}"
+    return f"{words.get(key, '')} {text}{' metric' if key == 'metric' else ''}".strip()
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -59,11 +55,8 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     """Refusal NLL against benign KL of whole curves."""
-    chosen = [
-        r
-        for r in rows
-        if r["pair"] == pair and r["stage"] in ("plain", "calibration", "main", "newton", "scope") and r["kl"] > 0
-    ]
+    stages = ("plain", "main", "metric", "scope")
+    chosen = [r for r in rows if r["pair"] == pair and r["stage"] in stages and r["kl"] > 0]
     figure, axes = _axes("refusal NLL, nats per token", "benign KL, nats per token", pair, size=(7.2, 4.6))
     for label, points in grouped(chosen, name).items():
         points.sort(key=lambda r: r["refusal_nll"])
@@ -76,9 +69,9 @@ def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def sweep(rows: Sequence[Row], stage: str, field: str, series: Callable[[Row], str], title: str, path: Path) -> None:
+def sweep(rows: Sequence[Row], field: str, series: Callable[[Row], str], title: str, path: Path) -> None:
     """The ratio at equal refusal against one knob, with its interval."""
-    chosen = [r for r in rows if r["stage"] == stage and math.isfinite(r["ratio"]) and math.isfinite(r[field])]
+    chosen = [r for r in rows if math.isfinite(r["ratio"]) and math.isfinite(r[field])]
     if not chosen:
         return
     figure, axes = _axes(title, "plain KL / SST KL at equal refusal", "")
@@ -87,27 +80,23 @@ def sweep(rows: Sequence[Row], stage: str, field: str, series: Callable[[Row], s
         x, y = ([r[k] for r in points] for k in (field, "ratio"))
         low, high = ([abs(r[k] - r["ratio"]) for r in points] for k in ("ratio_lo", "ratio_hi"))
         axes.errorbar(x, y, yerr=(low, high), fmt="o-", markersize=3, capsize=2, label=label)
+    axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log")
     axes.legend(fontsize=7)
     figure.savefig(path)
 
 
 def calibration(rows: Sequence[Row], path: Path) -> None:
-    """Predicted (unseen rows, both scopes) against measured KL: plain addition and the filtered patches."""
+    """Predicted against measured KL: held-out rows of the pencil, and the quadratic on rows that no pencil has seen."""
     figure, axes = _axes("measured benign KL", "predicted benign KL", "nats per token", size=(5.2, 4.4))
-    filtered = [r for r in rows if r["kl"] > 0 and r["method"] != "plain"]
-    for label, part in (
-        ("plain addition", [r for r in rows if r["method"] == "plain" and r["kl"] > 0]),
-        ("filtered", filtered),
+    for label, field, part in (
+        ("SST, held-out rows", "predicted", [r for r in rows if r["method"] == "sst"]),
+        ("SST, unseen rows, modules coupled", "unseen_global", [r for r in rows if r["method"] == "sst"]),
+        ("plain addition, modules coupled", "unseen_global", [r for r in rows if r["method"] == "plain"]),
+        ("plain addition, modules apart", "unseen_module", [r for r in rows if r["method"] == "plain"]),
     ):
-        for field, mark in (("predicted_global", "o"), ("predicted_module", "x")):
-            axes.plot(
-                [r["kl"] for r in part],
-                [r[field] for r in part],
-                mark,
-                markersize=3.5,
-                label=f"{label}, {field.removeprefix('predicted_')}",
-            )
+        points = [(r["kl"], r[field]) for r in part if r["kl"] > 0]
+        axes.plot([x for x, _ in points], [y for _, y in points], "o", markersize=3, label=label)
     ends = [r["kl"] for r in rows if r["kl"] > 0]
     if ends:
         axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="grey", linewidth=0.8)
@@ -117,19 +106,17 @@ def calibration(rows: Sequence[Row], path: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """One line per configuration, best ratio first within a pair and stage."""
+    """One line per row, in the order they were measured in."""
     lines = []
+    heads = ("method", "strength", "rows harm + benign", "refusal NLL", "benign KL", "plain at that NLL", "ratio (95 %)", "predicted / measured", "‖ΔW'‖/‖ΔW‖", "refused", "over-refusal")  # fmt: skip
     for (pair, stage), part in grouped(rows, lambda r: (r["pair"], r["stage"])).items():
-        lines += ["", f"### {pair}: {stage}", "", "| method | F_harm | rows harm + benign | damping | refusal NLL | benign KL | ratio | predicted / measured | refused | over-refusal |", "|" + " --- |" * 10]  # fmt: skip
-        for r in sorted(
-            part, key=lambda r: (r["target"] if math.isfinite(r["target"]) else r["strength"], -_low(r["ratio"]))
-        ):
-            gain = f"{r['gain_point']}, {r['gain_labels']}" if r["gain_point"] else "–"
+        lines += ["", f"### {pair}: {stage}", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+        for r in part:
+            ratio = "–" if math.isnan(r["ratio"]) else f"{r['ratio']:.1f} ({r['ratio_lo']:.1f}–{r['ratio_hi']:.1f})"
             cells = (
-                name(r) + (f" α = {r['strength']:g}" if r["method"] == "plain" else ""), gain,
-                f"{_n(r['harm_rows'], 'all')} + {_n(r['benign_rows'], '–')}", f"{r['damping']:g}",
-                f"{r['refusal_nll']:.3f}", f"{r['kl']:.4f}", _interval(r), _n(r["predicted_global"] / r["kl"] if r["kl"] > 0 else math.nan, "–", 2),
-                _percent(r["refusal_rate"]), _percent(r["over_refusal"]),
+                name(r), f"{r['strength']:g}", f"{_n(r['harm_rows'], 0)} + {_n(r['benign_rows'], 0)}", f"{r['refusal_nll']:.3f}",
+                f"{r['kl']:.4f}", _n(r["plain_kl"], 4), ratio, _n(r["predicted"] / r["kl"] if r["kl"] > 0 else math.nan, 2),
+                _n(r["norm"], 2), _percent(r["refusal_rate"]), _percent(r["over_refusal"]),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -143,20 +130,12 @@ def _axes(x: str, y: str, title: str, size: tuple[float, float] = (5.2, 3.4)) ->
     return figure, axes
 
 
-def _interval(r: Row) -> str:
-    return "–" if math.isnan(r["ratio"]) else f"{r['ratio']:.1f} [{r['ratio_lo']:.1f}, {r['ratio_hi']:.1f}]"
-
-
-def _n(value: float, missing: str, digits: int = 0) -> str:
-    return missing if math.isnan(value) else f"{value:.{digits}f}"
+def _n(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.0%}"
-
-
-def _low(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
 
 
 def main() -> None:
@@ -165,21 +144,17 @@ def main() -> None:
     rows = read(source)
     for pair in dict.fromkeys(r["pair"] for r in rows):
         pareto(rows, pair, folder / f"pareto_{pair.replace('+', '_')}.png")
-    size = [r for r in rows if r["stage"] == "size"]
-    both = [r for r in size if math.isfinite(r["harm_rows"]) and math.isfinite(r["benign_prompts"])]
-    sweep(
-        [r for r in size if r not in both and math.isfinite(r["harm_rows"])],
-        "size",
-        "harm_rows",
-        name,
-        "harmful rows",
-        folder / "harm_rows.png",
-    )
-    sweep([r for r in size if r not in both and math.isnan(r["harm_rows"])], "size", "benign_rows", lambda r: "fewer draws" if math.isfinite(r["draws"]) else "fewer prompts", "benign rows", folder / "benign_rows.png")  # fmt: skip
-    sweep(both, "size", "harm_rows", name, "rows of each Fisher", folder / "rows.png")
-    sweep(rows, "damping", "damping", name, "relative damping", folder / "damping.png")
-    sweep(rows, "labels", "benign_rows", lambda r: f"labels: {r['cost_labels']}", "benign rows", folder / "labels.png")
     calibration(rows, folder / "calibration.png")
+    stages = grouped(rows, lambda r: r["stage"])
+    at = {r["strength"] for r in stages["size"]}
+    whole = [r for r in stages["main"] if r["strength"] in at]
+    few = [r for r in stages["size"] if r["draws"] == 1 and math.isfinite(r["harm_prompts"])]
+    one = [r for r in stages["size"] if r not in few]
+    benign, harm = ([r for r in one if math.isfinite(r[k])] for k in ("benign_prompts", "harm_prompts"))
+    sweep(benign + whole, "benign_rows", name, "benign rows (two per prompt)", folder / "benign_rows.png")
+    sweep(harm + whole, "harm_rows", name, "harmful rows (six per prompt)", folder / "harm_rows.png")
+    sweep(few, "benign_prompts", name, "prompts of each kind, one draw", folder / "few.png")
+    sweep(stages["damping"] + whole, "damping", lambda r: "SST", "damping", folder / "damping.png")
     machines = sorted({f"{r['device']}, {r['versions']}, commit {r['commit']}, {r['date']}" for r in rows})
     (folder / "tables.md").write_text(
         "\n".join(["# Rows of the quality study", "", *(f"- {m}" for m in machines), *table(rows), ""]),

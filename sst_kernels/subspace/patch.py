@@ -30,7 +30,8 @@ class Prediction:
 class Patch:
     """A filtered patch: ΔW' = scaling · B S' A with S' = coordinates[module] [r, r] (float64; I would be the whole patch).
 
-    filter: "soft", "top_k" or "threshold"; parameter: its μ or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F.
+    filter: "soft", "top_k" or "threshold"; parameter: its μ or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F; above 1
+    where the filter moves cheap directions further to make up for dear ones.
     """
 
     coordinates: dict[str, Tensor]
