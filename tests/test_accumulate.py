@@ -171,6 +171,28 @@ def test_only_label_columns_meet_the_vocabulary_unless_the_head_is_adapted(targe
     assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("by_model", [True, False])
+def test_labels_on_first_tokens_count_nowhere(padding, by_model):
+    """No label is predicted for a first token; behind left padding the model's mean counts it all the same."""
+    model, batch = tiny_lora().double(), tiny_batch(4, padding=padding)
+    batch["labels"] = torch.where(batch["attention_mask"] != 0, batch["input_ids"], -100)
+    inputs = {**batch, "position_ids": position_ids(batch)}
+    with fisher_accumulate(model, "safety") as pass_:
+        (model(**inputs).loss if by_model else sequence_nll(model, inputs)).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+    assert pass_.fisher.counts.labels == batch["attention_mask"].sum() - 4
+
+
+def test_the_mean_of_a_declared_loss_is_over_its_own_labels():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+    inputs = {k: v for k, v in batch.items() if k != "labels"} | {"num_items_in_batch": 100}
+    with fisher_accumulate(model, "safety") as pass_, declared_loss(batch["labels"], reduction="mean") as declared:
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        declared.loss(nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())).backward()
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
 def test_sequence_nll_with_data_labels():
     model, batch = tiny_lora().double(), tiny_batch(3)
     with fisher_accumulate(model, "safety") as pass_:

@@ -184,7 +184,8 @@ class Accumulator:
                 declaration.groups,
             )
         layout = read_layout(inputs, labels)
-        divisor = float(inputs.get("num_items_in_batch") or layout.labels.sum()) if reduction == "mean" else 1.0
+        given = inputs.get("num_items_in_batch") if declaration is None else None
+        divisor = float(given or layout.loss_labels) if reduction == "mean" else 1.0
         if groups is not None and len(groups) != layout.samples:
             raise ValueError(
                 f"groups must hold one integer for each of the {layout.samples} samples of the batch, got {len(groups)}"

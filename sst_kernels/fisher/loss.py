@@ -142,12 +142,17 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 @dataclass
 class Layout:
-    """Host-side description of one batch: where each sample's tokens lie and how many labels each carries."""
+    """Host-side description of one batch: where each sample's tokens lie and how many labels each carries.
+
+    After left padding the label of a sample's first token is predicted from padding: the loss averages over it, but it has no
+    gradient in the sample and is none of its labels, as it is none where the sample stands alone.
+    """
 
     batch: int  # dense [batch, length] input shape
     length: int
     spans: Tensor  # [N, 2] int64, cpu
     labels: Tensor  # [N] int64, cpu
+    loss_labels: int
 
     @property
     def samples(self) -> int:
@@ -186,16 +191,19 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
             )
     else:
         spans = _mask_spans(inputs.get("attention_mask"), n, length)
-    running = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.flatten().cumsum(0)])
-    counts = running[spans[:, 1]] - running[spans[:, 0]]
-    if int(counts.sum()) != int(running[-1]):
+    flat = labelled.flatten()
+    running = torch.cat([torch.zeros(1, dtype=torch.int64), flat.cumsum(0)])
+    counts, total = running[spans[:, 1]] - running[spans[:, 0]], int(running[-1])
+    if int(counts.sum()) != total:
         raise ValueError("labels lie on padding tokens: mask them with -100")
+    held = spans[:, 1] > spans[:, 0]
+    counts[held] -= flat[spans[held, 0]].long()
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
             f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts"
         )
-    return Layout(n, length, spans, counts)
+    return Layout(n, length, spans, counts, total)
 
 
 def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | None:
