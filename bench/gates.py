@@ -45,13 +45,13 @@ def fisher_gate(device: str) -> float:
 def gevp_gate(space: sst.Subspace) -> float:
     """Residual and B-orthonormality, in all n coordinates, of the pairs a subspace holds, relative to the largest λ."""
     worst = 0.0
-    device = space._whole.device
+    device = space._patch.device
     gain, cost = (space._z.gradients(f.rows().to(device)) / len(f.rows()) ** 0.5 for f in (space.gain, space.cost))
     blocks = list(space._z.slices.values()) if space.scope == "module" else [slice(0, space._z.size)]
     for block, spectrum in list(zip(blocks, space._spectra))[:3]:
         small = torch.zeros(len(space._patch), spectrum.vectors.shape[1], dtype=torch.float64, device=device)
         small[spectrum.where] = spectrum.vectors
-        u, w, v = gain[:, block], cost[:, block], space._space.lift(small)[block]
+        u, w, v = gain[:, block], cost[:, block], space._system.space.lift(small)[block]
         bv = w.mT @ (w @ v) + space.epsilon * v
         gram = v.mT @ bv
         residual = v.mT @ (u.mT @ (u @ v)) - gram * spectrum.values

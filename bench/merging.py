@@ -67,7 +67,7 @@ def _scope(
     # One solve in the space of the rows: its QR where that is smaller, and the eigenproblems there.
     flops = 2.0 * rows * rows * n if width < n else 0.0
     flops += 2.0 * width * 6 * samples**2 if scope == "global" else 14.0 * count * (width // count) ** 3
-    one = measure(lambda: space._solve(*space._rows), device, repeats=repeats)
+    one = measure(lambda: space._solve(space._system), device, repeats=repeats)
     record("gevp", f"{scope}, one solve in the row space", one, **about, error=error)
     solved = measure(lambda: sst.subspace(gain, cost, scope=scope), device, repeats=repeats)
     record(
