@@ -93,8 +93,8 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
     points = []
     for alpha in MATCHED:
         target = evaluations[f"plain addition, α = {alpha:g}"].benign_kl
-        patch, adapter = _match(session, evaluator, space, target, f"SST ≙ α = {alpha:g}")
-        result = session.measure(evaluator, adapter, f"SST ≙ α = {alpha:g}", **options)
+        patch, adapter, known = _match(session, evaluator, space, target, f"SST ≙ α = {alpha:g}")
+        result = session.measure(evaluator, adapter, f"SST ≙ α = {alpha:g}", known=known, **options)
         evaluations[f"SST, KL matched to α = {alpha:g}"] = result
         points.append(pipeline.calibration_point(patch, result.benign_kl))
     session.seconds["evaluate"] = time.monotonic() - start
@@ -107,14 +107,15 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
 
 def _match(
     session: Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 4
-) -> tuple[Any, Adapter]:
+) -> tuple[Any, Adapter, Evaluation]:
     """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: secant steps in log scale."""
     budget, tried = target, []
     for _ in range(trials):
         patch = space.soft(kl_budget=budget)
         adapter = session.merged(patch.coordinates)
-        measured = session.measure(evaluator, adapter, label, only_benign=True).benign_kl
-        tried.append((math.log(budget), math.log(max(measured, 1e-12)), patch, adapter))
+        known = session.measure(evaluator, adapter, label, only_benign=True)
+        measured = known.benign_kl
+        tried.append((math.log(budget), math.log(max(measured, 1e-12)), patch, adapter, known))
         if abs(measured / target - 1) <= TOLERANCE:
             break
         slope = 1.0
@@ -122,4 +123,4 @@ def _match(
             slope = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
         budget *= (target / max(measured, 1e-12)) ** (1 / min(max(slope, 0.3), 3.0))
     best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
-    return best[2], best[3]
+    return best[2:]

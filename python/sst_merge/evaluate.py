@@ -85,11 +85,20 @@ class Evaluator:
         self._cached_bytes = 0
 
     def __call__(
-        self, adapter: str | None, *, label: str = "", generate_tokens: int = 24, only_benign: bool = False
+        self,
+        adapter: str | None,
+        *,
+        label: str = "",
+        generate_tokens: int = 24,
+        only_benign: bool = False,
+        known: Evaluation | None = None,
     ) -> Evaluation:
-        """Measure the model with `adapter` active (None: the bare base). `generate_tokens=0` skips generation."""
-        result, label = Evaluation(), label or adapter or "base"
-        if self.benign is not None:
+        """Measure the model with `adapter` active (None: the bare base). `generate_tokens=0` skips generation.
+
+        known: what `only_benign` has measured of the same weights, which is not measured again.
+        """
+        result, label = known or Evaluation(), label or adapter or "base"
+        if self.benign is not None and known is None:
             result.benign_nll, result.benign_kl = self._benign(self.benign, adapter, label, result.prompts)
         if self.harmful is not None and not only_benign:
             result.refusal_nll = self._harmful(self.harmful, adapter, label, result.prompts)
