@@ -315,3 +315,51 @@ def test_damping_is_monotone_and_a_shift_of_a_along_b_shifts_the_spectrum(seed, 
     assert torch.equal(damped, gevp(a, b + shift * eye, 4, method=method).values)
     moved = gevp(a + shift * b, b, 4, method=method).values
     assert torch.allclose(moved, plain + shift, rtol=1e-8)
+
+
+def test_a_list_of_any_orders_is_its_problems():
+    """Groups of equal order are batches; the bits, the order and the statuses are those of single solves."""
+    orders = (20, 140, 20, 7, 140, 20)
+    pairs = [pencil(n, seed) for seed, n in enumerate(orders)]
+    pairs[2] = (pairs[2][0], -pairs[2][1])
+    pairs[4] = tuple(x.float() for x in pairs[4])
+    operators_too = [(LowRank(torch.randn(5, 30)), LowRank(torch.randn(9, 30), 0.1))]
+    results = gevp(*map(list, zip(*pairs, *operators_too)), 4, damping=1e-3)
+    assert len(results) == len(pairs) + 1
+    for (a, b), result in zip(pairs + operators_too, results):
+        alone = gevp(a, b, 4, damping=1e-3)
+        for name in ("values", "vectors", "error_bound", "status", "cycles"):
+            assert torch.equal(getattr(alone, name).nan_to_num(7.0), getattr(result, name).nan_to_num(7.0)), name
+        assert alone.route == result.route
+    assert results[2].statuses() == [GEVPStatus.not_positive_definite]
+    assert gevp([], [], 4) == []
+    eye = torch.eye(3)
+    for a, b, error, message in (
+        ([eye], eye, TypeError, "both be lists"),
+        ([eye], [eye, eye], ValueError, "A has 1 matrices, B 2"),
+        ([eye[None]], [eye[None]], ValueError, r"pencil 0 is \(1, 3, 3\)"),
+    ):
+        with pytest.raises(error, match=message):
+            gevp(a, b, 1)
+    with pytest.raises(TypeError, match="cannot be iterated"):
+        list(results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_thousand_solves_leave_no_memory_behind(method):
+    psutil = pytest.importorskip("psutil", reason="psutil is not installed")
+    process, n = psutil.Process(), 40
+    a, b = (torch.stack([x] * 4) for x in pencil(n))
+    b[3] = -b[3]  # the failing path as well
+
+    def thousand():
+        for _ in range(250):
+            gevp(a, b, 4, method=method)
+
+    for _ in range(3):
+        thousand()
+    before = process.memory_info().rss
+    for _ in range(10):
+        thousand()
+    assert process.memory_info().rss - before < 2**20, "a byte lost per solve and matrix entry would be 128 MiB"

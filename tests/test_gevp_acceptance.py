@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+
 import numpy as np
 import pytest
 import scipy.linalg as sl
@@ -155,7 +159,7 @@ def test_inexact_preconditioners_reach_float64_quality(preconditioner):
 
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-@pytest.mark.parametrize("n", [128, 512])
+@pytest.mark.parametrize("n", [10, 128, 512, *(pytest.param(n, marks=pytest.mark.slow) for n in (1024, 2048))])
 def test_mikota_pair(method, n):
     """SciPy's Mikota pair: stiffness against mass has the eigenvalues 1, 4, 9, ..., n^2."""
     mass = np.diag(1 / np.arange(1, n + 1))
@@ -183,15 +187,60 @@ def test_elastic_rod(method):
     assert np.abs(result.values.numpy() / exact[:8] - 1).max() < 1e-11
 
 
-@pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-def test_slepc_test1(method):
-    """SLEPc's generalized test: 5-point Laplacian on 18 x 18, B = diag(2 / log(i + 2)), four published values."""
-    m = 18
+def slepc_pencil(m, diagonal, coupling=0.0):
+    """5-point Laplacian on an m x m grid; a mass matrix with the given diagonal and one coupling between neighbouring rows."""
     line = 2 * np.eye(m) - np.eye(m, k=1) - np.eye(m, k=-1)
     laplacian = np.kron(line, np.eye(m)) + np.kron(np.eye(m), line)
-    mass = np.diag(2 / np.log(np.arange(m * m) + 2))
+    return laplacian, np.diag(diagonal) + coupling * (np.eye(m * m, k=1) + np.eye(m * m, k=-1))
+
+
+@pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
+def test_slepc_test1(method):
+    """SLEPc's generalized test: 18 x 18 grid, B = diag(2 / log(i + 2)), four published values."""
+    laplacian, mass = slepc_pencil(18, 2 / np.log(np.arange(18 * 18) + 2))
     result = solve(laplacian, mass, 4, method)
     assert np.round(result.values.numpy(), 5).tolist() == [21.89996, 21.65898, 21.28794, 20.82229]
+
+
+@pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
+def test_slepc_with_coupled_mass(method):
+    """In the manner of SLEPc's test32: the same Laplacian, B with off-diagonal entries; LAPACK is the reference."""
+    laplacian, mass = slepc_pencil(18, np.full(18 * 18, 4.0), coupling=-1.0)
+    result = solve(laplacian, mass, 8, method)
+    exact = sl.eigh(laplacian, mass, eigvals_only=True)[::-1][:8]
+    assert result.statuses() == [GEVPStatus.converged]
+    assert np.abs(result.values.numpy() / exact - 1).max() < 1e-12
+    r = laplacian @ result.vectors.numpy() - mass @ result.vectors.numpy() * result.values.numpy()
+    size = np.linalg.norm(laplacian, np.inf) + exact[0] * np.linalg.norm(mass, np.inf)
+    assert (np.linalg.norm(r, axis=0) < TOL * size * np.linalg.norm(result.vectors.numpy(), axis=0)).all()
+
+
+def ansys_beam():
+    """Stiffness and mass [900, 900] of the beam in the ansys-mapdl-reader wheel, of which only the file reader is imported: the
+    package itself wants VTK."""
+    package = find_spec("ansys.mapdl.reader") if find_spec("ansys") and find_spec("ansys.mapdl") else None
+    if package is None:
+        pytest.skip("ansys-mapdl-reader is not installed (pip install --no-deps ansys-mapdl-reader)")
+    bare = sys.modules.setdefault(package.name, module_from_spec(package))
+    reader = import_module(f"{package.name}.full")
+    _, *upper = reader.FullFile(f"{bare.__path__[0]}/examples/file.full").load_km(sort=True)
+    stiffness, mass = (x + np.triu(x, 1).T for x in (np.triu(part.toarray()) for part in upper))
+    free = np.diag(stiffness) != 0
+    return stiffness[np.ix_(free, free)], mass[np.ix_(free, free)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
+def test_ansys_beam_with_doubled_modes(method):
+    """Bending modes in pairs 1e-10 apart, of which ARPACK misses one and at which PRIMME fails."""
+    stiffness, mass = ansys_beam()
+    assert len(stiffness) == 900
+    result = solve(mass, stiffness, 8, method)
+    exact = sl.eigh(mass, stiffness, eigvals_only=True)[::-1][:8]
+    assert result.statuses() == [GEVPStatus.converged]
+    assert np.abs(result.values.numpy() / exact - 1).max() < 1e-8
+    hertz = 1 / np.sqrt(result.values.numpy()) / (2 * np.pi)
+    assert (np.abs(hertz / 1283.20036903 - 1) < 1e-8).sum() == 2
 
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -80,6 +81,14 @@ class GEVPResult:
     def statuses(self) -> list[GEVPStatus]:
         """The statuses of the flattened batch."""
         return [GEVPStatus(code) for code in self.status.reshape(-1).tolist()]
+
+    def __iter__(self) -> Iterator[GEVPResult]:
+        """The problems of the leading batch dimension, one result each."""
+        if self.status.ndim == 0:
+            raise TypeError("the result of a single problem cannot be iterated; read its values and vectors")
+        columns = zip(self.values, self.vectors, self.error_bound, self.status, self.cycles)
+        for values, vectors, bound, status, cycles in columns:
+            yield GEVPResult(values, vectors, bound, status, self.route, cycles)
 
     def _failed(self) -> list[tuple[int, GEVPStatus]]:
         return [(index, status) for index, status in enumerate(self.statuses()) if not status.usable]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast, overload
+
 import torch
 from torch import Tensor
 
@@ -11,16 +14,47 @@ from sst_kernels.gevp.dense import PRECONDITIONERS, gevp_dense
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
+from sst_kernels.gevp.ragged import Side, solve_list
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
 from sst_kernels.profiling import stage
 
 METHODS = ("auto", "direct", "jacobi_davidson")
 
 
-@stage("gevp")
+@overload
 def gevp(
     A: Tensor | Operator,
     B: Tensor | Operator,
+    k: int,
+    *,
+    method: str = ...,
+    damping: float = ...,
+    tol: float = ...,
+    max_cycles: int = ...,
+    seed: int = ...,
+    preconditioner: str = ...,
+) -> GEVPResult: ...
+
+
+@overload
+def gevp(
+    A: Side,
+    B: Side,
+    k: int,
+    *,
+    method: str = ...,
+    damping: float = ...,
+    tol: float = ...,
+    max_cycles: int = ...,
+    seed: int = ...,
+    preconditioner: str = ...,
+) -> list[GEVPResult]: ...
+
+
+@stage("gevp")
+def gevp(
+    A: Tensor | Operator | Side,
+    B: Tensor | Operator | Side,
     k: int,
     *,
     method: str = "auto",
@@ -29,15 +63,16 @@ def gevp(
     max_cycles: int = 100,
     seed: int = 0,
     preconditioner: str = "cholesky",
-) -> GEVPResult:
-    """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem or a batch.
+) -> GEVPResult | list[GEVPResult]:
+    """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem, a batch, or a list of any orders.
 
     A problem that has no answer never raises and never touches its neighbours: its outputs are NaN and `status` says why
     (`GEVPResult.raise_if_failed` turns that into an exception). No gradient flows through the result.
 
     Args:
         A: symmetric [..., n, n], float32 or float64 (sums run in float64 either way), or an operator.
-        B: symmetric positive definite once damped; a tensor of the same shape, dtype and device, or an operator.
+        B: symmetric positive definite once damped; a tensor of the same shape, dtype and device, or an operator. Two lists of
+            matrices or operators of different orders are solved in groups that agree in order.
         k: pairs per problem, 0 <= k <= n.
         method: "auto" follows the structure and a measured crossover table; "direct" and "jacobi_davidson" insist.
         damping: added to the diagonal of B.
@@ -48,7 +83,7 @@ def gevp(
             "diagonal" or "none" (projected block CG).
 
     Returns:
-        Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route.
+        Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route; for lists, a list of these.
 
     Raises:
         ValueError: shapes, k, method or preconditioner do not fit.
@@ -61,6 +96,18 @@ def gevp(
             f"preconditioner must be one of {[name for name in PRECONDITIONERS if name != 'exact']}, got {preconditioner!r}"
         )
     check_settings(k, damping, tol, max_cycles, seed)
+    if isinstance(A, list | tuple) or isinstance(B, list | tuple):
+        alone = partial(
+            gevp,
+            k=k,
+            method=method,
+            damping=damping,
+            tol=tol,
+            max_cycles=max_cycles,
+            seed=seed,
+            preconditioner=preconditioner,
+        )
+        return solve_list(alone, cast(Side, A), cast(Side, B))
     gain, cost = operand("A", A), operand("B", B)
     _check(gain, cost, k)
     cost = cost.damped(damping)
@@ -122,7 +169,7 @@ def _solve_dense(
     batch, n = a.shape[:-2], a.shape[-1]
     single = a.dtype is not torch.float64 and b.dtype is not torch.float64
     dtype = torch.float32 if single else torch.float64
-    a, b = (x.detach().to(dtype).reshape(batch.numel(), n, n).contiguous() for x in (a, b))
+    a, b = (_packed(x, dtype).reshape(batch.numel(), n, n) for x in (a, b))
     settings = (k, method, preconditioner, tol, max_cycles, seed)
     outputs = gevp_dense(a, b, *settings)
     if GEVPStatus.not_symmetric in outputs[3].tolist():
@@ -143,6 +190,12 @@ def _solve_dense(
         route,
         cycles.reshape(batch),
     )
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.requires_grad or x.dtype is not dtype or not x.is_contiguous():
+        return x.detach().to(dtype).contiguous()
+    return x
 
 
 def _nearly_symmetric(x: Tensor) -> Tensor:
