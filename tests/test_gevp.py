@@ -363,3 +363,33 @@ def test_ten_thousand_solves_leave_no_memory_behind(method):
     for _ in range(10):
         thousand()
     assert process.memory_info().rss - before < 2**20, "a byte lost per solve and matrix entry would be 128 MiB"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 5}, "k must be between 1 and n"),
+        ({"a": 0}, "A and B must have addresses"),
+        ({"b_stride": 8}, "strides must be at least n"),
+        ({"batch": 0}, "at least one problem"),
+        ({"threads": 0}, "at least one thread"),
+        ({"vectors": 0}, "every output must have an address"),
+    ],
+)
+def test_the_binding_refuses_what_would_leave_the_tensors(change, message):
+    a, b = (torch.eye(4, dtype=torch.float64)[None] for _ in range(2))
+    names = ("values", "vectors", "bounds", "status", "cycles")
+    outputs = dict(zip(names, empty_outputs(1, 4, 2, a.device)))
+    arguments = {
+        "a": a.data_ptr(),
+        "a_stride": 16,
+        "b": b.data_ptr(),
+        "b_stride": 16,
+        "single": False,
+        "batch": 1,
+        "n": 4,
+    }
+    arguments |= {"k": 2, "threads": 1} | {name: tensor.data_ptr() for name, tensor in outputs.items()}
+    _native.cpu().solve_direct(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        _native.cpu().solve_direct(**(arguments | change))

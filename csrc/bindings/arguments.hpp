@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "sst/check.h"
 #include "sst/options.h"
 #include "sst/result.h"
 #include "sst/views.h"
@@ -25,8 +26,18 @@ Batch<const S> matrices(uint64_t address, int64_t n, int64_t stride) {
     return {pointer<const S>(address), n, n, n, stride};
 }
 
+/// What an address cannot tell: shapes and strides that would read or write outside of any tensor of that shape.
+inline void check_pencils(uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, int64_t batch, int64_t n, int64_t threads) {
+    SST_CHECK(a != 0 && b != 0, "A and B must have addresses");
+    SST_CHECK(batch >= 1 && n >= 1 && n < 32768, "a batch of at least one problem of order 1 to 32767 is expected");
+    SST_CHECK(a_stride >= n * n && b_stride >= n * n, "strides must be at least n * n");
+    SST_CHECK(threads >= 1, "at least one thread is expected");
+}
+
 /// Contiguous outputs: values [batch, k], vectors [batch, k, n] (rows are the vectors), bounds [batch, k], status and cycles [batch].
 inline Result outputs(int64_t n, int64_t k, uint64_t values, uint64_t vectors, uint64_t bounds, uint64_t status, uint64_t cycles) {
+    SST_CHECK(1 <= k && k <= n, "k must be between 1 and n");
+    SST_CHECK(values && vectors && bounds && status && cycles, "every output must have an address");
     return {{pointer<double>(values), k, 1, k, k},
             {pointer<double>(vectors), n, k, n, n * k},
             {pointer<double>(bounds), k, 1, k, k},

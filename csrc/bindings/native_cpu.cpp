@@ -98,6 +98,7 @@ PYBIND11_MODULE(_native_cpu, module) {
         [](uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, bool single, int64_t batch, int64_t n, int64_t k,
            uint64_t values, uint64_t vectors, uint64_t bounds, uint64_t status, uint64_t cycles, int64_t threads) {
             const Result result = outputs(n, k, values, vectors, bounds, status, cycles);
+            check_pencils(a, a_stride, b, b_stride, batch, n, threads);
             const py::gil_scoped_release unlocked;
             (single ? direct<float> : direct<double>)(a, a_stride, b, b_stride, batch, n, k, result, threads);
         },
@@ -117,6 +118,8 @@ PYBIND11_MODULE(_native_cpu, module) {
            uint64_t values, uint64_t vectors, uint64_t bounds, uint64_t status, uint64_t cycles, uint64_t workspace, uint64_t bytes,
            int64_t threads, int64_t chunk) {
             const Result result = outputs(n, options.k, values, vectors, bounds, status, cycles);
+            check_pencils(a, a_stride, b, b_stride, batch, n, threads);
+            SST_CHECK(chunk >= 1, "a chunk holds at least one problem");
             const py::gil_scoped_release unlocked;
             (single ? iterate<float> : iterate<double>)(a, a_stride, b, b_stride, batch, n, options, result, workspace, bytes, threads,
                                                         chunk);

@@ -93,6 +93,95 @@ inline void dsyevd(char*, char*, int* order, double* h, int* ld, double* w, doub
     *info = 0;
 }
 
+/// A becomes L^-1 A L^-T; its lower triangle is read, all of it written.
+inline void dsygst(int*, char*, int* order, double* a, int* lda, double* l, int* ldl, int* info) {
+    int n = *order;
+    char none = 'N';
+    double one = 1.0;
+    auto mirror = [&](bool lower) {
+        for (int j = 0; j < n; ++j) {
+            for (int i = j + 1; i < n; ++i) (lower ? a[i * *lda + j] : a[j * *lda + i]) = lower ? a[j * *lda + i] : a[i * *lda + j];
+        }
+    };
+    auto transpose = [&] {
+        for (int j = 0; j < n; ++j) {
+            for (int i = j + 1; i < n; ++i) std::swap(a[j * *lda + i], a[i * *lda + j]);
+        }
+    };
+    mirror(true);
+    for (int side = 0; side < 2; ++side) {
+        trsm<double>(&none, &none, &none, &none, &n, &n, &one, l, ldl, a, lda);
+        transpose();
+    }
+    *info = 0;
+}
+
+/// Householder reduction of the lower triangle; reflector i is 1 at row i + 1 and lies below it in column i, as in LAPACK.
+inline void dsytrd(char*, int* order, double* a, int* ld, double* d, double* e, double* tau, double*, int*, int* info) {
+    const int n = *order;
+    std::vector<double> w(n);
+    auto at = [&](int i, int j) -> double& { return i >= j ? a[j * *ld + i] : a[i * *ld + j]; };
+    for (int i = 0; i < n; ++i) {
+        d[i] = at(i, i);
+        if (i + 1 == n) break;
+        double* const v = &a[i * *ld];
+        double rest = 0.0;
+        for (int r = i + 2; r < n; ++r) rest += v[r] * v[r];
+        const double alpha = v[i + 1], beta = rest == 0.0 ? alpha : -std::copysign(std::sqrt(alpha * alpha + rest), alpha);
+        tau[i] = rest == 0.0 ? 0.0 : (beta - alpha) / beta;
+        for (int r = i + 2; r < n; ++r) v[r] = rest == 0.0 ? 0.0 : v[r] / (alpha - beta);
+        e[i] = beta;
+        v[i + 1] = 1.0;
+        double overlap = 0.0;
+        for (int r = i + 1; r < n; ++r) {
+            w[r] = 0.0;
+            for (int c = i + 1; c < n; ++c) w[r] += tau[i] * at(r, c) * v[c];
+            overlap += w[r] * v[r];
+        }
+        for (int r = i + 1; r < n; ++r) w[r] -= 0.5 * tau[i] * overlap * v[r];
+        for (int c = i + 1; c < n; ++c) {
+            for (int r = c; r < n; ++r) a[c * *ld + r] -= v[r] * w[c] + w[r] * v[c];
+        }
+    }
+    *info = 0;
+}
+
+/// C = Q C with the reflectors of dsytrd.
+inline void dormtr(char*, char*, char*, int* rows, int* cols, double* a, int* lda, double* tau, double* c, int* ldc, double*, int*,
+                   int* info) {
+    for (int i = *rows - 2; i >= 0; --i) {
+        for (int j = 0; j < *cols; ++j) {
+            double dot = c[j * *ldc + i + 1];
+            for (int r = i + 2; r < *rows; ++r) dot += a[i * *lda + r] * c[j * *ldc + r];
+            c[j * *ldc + i + 1] -= tau[i] * dot;
+            for (int r = i + 2; r < *rows; ++r) c[j * *ldc + r] -= tau[i] * dot * a[i * *lda + r];
+        }
+    }
+    *info = 0;
+}
+
+/// All eigenpairs of (d, e): values into d, ascending.
+inline void dstedc(char*, int* order, double* d, double* e, double* z, int* ldz, double*, int*, int*, int*, int* info) {
+    const int n = *order;
+    for (int j = 0; j < n; ++j) {
+        for (int i = 0; i < n; ++i) z[j * *ldz + i] = i == j ? d[i] : (i == j + 1 ? e[j] : 0.0);
+    }
+    char unused = 'V';
+    dsyevd(&unused, &unused, order, z, ldz, d, nullptr, nullptr, nullptr, nullptr, info);
+}
+
+inline void dstemr(char*, char*, int* order, double* d, double* e, double*, double*, int* first, int* last, int* found, double* w,
+                   double* z, int* ldz, int*, int*, int*, double*, int*, int*, int*, int* info) {
+    int n = *order;
+    std::vector<double> all(n * n);
+    dstedc(nullptr, &n, d, e, all.data(), &n, nullptr, nullptr, nullptr, nullptr, info);
+    *found = *last - *first + 1;
+    for (int j = 0; j < *found; ++j) {
+        w[j] = d[*first - 1 + j];
+        std::copy_n(&all[(*first - 1 + j) * n], n, z + j * *ldz);
+    }
+}
+
 inline void install() {
     sst::cpu::Lapack& table = sst::cpu::lapack();
     table.dgemm = dgemm;
@@ -101,6 +190,11 @@ inline void install() {
     table.dpotrf = potrf<double>;
     table.spotrf = potrf<float>;
     table.dsyevd = dsyevd;
+    table.dsygst = dsygst;
+    table.dsytrd = dsytrd;
+    table.dstemr = dstemr;
+    table.dstedc = dstedc;
+    table.dormtr = dormtr;
 }
 
 }  // namespace reference
