@@ -68,6 +68,7 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
     def add(name, kernel, pointers, plan, **constants):
         plan = dict(plan)
         options = {"num_warps": plan.pop("num_warps"), "num_stages": plan.pop("num_stages", 3)}
+        options |= {"maxnreg": plan.pop("maxnreg")} if "maxnreg" in plan else {}
         plan.pop("parts", None)
         label = " ".join([name, *(f"{k}={v}" for k, v in (plan | constants | options).items())])
         out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options))

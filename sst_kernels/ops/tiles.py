@@ -97,6 +97,15 @@ def next_block(spans, n, t, end, last, S, BT: tl.constexpr):
 
 
 @triton.jit
+def zeroed(acc, done):
+    """Zeros where the scalar `done`, else acc. Not tl.where, whose condition becomes a tile: Triton 3.9 cannot compile that for an
+    accumulator in the tensor memory of sm_100."""
+    if done:
+        acc = tl.zeros_like(acc)
+    return acc
+
+
+@triton.jit
 def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, BN: tl.constexpr, HAS_SCALE: tl.constexpr):
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     total = tl.zeros([BT], tl.float32)

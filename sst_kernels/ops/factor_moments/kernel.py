@@ -22,6 +22,7 @@ from sst_kernels.ops.tiles import (
     next_block,
     rows_contiguous,
     short,
+    zeroed,
 )
 
 
@@ -69,7 +70,7 @@ def factor_moments_kernel(
         square += g * g
         if HAS_SUM:
             total += g
-        acc = tl.where(done, 0.0, acc)
+        acc = zeroed(acc, done)
         n, t, end = next_block(spans, n, t, end, N, S, BT)
 
     _add(sumsq, square, o_p, o_q, p, q, sumsq_stride)
@@ -158,8 +159,9 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
 
 
 def plan_short(meta: dict) -> dict:
-    """The same for short samples, whose two products share the registers."""
-    return meta | {"BT": 16, "num_stages": 2}
+    """The same for short samples, whose two products share the registers: with a bound of its own, however high, ptxas spills
+    none of them to reach one more block per processor."""
+    return meta | {"BT": 16, "num_stages": 2, "maxnreg": 255}
 
 
 def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override):
