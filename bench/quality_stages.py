@@ -23,18 +23,19 @@ def plain(s: Study) -> None:
 
 def main(s: Study) -> None:
     """The library's defaults along KL budgets."""
-    s.run("main", Config(), BUDGETS, full=True)
+    s.run("main", Config(), (0.002, 0.01, 0.05), full=True)
+    s.run("main", Config(), BUDGETS)
 
 
 def metric(s: Study) -> None:
     """Damping by ‖ΔW‖² instead."""
-    s.run("metric", Config(metric="frobenius"), BUDGETS[:-1])
+    s.run("metric", Config(metric="frobenius"), (0.002, 0.01, 0.05), full=True)
 
 
 def points(s: Study) -> None:
     """Where the gain Fisher is taken."""
     for where in ("patched", "half", "reference"):
-        s.run("points", Config(gain_point=where), FEW)
+        s.run("points", Config(gain_point=where), FEW, full=True)
 
 
 def scope(s: Study) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import RobertaConfig, RobertaForCausalLM
 
-from sst_kernels import Fisher, declared_loss, fisher_accumulate, sequence_nll
+from sst_kernels import Fisher, declared_loss, fisher_accumulate, label_logits, sequence_nll
 from tests.models import (
     TARGETS,
     core_rows_by_definition,
@@ -173,6 +174,33 @@ def test_only_label_columns_meet_the_vocabulary_unless_the_head_is_adapted(targe
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("by_model", [True, False])
+def test_heads_with_adapted_layers_see_every_token():
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, is_decoder=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(RobertaForCausalLM(config), lora, adapter_name="safety").double().eval()
+    batch = tiny_batch(3)
+    with fisher_accumulate(model, "safety") as pass_:
+        sequence_nll(model, batch).backward()
+    assert any("lm_head.dense" in name for name in pass_.fisher)
+    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_models_whose_logits_are_not_those_asked_for_are_named():
+    class Deaf(nn.Module):
+        base_model = nn.Identity()
+
+        def forward(self, input_ids, logits_to_keep=0):
+            return (torch.zeros(*input_ids.shape, 61),)
+
+    batch = {k: v for k, v in tiny_batch(3).items() if k != "attention_mask"}
+    with pytest.raises(ValueError, match="Deaf gave logits of 12 columns where logits_to_keep asked for"):
+        label_logits(Deaf(), batch)
+
+
 def test_labels_on_first_tokens_count_nowhere(padding, by_model):
     """No label is predicted for a first token; behind left padding the model's mean counts it all the same."""
     model, batch = tiny_lora().double(), tiny_batch(4, padding=padding)

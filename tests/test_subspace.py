@@ -59,11 +59,11 @@ def dense_metric(cost: Fisher, kind: str) -> np.ndarray:
         samples = np.linalg.solve(roots[0], samples) @ np.linalg.inv(roots[1])
         l_moment, r_moment = (np.einsum(path, samples, samples) / len(rows) for path in ("nij,nkj->ik", "nij,nil->jl"))
         shape = np.kron(l_moment, r_moment) / np.trace(l_moment) if kind == "kronecker" else np.eye(r * r)
-        shape = 0.99 * shape + 0.01 * np.trace(shape) / r**2 * np.eye(r * r)
         blocks.append((shape, np.kron(*roots)))
         start += r * r
     mean = sum(np.trace(shape) for shape, _ in blocks) / start
-    return scipy.linalg.block_diag(*(root @ shape @ root / mean for shape, root in blocks))
+    shapes = ((0.999 * shape / mean + 0.001 * np.eye(len(shape)), root) for shape, root in blocks)
+    return scipy.linalg.block_diag(*(root @ shape @ root for shape, root in shapes))
 
 
 def dense_pencil(
@@ -419,6 +419,17 @@ def test_what_does_not_belong_together_is_refused():
     diagonal = [fisher_of(f.rows(), f.metric, structure="diagonal") for f in (gain, cost)]
     with pytest.raises(ValueError, match="needs cross-module statistics"):
         subspace(*diagonal, scope="global")
+
+
+def test_a_module_that_costs_nothing_in_the_samples_is_not_free():
+    """Its benign gradients vanish, its gain does not: the level of the metric bounds how far it is moved."""
+    gain, cost = pair(7, gain_rows=30)
+    rows = cost.rows().clone()
+    rows[:, :4] = 0.0
+    cost = fisher_of(rows, cost.metric)
+    patch = subspace(gain, cost).soft(kl_budget=1e-3)
+    free = subspace(gain, cost, damping=1e-6).soft(kl_budget=1e-3)
+    assert patch.kept["a"] < 0.5 * free.kept["a"]
 
 
 def test_a_dead_module_keeps_nothing():

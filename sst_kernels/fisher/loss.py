@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sst_kernels.fisher.lora import unwrapped
+
 IGNORE = -100
+_NO_LABELS = "batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer"
 
 
 @dataclass
@@ -79,7 +82,7 @@ def sequence_nll(
     if labels not in ("data", "model"):
         raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
     if batch.get("labels") is None:
-        raise ValueError("batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer")
+        raise ValueError(_NO_LABELS)
     with declared_loss(batch["labels"], source=labels, groups=groups) as declaration:
         logits, answers, _ = label_logits(model, batch)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -92,39 +95,47 @@ def sequence_nll(
 def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits that predict the labels of a batch, flat: [L, V] in the model's dtype, with labels [L] and their rows [L].
 
-    Position t is predicted from t − 1. Only columns that predict a label in some row meet the vocabulary, where the model
-    takes `logits_to_keep`: the logits are the largest tensor of a pass over prompts. A LoRA adapter on the output layer must
-    see every token, so there all columns are computed. The forward pass runs without a cache of keys and values. Raises
-    ValueError if every label is masked.
+    Position t is predicted from t − 1, padding or not. Only columns that predict a label in some row meet the vocabulary, where the model
+    takes `logits_to_keep`: the logits are the largest tensor of a pass over prompts. LoRA layers between the last hidden state and
+    the logits must see every token, so there all columns are computed. The forward pass runs without a cache of keys and
+    values. Raises ValueError without labels, if every label is masked, and for encoder-decoder models.
     """
+    if batch.get("labels") is None:
+        raise ValueError(_NO_LABELS)
+    plain = unwrapped(model)
+    plain = unwrapped(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
+    if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(plain).__name__} is an encoder-decoder model: only decoders are supported")
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORE
     if len(wanted) and not wanted.any():
-        raise ValueError("every label of the batch is masked (-100): there is no loss to differentiate")
+        raise ValueError("every label of the batch is masked (-100): no position is left to predict")
     columns = wanted.any(0).nonzero().squeeze(1)
-    plain = _plain(model)
     takes = inspect.signature(plain.forward).parameters
     if "use_cache" in takes:
         inputs["use_cache"] = False
-    if "logits_to_keep" in takes and not _adapts_head(plain):
-        inputs["logits_to_keep"], kept = columns, slice(None)
-    else:
-        kept = columns
-    output = model(**inputs)
-    logits = (output.logits if hasattr(output, "logits") else output[0])[:, kept]
-    keep, targets = wanted[:, columns].to(logits.device), targets[:, columns].to(logits.device)
-    return logits[keep], targets[keep], keep.nonzero()[:, 0]
-
-
-def _plain(model: Any) -> Any:
-    model = getattr(model, "module", model)  # DistributedDataParallel
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    fewer = "logits_to_keep" in takes and not _adapts_head(plain)
+    output = model(**inputs, logits_to_keep=columns.cpu()) if fewer else model(**inputs)
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    rows, places = wanted.nonzero(as_tuple=True)
+    labels = targets[rows, places].to(logits.device)
+    if fewer:
+        if logits.shape[1] != len(columns):
+            raise ValueError(
+                f"{type(plain).__name__} gave logits of {logits.shape[1]} columns where logits_to_keep asked for {len(columns)}: compute "
+                "your loss from the model's logits inside declared_loss(labels)"
+            )
+        places = wanted.any(0).cumsum(0)[places] - 1
+    rows, places = rows.to(logits.device), places.to(logits.device)
+    return logits[rows, places], labels, rows
 
 
 def _adapts_head(model: Any) -> bool:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return hasattr(head, "lora_A")
+    """Whether LoRA layers stand outside the transformer's body."""
+    body = getattr(model, "base_model", model)
+    inside = set() if body is model else {id(m) for m in body.modules()}
+    return any(hasattr(m, "lora_A") and id(m) not in inside for m in model.modules())
 
 
 def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

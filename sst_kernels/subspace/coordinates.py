@@ -13,28 +13,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Block
 
-_LEVEL = 0.01  # share of a module's Kronecker metric that is its mean instead: a bound on what rounding may amplify
-_LEAST = 1e-9  # of the mean over all modules, for modules whose gradients vanish
+_LEVEL = 1e-3  # share of the Kronecker metric that is the Frobenius one: nothing is free because no sample has shown its cost
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class _Chart:
-    """z = scale ∘ (left S right), [r, r]."""
+    """z = U (scale ∘ (Uᵀ left S right V)) Vᵀ, [r, r]: a symmetric root of the metric, whatever signs and order U and V have."""
 
     left: Tensor
     right: Tensor
     left_inverse: Tensor
     right_inverse: Tensor
+    u: Tensor
+    v: Tensor
     scale: Tensor
+
+    def scaled(self, x: Tensor, power: int) -> Tensor:
+        """U (scale^power ∘ (Uᵀ x V)) Vᵀ of x [..., r, r]."""
+        return self.u @ (self.scale**power * (self.u.mT @ x @ self.v)) @ self.v.mT
 
 
 class Coordinates:
@@ -59,9 +64,9 @@ class Coordinates:
             root = torch.where(live, values, 0).sqrt()
             inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
             roots, inverses = ((vectors * x[..., None, :] @ vectors.mT).to(device) for x in (root, inverse))
-            scale = torch.ones_like(roots[0, 0])
+            one, ones = torch.eye(values.shape[-1], dtype=torch.float64, device=device), torch.ones_like(roots[0, 0])
             for name, (left, right), (left_inverse, right_inverse) in zip(names, roots, inverses):
-                self._charts[name] = _Chart(left, right, left_inverse, right_inverse, scale)
+                self._charts[name] = _Chart(left, right, left_inverse, right_inverse, one, one, ones)
 
     def kronecker(self, moments: Moments) -> Coordinates:
         """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has."""
@@ -70,20 +75,13 @@ class Coordinates:
             values = values.clamp_min(0)
             trace = values[:, 0].sum(1)[:, None, None]
             shape = values[:, 0, :, None] * values[:, 1, None, :] / torch.where(trace > 0, trace, 1)
-            shape = (1 - _LEVEL) * shape + _LEVEL * shape.mean((1, 2), keepdim=True)
             found |= {name: (*pair, own) for name, pair, own in zip(names, vectors, shape)}
         mean = sum(float(shape.sum()) for *_, shape in found.values()) / self.size
         out = copy.copy(self)
         out._charts = {}
         for name, chart in self._charts.items():
-            left, right, shape = (x.to(chart.left.device) for x in found[name])
-            out._charts[name] = _Chart(
-                left.mT @ chart.left,
-                chart.right @ right,
-                chart.left_inverse @ left,
-                right.mT @ chart.right_inverse,
-                (shape / mean).clamp_min(_LEAST).sqrt(),
-            )
+            u, v, shape = (x.to(chart.left.device) for x in found[name])
+            out._charts[name] = replace(chart, u=u, v=v, scale=((1 - _LEVEL) * shape / mean + _LEVEL).sqrt())
         return out
 
     def patch(self) -> Tensor:
@@ -94,30 +92,30 @@ class Coordinates:
     def from_cores(self, cores: Mapping[str, Tensor]) -> Tensor:
         """z [n] of S [r, r] per module."""
         charts = ((self._charts[name], cores[name]) for name in self.slices)
-        return torch.cat([(c.scale * (c.left @ core.to(c.left) @ c.right)).flatten() for c, core in charts])
+        return torch.cat([c.scaled(c.left @ core.to(c.left) @ c.right, 1).flatten() for c, core in charts])
 
     def to_cores(self, z: Tensor) -> dict[str, Tensor]:
         """S [r, r] float64 per module, of z [n]."""
         cores = {}
         for name, where in self.slices.items():
             c = self._charts[name]
-            cores[name] = c.left_inverse @ (z[where].reshape(c.scale.shape) / c.scale) @ c.right_inverse
+            cores[name] = c.left_inverse @ c.scaled(z[where].reshape(c.scale.shape), -1) @ c.right_inverse
         return cores
 
     def gradients(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64; into `out` if given."""
         out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device) if out is None else out
         for name, where in self.slices.items():
-            c = self._charts[name]
-            own = rows[:, where].double().reshape(-1, *c.scale.shape)
-            out[:, where] = (c.left_inverse.mT @ own @ c.right_inverse.mT / c.scale).flatten(1)
+            out[:, where] = self._gradients(name, rows[:, where])
         return out
+
+    def _gradients(self, name: str, rows: Tensor) -> Tensor:
+        c = self._charts[name]
+        return c.scaled(c.left_inverse @ rows.double().reshape(-1, *c.scale.shape) @ c.right_inverse, -1).flatten(1)
 
     def matrix(self, name: str, fisher: Tensor) -> Tensor:
         """A module's Fisher [r², r²] in S coordinates -> in z coordinates."""
-        c = self._charts[name]
-        change = torch.kron(c.left_inverse.mT.contiguous(), c.right_inverse.contiguous()) / c.scale.flatten()[:, None]
-        return change @ fisher @ change.mT
+        return self._gradients(name, self._gradients(name, fisher).mT)
 
     def moments(self, rows: Tensor) -> Moments:
         """E[CCᵀ] and E[CᵀC] [r, r] per module, of gradients [N, n] with respect to z."""
