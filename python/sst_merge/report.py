@@ -51,7 +51,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token {how}; "
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
         f"{prediction['plain_cost_per_label']:.4g} for the whole patch",
-        f"- refusal gain kept {prediction['gain_kept']:.1%}",
+        f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
+        f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "
+        "along directions that cost little)",
         f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n) in the {spectrum['metric']} metric, "
         f"{spectrum['folds']} folds",
     ]
