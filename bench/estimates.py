@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from bench.shapes import Shape
+from sst_kernels.fisher.memory import estimate_solve
 
 GIB = 2**30
 
@@ -33,18 +35,19 @@ def row_bytes(shape: Shape, rank: int, samples: int) -> int:
 
 
 def solve_bytes(shape: Shape, rank: int, samples: int) -> int:
-    """float64 during `subspace()`: both row sets, the eigenvectors of the pencil and of four folds, four work arrays."""
-    return 8 * (2 + 5 + 4) * samples * coordinates(shape, rank)
+    """The peak of `subspace()`, as the library foresees it (and its tests hold against the allocator)."""
+    return estimate_solve([rank**2] * len(shape.modules("all-linear")), samples, samples)
 
 
 def most_samples(shape: Shape, rank: int, gib: float, batch: int = 8, length: int = 512) -> int:
     """Largest N (rows of each Fisher) whose pass and solve both fit beside the weights."""
     room = gib * GIB * 0.94 - weight_bytes(shape)
-    if room < activation_bytes(shape, batch, length):
-        return 0
-    in_pass = (room - activation_bytes(shape, batch, length)) / row_bytes(shape, rank, 1)
-    in_solve = room / (row_bytes(shape, rank, 1) + solve_bytes(shape, rank, 1))
-    return int(min(in_pass, in_solve))
+
+    def fits(samples: int) -> bool:
+        working = max(activation_bytes(shape, batch, length), solve_bytes(shape, rank, samples))
+        return row_bytes(shape, rank, samples) + working <= room
+
+    return bisect.bisect_left(range(1, 1 << 20), True, key=lambda samples: not fits(samples))
 
 
 @dataclass(frozen=True)

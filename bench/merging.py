@@ -74,6 +74,8 @@ def _scope(
         "gevp", f"{scope}, subspace() with 4 held-out folds", solved, **about, error=error,
         flops=flops, floor_ms=ceilings64.floor_ms(flops=flops),
     )  # fmt: skip
+    isotropic = measure(lambda: sst.subspace(gain, cost, scope=scope, metric="frobenius"), device, repeats=repeats)
+    record("gevp", f"{scope}, subspace(metric='frobenius')", isotropic, **about)
     budget = space.soft(mu=float(space.values[len(space.values) // 4])).prediction.cost_per_label
     chosen = measure(lambda: space.soft(kl_budget=budget), device, repeats=repeats)
     record("filter", f"{scope}, soft(kl_budget), next time", chosen, **about)

@@ -62,7 +62,7 @@ _PLANS = {
     "factor/diagonal": "the moments are summed per module; one launch per shape, as core_outer has, removes the launches",
     "factor/kronecker_lowrank": "q, k, v and gate, up read one input each: sketching it once saves 40 % of the reads",
     "GEVP": "the stage table of section (b) says where the time goes",
-    "Core Space": "cross-fitting solves five pencils where one would do; folds=2 or a module scope halves it",
+    "Core Space": "a fold has a metric, hence a QR, of its own; metric='frobenius' shares one among all folds, folds=2 halves them",
     "PEFT": "see the end-to-end table",
 }
 
@@ -207,6 +207,28 @@ def _against_step(results: Results) -> dict[str, Any]:
     ]
     head = ["model", "Fisher pass", "machine", "of the plain step", "basis"]
     return {"against_step": table(head, body) if body else "Not measured yet.", "against_step_sources": sources(rows)}
+
+
+def _peers(results: Results) -> dict[str, Any]:
+    """Other libraries on the same batches: what they take over the plain pass, and whether their values are ours."""
+    rows = results.all(lambda r: r["file"].startswith("peers"))
+    body = []
+    for r in rows:
+        above = value(r, "above_plain_mib")
+        body.append(
+            [
+                r["stage"],
+                " ".join(filter(None, [r["variant"], r["note"] if r["ms"] else r["note"].split(" ")[0]])),
+                milliseconds(value(r)),
+                milliseconds(value(r, "iqr_ms")),
+                times(value(r, "ratio")),
+                "–" if above is None else size(max(0.0, above) * 2**20),
+                "–" if not r["error"] else f"{float(r['error']):.0e}" if float(r["error"]) else "equal",
+                r["basis"],
+            ]
+        )
+    head = ["what", "library", "time", "IQR", "over the plain pass", "peak above plain", "difference", "basis"]
+    return {"peers": table(head, body) if body else "Not measured yet.", "peers_sources": sources(rows)}
 
 
 def _importance(results: Results) -> dict[str, Any]:
@@ -378,6 +400,7 @@ SECTIONS = (
     _merges,
     _kfac,
     _against_step,
+    _peers,
     _importance,
     _models,
     _fits,
