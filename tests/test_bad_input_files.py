@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -13,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from sst_kernels.fisher import StorageError
 from sst_merge import cli
 from sst_merge.adapters import CONFIG, WEIGHTS, load_adapter
 from sst_merge.data import load_dataset
-from sst_merge.errors import AdapterError, DataError, MergeError, OutputError, RecipeError
-from sst_merge.models import check_fit
+from sst_merge.errors import AdapterError, DataError, MergeError, ModelError, OutputError, RecipeError
+from sst_merge.models import check_fit, load_model
 from sst_merge.output import output_file, output_folder
 from sst_merge.recipe import Recipe, read_yaml
 from tests import merge_cases as cases
@@ -84,9 +86,15 @@ def change(adapter: Path, edit) -> None:
         (lambda s: s.clear(), "no LoRA weights"),
         (lambda s: s.pop(next(iter(s))), "not its partner"),
         (lambda s: s.update({"../../escape": torch.ones(1)}), "only LoRA on linear layers"),
-        (lambda s: s.update({k: v.to(torch.int32) for k, v in s.items()}), "not finite floating-point"),
-        (lambda s: s.update({k: v * float("nan") for k, v in s.items()}), "not finite floating-point"),
-        (lambda s: s.update({k: v * float("inf") for k, v in s.items()}), "not finite floating-point"),
+        (lambda s: s.update({k: v.to(torch.int32) for k, v in s.items()}), "expected float32, bfloat16"),
+        (lambda s: s.update({k: v.to(torch.float8_e4m3fn) for k, v in s.items()}), "expected float32, bfloat16"),
+        (
+            lambda s: s.update({k.replace(".weight", ".other.weight"): 2 * v for k, v in s.items()}),
+            "is a second lora_A",
+        ),
+        (lambda s: s.update({k.removeprefix("base_model.model."): 2 * v for k, v in s.items()}), "is a second lora_A"),
+        (lambda s: s.update({k: v * float("nan") for k, v in s.items()}), "not finite"),
+        (lambda s: s.update({k: v * float("inf") for k, v in s.items()}), "not finite"),
         (lambda s: s.update({k: v[:1].contiguous() for k, v in s.items() if "lora_A" in k}), "gives rank"),
         (lambda s: s.update({k: v[None].contiguous() for k, v in s.items()}), "has shape"),
         (lambda s: s.update({k: v[:0].contiguous() for k, v in s.items()}), "gives rank"),
@@ -107,6 +115,10 @@ def test_spoiled_weights(adapter, edit, message):
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": -6}),
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": float("nan")}),
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": float("inf")}),
+        json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 1e308}),
+        json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_rslora": "no"}),
+        json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": {"(([a-z]|.)+)+X": 3}}),
+        json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": {".*.*.*.*.*.*.*.*.*X": 3}}),
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": {"(": 3}}),
         json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": [3]}),
     ],
@@ -151,6 +163,62 @@ def test_folders_and_devices_in_place_of_files(adapter):
         load_adapter(adapter)
 
 
+def test_a_loop_of_links_is_no_adapter(tmp_path):
+    (tmp_path / CONFIG).symlink_to(CONFIG)
+    with pytest.raises(AdapterError, match="expected a PEFT adapter folder"):
+        load_adapter(tmp_path)
+
+
+def entry(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights(folder: Path, edit) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def code(folder: Path) -> None:
+    entry(folder, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text(f"open({str(folder / 'owned')!r}, 'w')")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(folder / "owned")))
+
+
+def fewer_tokens(state) -> None:
+    state.update({k: v[:250].contiguous() for k, v in state.items() if "embed_tokens" in k or "lm_head" in k})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (code, "code that travels with a model is never run"),
+        (pickled, "in safetensors"),
+        (lambda f: entry(f, model_type="nonsense"), "cannot be loaded"),
+        (lambda f: entry(f, model_type="t5"), "cannot be loaded"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").unlink(), "cannot be loaded"),
+        (lambda f: weights(f, lambda s: s.pop("model.norm.weight")), r"its files lack \['model.norm.weight'\]"),
+        (
+            lambda f: [weights(f, fewer_tokens), entry(f, vocab_size=250, pad_token_id=None)],
+            "the tokenizer has 258 tokens and the model embeds 250",
+        ),
+    ],
+)
+def test_models_that_cannot_be_used(spoil, message, tmp_path):
+    spoil(cases.model_folder(tmp_path))
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path, device="cpu")
+    assert not (tmp_path / "owned").exists()
+
+
 def test_adapters_of_another_base_model_are_named(tmp_path):
     other = cases.adapter_folder(tmp_path / "wide", base=cases.model(hidden=64))
     with pytest.raises(MergeError, match="trained on another base model"):
@@ -166,6 +234,7 @@ GOOD = json.dumps({"prompt": "how?", "response": "so."})
         (b'{"prompt": "\xff\xfe", "response": "x"}', r":2: not UTF-8"),
         (b"{", r":2: not JSON"),
         (b"[" * 100_000, r":2: not JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", r":2: not JSON that can be read \(Exceeds the limit"),
         (b'{"prompt": "a"}', r":2: expected an object"),
         (b'["a", "b"]', r":2: expected an object"),
         (b'{"prompt": 1, "response": 2}', r":2: expected two or more messages"),
@@ -187,6 +256,18 @@ def test_bad_lines_are_named_or_skipped_and_counted(line, message, tmp_path):
     kept = load_dataset(path, tokenizer, skip_bad_lines=True)
     assert len(kept) == 2
     assert kept.summary()["skipped_lines"] == [2]
+
+
+def test_prompts_beyond_the_context_of_the_model_are_named(tmp_path):
+    """Position 256 and later were never trained, whatever max_length allows; answers are cut there."""
+    network, tokenizer = load_model(cases.model_folder(tmp_path / "model"), device="cpu")
+    path = cases.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "how?", "response": "y" * 500}])
+    example = load_dataset(path, tokenizer)[0]
+    assert len(example.tokens) == network.config.max_position_embeddings == 256
+    assert example.truncated
+    cases.write_jsonl(path, [{"prompt": "x" * 500, "response": "y"}])
+    with pytest.raises(DataError, match="the prompt alone has 519 tokens and sequences may have 256"):
+        load_dataset(path, tokenizer)
 
 
 def test_files_without_a_good_line_are_refused_even_when_skipping(tmp_path):
@@ -236,6 +317,14 @@ def test_deeply_nested_recipes_do_not_crash(tmp_path):
         ({"scope": "world"}, "scope"),
         ({"seed": "x"}, "seed"),
         ({"limit": 0}, "limit"),
+        ({"seed": 2**70}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"structure": "hessian"}, "structure: expected one of full, .*got 'hessian'"),
+        ({"structure": "eigen_kronecker"}, "structure: expected one of"),
+        ({"structure_options": {"rnak": 3}}, "full takes count, rows, not rnak"),
+        ({"structure_options": {"point": "patched"}}, "not point"),
+        ({"output": "s"}, "output .*s holds the safety"),
+        ({"output": "deep", "harm_data": "deep/data.jsonl"}, "holds the harm_data"),
     ],
 )
 def test_recipes_with_wrong_entries(entries, message, tmp_path):
@@ -269,6 +358,31 @@ def test_what_stands_there_is_not_replaced(tmp_path):
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/below", "zero\0byte"])
+@pytest.mark.parametrize("make", [output_folder, output_file])
+def test_places_that_cannot_be_created(make, name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose another output"), make(tmp_path / name):
+        pytest.fail("must not begin")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("make", [output_folder, output_file])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), StorageError("x could not be written")]
+)
+def test_a_full_disk_names_the_output(make, error, tmp_path):
+    with pytest.raises(OutputError, match=r"out: could not be written .*nothing was left"), make(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [output_folder, output_file])
+def test_errors_of_other_files_stay_theirs(make, tmp_path):
+    with pytest.raises(PermissionError, match="weights"), make(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", "weights")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -293,6 +407,9 @@ def test_what_stands_there_is_not_replaced(tmp_path):
         ["evaluate", "--model", "/nowhere"],
         ["no-such-command"],
         ["merge", "--checkpoint-every", "0"],
+        ["evaluate", "--model", "m", "--generate-tokens", "-1"],
+        ["evaluate", "--model", "m", "--tokens-per-batch", "0"],
+        ["evaluate", "--model", "m", "--seed", str(2**80)],
     ],
 )
 def test_commands_fail_with_a_text_and_leave_nothing(arguments, tmp_path):

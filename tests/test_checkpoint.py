@@ -305,3 +305,23 @@ def test_checksummed_tensors_of_other_shapes_are_refused(tmp_path):
         storage.write_tensors(tmp_path / "x", {**tensors, "state/joint/rows": rows}, {"kind": "fisher", **header})
         with pytest.raises(ValueError, match="has other tensors"):
             Fisher.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("left", "mine", "message"),
+    [
+        ("c.rank1of2", "c", "a pass over 2 processes, and this one runs in 1"),
+        ("c", "c.rank0of2", "a pass over 1 process, and this one runs in 2"),
+        ("c.rank3of4", "c.rank0of2", "a pass over 4 processes, and this one runs in 2"),
+    ],
+)
+def test_checkpoints_of_another_number_of_processes_are_refused(left, mine, message, tmp_path):
+    """Started anew beside them, or on shares that others took, a pass would count batches twice or never."""
+    (tmp_path / left).touch()
+    with start() as pass_:
+        with pytest.raises(ValueError, match=message):
+            Checkpoints(pass_, tmp_path / mine).__enter__()
+        (tmp_path / left).rename(tmp_path / f"other-{left}")
+        with Checkpoints(pass_, tmp_path / mine) as keep:
+            for batch in keep.remaining(BATCHES[:2]):
+                feed(pass_, [batch])

@@ -196,7 +196,7 @@ def damage(folder, kind):
         ("pickle", "is a pickle, which can run code"),
         ("no partner", "has lora_B but not its partner"),
         ("nan", "not finite"),
-        ("integer", "not finite floating-point"),
+        ("integer", "expected float32"),
         ("convolution", "LoRA on convolutions"),
         ("embedding", "LoRA on an embedding"),
         ("magnitude", "DoRA magnitude"),

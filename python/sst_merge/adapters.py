@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import AdapterError
+from .errors import AdapterError, OutputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
@@ -55,6 +55,7 @@ _VARIANTS = {
     "target_parameters": "LoRA on bare parameters (target_parameters)",
     "trainable_token_indices": "trainable token embeddings",
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the base weights
 
 
@@ -175,19 +176,26 @@ def state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write the two files into an existing folder (see `output.output_folder` for the atomic way)."""
+    """Write the two files into an existing folder (see `output.output_folder` for the atomic way). OutputError on a full disk."""
     if not adapter.terms:
         raise AdapterError("an adapter without modules cannot be written: nothing was merged")
     (folder / CONFIG).write_text(json.dumps(peft_config(adapter), indent=2) + "\n", encoding="utf-8")
-    save_file(state_dict(adapter), folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state_dict(adapter), folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(
+            f"{folder.name}: {WEIGHTS} could not be written ({error}): free space or choose another output"
+        ) from error
 
 
 def _refuse_links(folder: Path) -> None:
     """An adapter from elsewhere must not name files of this machine; links within a hub cache stay inside their repository."""
-    home = folder.resolve()
+    try:
+        home, *targets = (path.resolve() for path in (folder, folder / CONFIG, folder / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a zero byte
+        raise AdapterError(f"{str(folder)!r}: expected a PEFT adapter folder ({error})") from error
     root = home.parents[1] if home.parent.name == "snapshots" else home
-    for name in (CONFIG, WEIGHTS):
-        target = (folder / name).resolve()
+    for name, target in zip((CONFIG, WEIGHTS), targets):
         if not target.is_relative_to(root):
             raise AdapterError(
                 f"{folder / name} is a link to {target}, outside the adapter: copy the file into the folder"
@@ -236,9 +244,18 @@ def _pairs(folder: Path, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor
             raise AdapterError(
                 f"{folder}: {key} has shape {tuple(tensor.shape)}: LoRA on convolutions is not supported"
             )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise AdapterError(f"{folder}: {key} holds values that are not finite floating-point numbers")
-        pairs.setdefault(match["module"], {})[match["side"]] = tensor
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{folder}: {key} is {tensor.dtype}; expected float32, bfloat16, float16 or float64: convert it"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{folder}: {key} holds values that are not finite")
+        sides = pairs.setdefault(match["module"], {})
+        if match["side"] in sides:
+            raise AdapterError(
+                f"{folder}: {key} is a second lora_{match['side']} of {match['module']}; save one adapter a folder"
+            )
+        sides[match["side"]] = tensor
     if not pairs:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA weights")
     for module, pair in pairs.items():
@@ -259,7 +276,13 @@ def _term(folder: Path, config: dict[str, Any], module: str, A: Tensor, B: Tenso
         raise AdapterError(
             f"{folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} gives rank {rank}"
         )
-    return LoraTerm(A, B, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    rslora = config.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise AdapterError(f"{folder}: expected true or false in use_rslora, got {rslora!r}")
+    scaling = float(alpha) / (math.sqrt(rank) if rslora else rank)
+    if scaling > torch.finfo(torch.float32).max:
+        raise AdapterError(f"{folder}: lora_alpha {alpha!r} of {module} is beyond float32")
+    return LoraTerm(A, B, scaling)
 
 
 def _pattern(folder: Path, config: dict[str, Any], key: str, module: str, default: Any) -> float:
@@ -268,6 +291,10 @@ def _pattern(folder: Path, config: dict[str, Any], key: str, module: str, defaul
     if not isinstance(patterns, dict):
         raise AdapterError(f"{folder}: expected a mapping of module names in {key}, got {patterns!r}")
     for pattern, candidate in patterns.items():
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise AdapterError(
+                f"{folder}: {key} holds {pattern!r}, which could take forever to match: name the modules"
+            )
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:

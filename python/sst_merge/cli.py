@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .compare_cli import compare
-from .errors import MergeError
+from .errors import MAX_SEED, MergeError
 from .progress import Reporter
 
 app = typer.Typer(
@@ -28,15 +28,15 @@ Safety = Annotated[Path, typer.Option(help="PEFT adapter folder of the patch.")]
 Task = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the task; the bare model without it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
 Force = Annotated[bool, typer.Option(help="Replace an earlier output.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", …')]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save unfinished Fisher passes beside the output every so many batches.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an interrupted run.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a sequence; longer answers are cut and counted.")]
-BatchTokens = Annotated[int, typer.Option(help="Padded tokens of one batch.")]
+MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of a sequence; longer answers are cut and counted.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens of one batch.")]
 
 
 _RUN = ("config", "dry_run", "checkpoint_every", "resume", "force", "quiet")  # how to run, not what
@@ -142,6 +142,9 @@ def fisher(
 
     from .data import load_dataset
     from .output import output_file
+    from .recipe import check_structure
+
+    check_structure(structure)
     from .passes import Continuity, fisher_pass, leader, ranks
     from .session import open_session
 
@@ -184,7 +187,7 @@ def evaluate(
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folder to measure; may be repeated.")] = None,
     task: Annotated[Path | None, typer.Option(help="Adapter folder of the reference; the bare model without.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Per-prompt JSON file to create.")] = None,
-    generate_tokens: Annotated[int, typer.Option(help="Length of greedy answers; 0 generates none.")] = 24,
+    generate_tokens: Annotated[int, typer.Option(min=0, help="Length of greedy answers; 0 generates none.")] = 24,
     max_length: MaxLength = 1024,
     tokens_per_batch: BatchTokens = 1024,
     seed: Seed = 0,

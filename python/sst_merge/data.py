@@ -99,7 +99,8 @@ def load_dataset(
     Args:
         path: UTF-8 JSONL, one example a line; empty lines are skipped.
         tokenizer: its chat template is applied; without one, `prompt` and `response` are joined as plain text.
-        max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts.
+        max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts; never more than the
+            tokenizer's `model_max_length`, which `load_model` sets to the model's context.
         limit: only the first `limit` examples.
         skip_bad_lines: leave out lines that are no such example; `Dataset.skipped` has their numbers.
 
@@ -110,8 +111,10 @@ def load_dataset(
     path = Path(path)
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); expected a JSONL file") from error
+    room = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     examples: list[Example] = []
     skipped: list[int] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
@@ -121,7 +124,7 @@ def load_dataset(
             break
         where = f"{path}:{number}"
         try:
-            examples.append(encode(_messages(line, where), tokenizer, max_length, number, where))
+            examples.append(encode(_messages(line, where), tokenizer, room, number, where))
         except DataError:
             if not skip_bad_lines:
                 raise
@@ -134,8 +137,8 @@ def load_dataset(
 def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line: int = 0, where: str = "") -> Example:
     """Tokenise one conversation whose last message is the answer. Raises DataError as `load_dataset` does."""
     prompt_text, full_text = _render(messages, tokenizer, where)
-    tokens = tokenizer(full_text, add_special_tokens=False)["input_ids"]
-    prefix = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = tokenizer(prompt_text, add_special_tokens=False, verbose=False)["input_ids"]
     if tokens[: len(prefix)] != prefix:
         raise DataError(
             f"{where}: the tokens of the prompt are not a prefix of the tokens of prompt and answer, so the answer "
@@ -146,8 +149,8 @@ def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line
     tokens = tokens[: ends[-1] + 1] if ends else tokens
     if len(prefix) >= max_length:
         raise DataError(
-            f"{where}: the prompt alone has {len(prefix)} tokens and max_length is {max_length}; "
-            "raise max_length or remove the line"
+            f"{where}: the prompt alone has {len(prefix)} tokens and sequences may have {max_length} (the lesser of max_length and "
+            "the model's context); raise max_length or remove the line"
         )
     if len(tokens) == len(prefix):
         raise DataError(f"{where}: the answer is empty, so there is nothing to learn from; remove the line")
@@ -217,6 +220,8 @@ def _messages(line: bytes, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON that can be read ({error})") from error
     if isinstance(record, dict) and "messages" in record:
         messages = record["messages"]
     elif isinstance(record, dict) and {"prompt", "response"} <= record.keys():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_SEED = 2**63 - 1  # what torch's generators take
+
 
 class MergeError(ValueError):
     """Something the user gave cannot be used. The text says what was expected, what came, and what to do."""
@@ -32,7 +34,7 @@ class OutputError(MergeError):
 
 @contextmanager
 def headlined(what: str) -> Iterator[None]:
-    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError); the user reads it
+    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError); the user reads it
     under one headline, as a MergeError."""
     from sst_kernels.fisher import StorageError
     from sst_kernels.gevp import GEVPError
@@ -41,5 +43,5 @@ def headlined(what: str) -> Iterator[None]:
         yield
     except MergeError:
         raise
-    except (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError) as error:
+    except (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError) as error:
         raise MergeError(f"{what}: {error}") from error

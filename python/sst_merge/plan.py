@@ -14,7 +14,7 @@ from sst_kernels.fisher.memory import estimate, estimate_solve
 
 from .adapters import Adapter, load_adapter
 from .errors import headlined
-from .models import DTYPES, model_folder, resolve_device
+from .models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
 from .output import check_output
 from .pipeline import load_data
 from .recipe import Recipe
@@ -53,11 +53,10 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     safety = load_adapter(recipe.safety)
     adapters = [safety, *([load_adapter(recipe.task)] if recipe.task is not None else [])]
     folder = model_folder(recipe.model)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    with torch.device("meta"):
+    with loading(recipe.model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        prepare_tokenizer(tokenizer, config)
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     data = load_data(recipe, tokenizer)
     rate = _flops_per_second(resolve_device(recipe.device), DTYPES[recipe.dtype])

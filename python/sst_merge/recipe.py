@@ -5,14 +5,17 @@ Paths in a recipe file are relative to the file. `docs/cli.md` has a commented e
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import RecipeError
+from .errors import MAX_SEED, RecipeError
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
 PATH: tuple[Literal["patched", "reference"] | float, ...] = ("reference", 0.5, "patched")
@@ -70,7 +73,7 @@ class Recipe(BaseModel):
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
     skip_bad_lines: bool = Field(False, description="leave out data lines that cannot be used; the report counts them")
     generate_tokens: int = Field(24, ge=0, description="length of generated answers in evaluation; 0 generates none")
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -98,6 +101,21 @@ class Recipe(BaseModel):
         if given[0] == wrong.get(name):
             raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
         return values
+
+    @model_validator(mode="after")
+    def _structure_takes_its_options(self) -> Recipe:
+        check_structure(self.structure, self.structure_options)
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_stand_outside_the_output(self) -> Recipe:
+        """`--force` replaces the whole output folder, with whatever lies in it."""
+        output = self.output.expanduser().absolute()
+        for name in ("model", *PATHS[:-1]):
+            given = getattr(self, name)
+            if given is not None and Path(given).expanduser().absolute().is_relative_to(output):
+                raise ValueError(f"output {output} holds the {name} {given}; choose another output")
+        return self
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -127,6 +145,23 @@ class Recipe(BaseModel):
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def check_structure(structure: str, options: Mapping[str, Any] | None = None) -> None:
+    """RecipeError for a structure that one pass cannot fill, and for options that it does not have."""
+    from sst_kernels.fisher import STRUCTURES
+
+    known = [name for name, kind in STRUCTURES.items() if "basis" not in _options(kind)]
+    if structure not in known:
+        raise RecipeError(f"structure: expected one of {', '.join(known)}, got {structure!r}")
+    taken = _options(STRUCTURES[structure]) - {"device", "sample"}
+    if unknown := sorted(set(options or {}) - taken):
+        raise RecipeError(f"structure_options: {structure} takes {', '.join(sorted(taken))}, not {', '.join(unknown)}")
+
+
+def _options(kind: type) -> set[str]:
+    makers = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
+    return {p.name for make in makers for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The entries of a recipe file with its relative paths resolved. Raises RecipeError."""
     path = Path(path)
@@ -142,6 +177,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if isinstance(values.get(name), str):
             values[name] = path.parent / Path(values[name]).expanduser()
     model = values.get("model")
-    if isinstance(model, str) and (path.parent / model).is_dir():
-        values["model"] = str(path.parent / model)
+    with contextlib.suppress(OSError):  # a name too long: open_session says so
+        if isinstance(model, str) and (path.parent / model).is_dir():
+            values["model"] = str(path.parent / model)
     return values

@@ -13,8 +13,10 @@ the generator of each item from its number (`item_seed`) makes the draws indepen
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
@@ -52,7 +54,7 @@ class Checkpoints:
         identity: what the items depend on (hash of the data, seed); a checkpoint of another identity is refused.
 
     Raises on entering: StorageError when the place cannot be written, so that no work is lost later; ValueError when the
-    resumed checkpoint has another identity. A disk that fills up later does not end the pass: a warning names the last good
+    resumed checkpoint has another identity, or when one of another number of processes stands beside it. A disk that fills up later does not end the pass: a warning names the last good
     checkpoint.
     """
 
@@ -75,6 +77,7 @@ class Checkpoints:
         self._previous: Any = None
 
     def __enter__(self) -> Self:
+        self._refuse_other_worlds()
         found = self.accumulator.progress.get("identity", self.identity)
         if found != self.identity:
             raise ValueError(
@@ -118,6 +121,17 @@ class Checkpoints:
         """Delete the checkpoint, once its pass is complete and saved."""
         self.path.unlink(missing_ok=True)
 
+    def _refuse_other_worlds(self) -> None:
+        """What other ranks took of the data is not what they would take now: going on would count batches twice or never."""
+        name, world = _world_of(self.path.name)
+        for other in sorted(self.path.parent.glob(f"{glob.escape(name)}*")):
+            base, count = _world_of(other.name)
+            if base == name and count != world:
+                raise ValueError(
+                    f"{other} is a checkpoint of a pass over {count} process{'es' * (count > 1)}, and this one runs in {world}: "
+                    f"go on with {count}, or remove the checkpoints to start anew"
+                )
+
     def _due(self) -> bool:
         waited = time.monotonic() - self._saved_at
         return self.done - self._saved >= (self.every or float("inf")) or waited >= (self.seconds or float("inf"))
@@ -145,6 +159,12 @@ def rank_path(path: str | os.PathLike, group: Any = None) -> Path:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return path
     return path.with_name(f"{path.name}.rank{dist.get_rank(group)}of{dist.get_world_size(group)}")
+
+
+def _world_of(name: str) -> tuple[str, int]:
+    """Undoes `rank_path`: the name without its rank, and the number of processes."""
+    found = re.fullmatch(r"(.+)\.rank\d+of(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, 1)
 
 
 def item_seed(seed: int, number: int) -> int:
