@@ -179,17 +179,15 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
         references = [sl.eigh(a, b, eigvals_only=True)[::-1] for a, b in zip(*stacked)]
         for k in ks:
             chosen = solvers()
-            if n >= 2048 or n * batch > 8192:  # an order of magnitude behind long before
-                chosen = {
-                    name: solve for name, solve in chosen.items() if not name.startswith(("torch", "scipy lobpcg"))
-                }
+            if n >= 2048:  # the others are far behind at half of that
+                chosen = {name: solve for name, solve in chosen.items() if name.startswith(CONTENDERS)}
             answers, peaks = {}, {}
             for name, solve in chosen.items():
                 solve(stacked, k)
                 peak = Peak()
                 answers[name] = solve(stacked, k)
                 peaks[name] = peak.mib()
-            rounds = 15 if n * batch <= 128 else 5 if n * batch <= 512 else 2
+            rounds = 15 if n * batch <= 128 else 5 if n * batch <= 512 else 2 if n < 2048 else 1
             runs = {name: partial(solve, stacked, k) for name, solve in chosen.items()}
             seconds = timed(runs, rounds)
             for name in chosen:
