@@ -98,13 +98,13 @@ class Study:
         return rows
 
     def benign(self, split: str) -> list[Row]:
-        """Benign rows with the data's answers; GSM8K and instructions interleaved (fisher: 5 to 1 while both last)."""
+        """Benign rows with the data's answers; GSM8K and instructions interleaved (fisher: 2 to 1 while both last)."""
         maths = self.tokens(self.splits["gsm8k_test" if split == "final" else "gsm8k"][split], "gsm8k")
         other = self.tokens(self.splits["self_instruct"][split], "self_instruct")
         if split != "fisher":
             return maths + other
-        mixed = [row for i, row in enumerate(other) for row in (row, *maths[5 * i : 5 * i + 5])]
-        return mixed + maths[max(1, 5 * len(other)) :]
+        mixed = [row for i, row in enumerate(other) for row in (row, *maths[2 * i : 2 * i + 2])]
+        return mixed + maths[2 * len(other) :]
 
     def own(self, split: str) -> list[Row]:
         """Benign rows of a split with answers sampled from the reference."""
