@@ -150,7 +150,8 @@ class Subspace:
             kept = [of_cost != fold for fold in range(self.folds)]
         charts = [frobenius] * (1 + len(kept))
         if self.metric == "kronecker":
-            charts = [frobenius.kronecker(frobenius.moments(cost[k])) for k in (slice(None), *kept)]
+            parts: list[slice | Tensor] = [slice(None), *kept]
+            charts = [frobenius.kronecker(frobenius.moments(cost[part])) for part in parts]
         del cost
         self._system = own = self._in(charts[0], given)
         self._z, self._patch, self._slices = own.z, own.patch, own.space.slices
