@@ -172,8 +172,6 @@ def test_only_label_columns_meet_the_vocabulary_unless_the_head_is_adapted(targe
     assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
 
 
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("by_model", [True, False])
 def test_heads_with_adapted_layers_see_every_token():
     torch.manual_seed(0)
     config = RobertaConfig(
@@ -201,6 +199,8 @@ def test_models_whose_logits_are_not_those_asked_for_are_named():
         label_logits(Deaf(), batch)
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("by_model", [True, False])
 def test_labels_on_first_tokens_count_nowhere(padding, by_model):
     """No label is predicted for a first token; behind left padding the model's mean counts it all the same."""
     model, batch = tiny_lora().double(), tiny_batch(4, padding=padding)

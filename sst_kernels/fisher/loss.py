@@ -102,7 +102,7 @@ def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     """
     if batch.get("labels") is None:
         raise ValueError(_NO_LABELS)
-    plain = unwrapped(model)
+    plain: Any = unwrapped(model)
     plain = unwrapped(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
     if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(plain).__name__} is an encoder-decoder model: only decoders are supported")

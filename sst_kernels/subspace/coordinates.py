@@ -14,21 +14,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Block
 
+_CHUNK = 8  # rows that are changed at once: their temporaries stay small beside all rows
 _LEVEL = 1e-3  # share of the Kronecker metric that is the Frobenius one: nothing is free because no sample has shown its cost
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Chart:
-    """z = U (scale ∘ (Uᵀ left S right V)) Vᵀ, [r, r]: a symmetric root of the metric, whatever signs and order U and V have."""
+class _Charts:
+    """All modules of one rank: z = U (scale ∘ (Uᵀ left S right V)) Vᵀ, all [M, r, r], `where` [M·r²] among the coordinates.
 
+    A symmetric root of the metric, whatever signs and order the eigenvectors U and V have.
+    """
+
+    names: list[str]
+    where: Tensor
     left: Tensor
     right: Tensor
     left_inverse: Tensor
@@ -37,9 +44,19 @@ class _Chart:
     v: Tensor
     scale: Tensor
 
-    def scaled(self, x: Tensor, power: int) -> Tensor:
-        """U (scale^power ∘ (Uᵀ x V)) Vᵀ of x [..., r, r]."""
-        return self.u @ (self.scale**power * (self.u.mT @ x @ self.v)) @ self.v.mT
+    def forward(self, cores: Tensor) -> Tensor:
+        """S [M, r, r] -> z."""
+        return self.u @ (self.scale * (self.u.mT @ self.left @ cores @ self.right @ self.v)) @ self.v.mT
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z [M, r, r] -> S."""
+        x = self.u @ (self.u.mT @ z @ self.v / self.scale) @ self.v.mT
+        return self.left_inverse @ x @ self.right_inverse
+
+    def gradients(self, rows: Tensor) -> Tensor:
+        """∂L/∂S -> ∂L/∂z of [N, M, r, r]."""
+        x = _sandwich(self.u.mT @ self.left_inverse, rows, self.right_inverse @ self.v) / self.scale
+        return _sandwich(self.u, x, self.v.mT)
 
 
 class Coordinates:
@@ -57,80 +74,104 @@ class Coordinates:
         for block in blocks:
             self.slices[block.name] = slice(self.size, self.size + block.size)
             self.size += block.size
-        self._charts: dict[str, _Chart] = {}
-        sides = {block.name: metric[block.module] for block in blocks}
-        for names, (values, vectors) in _eigen(sides):
+        self._charts: list[_Charts] = []
+        for names, (values, vectors) in _eigen({block.name: metric[block.module] for block in blocks}):
             live = values > values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps * 8
             root = torch.where(live, values, 0).sqrt()
             inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
             roots, inverses = ((vectors * x[..., None, :] @ vectors.mT).to(device) for x in (root, inverse))
-            one, ones = torch.eye(values.shape[-1], dtype=torch.float64, device=device), torch.ones_like(roots[0, 0])
-            for name, (left, right), (left_inverse, right_inverse) in zip(names, roots, inverses):
-                self._charts[name] = _Chart(left, right, left_inverse, right_inverse, one, one, ones)
+            one = torch.eye(values.shape[-1], dtype=torch.float64, device=device).expand_as(roots[:, 0])
+            where = torch.cat([torch.arange(self.slices[name].start, self.slices[name].stop) for name in names])
+            (left, right), (left_inverse, right_inverse) = roots.unbind(1), inverses.unbind(1)
+            ones = torch.ones_like(left)
+            self._charts.append(
+                _Charts(names, where.to(device), left, right, left_inverse, right_inverse, one, one, ones)
+            )
 
     def kronecker(self, moments: Moments) -> Coordinates:
         """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has."""
-        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for names, (values, vectors) in _eigen(moments):
-            values = values.clamp_min(0)
+        found = {tuple(names): pairs for names, pairs in _eigen(moments)}
+        shapes = []
+        for charts in self._charts:
+            values = found[tuple(charts.names)][0].clamp_min(0)
             trace = values[:, 0].sum(1)[:, None, None]
-            shape = values[:, 0, :, None] * values[:, 1, None, :] / torch.where(trace > 0, trace, 1)
-            found |= {name: (*pair, own) for name, pair, own in zip(names, vectors, shape)}
-        mean = sum(float(shape.sum()) for *_, shape in found.values()) / self.size
+            shapes.append(values[:, 0, :, None] * values[:, 1, None, :] / torch.where(trace > 0, trace, 1))
+        mean = sum(float(shape.sum()) for shape in shapes) / self.size
         out = copy.copy(self)
-        out._charts = {}
-        for name, chart in self._charts.items():
-            u, v, shape = (x.to(chart.left.device) for x in found[name])
-            out._charts[name] = replace(chart, u=u, v=v, scale=((1 - _LEVEL) * shape / mean + _LEVEL).sqrt())
+        out._charts = []
+        for charts, shape in zip(self._charts, shapes):
+            u, v = found[tuple(charts.names)][1].to(charts.left.device).unbind(1)
+            scale = ((1 - _LEVEL) * shape / mean + _LEVEL).sqrt().to(u.device)
+            out._charts.append(replace(charts, u=u, v=v, scale=scale))
         return out
 
     def patch(self) -> Tensor:
         """z [n] of the whole patch, S = I."""
-        ranks = {name: len(chart.left) for name, chart in self._charts.items()}
+        ranks = {name: charts.left.shape[-1] for charts in self._charts for name in charts.names}
         return self.from_cores({name: torch.eye(r, dtype=torch.float64) for name, r in ranks.items()})
 
     def from_cores(self, cores: Mapping[str, Tensor]) -> Tensor:
         """z [n] of S [r, r] per module."""
-        charts = ((self._charts[name], cores[name]) for name in self.slices)
-        return torch.cat([c.scaled(c.left @ core.to(c.left) @ c.right, 1).flatten() for c, core in charts])
+        out = torch.empty(self.size, dtype=torch.float64, device=self._charts[0].left.device)
+        for charts in self._charts:
+            stacked = torch.stack([cores[name].to(charts.left) for name in charts.names])
+            out[charts.where] = charts.forward(stacked).flatten()
+        return out
 
     def to_cores(self, z: Tensor) -> dict[str, Tensor]:
         """S [r, r] float64 per module, of z [n]."""
-        cores = {}
-        for name, where in self.slices.items():
-            c = self._charts[name]
-            cores[name] = c.left_inverse @ c.scaled(z[where].reshape(c.scale.shape), -1) @ c.right_inverse
-        return cores
+        found: dict[str, Tensor] = {}
+        for charts in self._charts:
+            found |= zip(charts.names, charts.inverse(z[charts.where].reshape(charts.left.shape)))
+        return {name: found[name] for name in self.slices}
 
     def gradients(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64; into `out` if given."""
         out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device) if out is None else out
-        for name, where in self.slices.items():
-            out[:, where] = self._gradients(name, rows[:, where])
+        for charts in self._charts:
+            for own, part in zip(rows.split(_CHUNK), out.split(_CHUNK)):
+                cores = own[:, charts.where].double().reshape(-1, *charts.left.shape)
+                part[:, charts.where] = charts.gradients(cores).flatten(1)
         return out
 
-    def _gradients(self, name: str, rows: Tensor) -> Tensor:
-        c = self._charts[name]
-        return c.scaled(c.left_inverse @ rows.double().reshape(-1, *c.scale.shape) @ c.right_inverse, -1).flatten(1)
-
-    def matrix(self, name: str, fisher: Tensor) -> Tensor:
-        """A module's Fisher [r², r²] in S coordinates -> in z coordinates."""
-        return self._gradients(name, self._gradients(name, fisher).mT)
+    def matrices(self, fishers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The modules' Fishers [r², r²] in S coordinates -> in z coordinates."""
+        found: dict[str, Tensor] = {}
+        for charts in self._charts:
+            stacked = torch.stack([fishers[name].to(charts.left) for name in charts.names], 1)  # [r², M, r²]
+            for _ in range(2):
+                rows = charts.gradients(stacked.reshape(len(stacked), *charts.left.shape)).flatten(2)
+                stacked = rows.permute(2, 1, 0)
+            found |= zip(charts.names, stacked.permute(1, 2, 0))
+        return {name: found[name] for name in self.slices}
 
     def moments(self, rows: Tensor) -> Moments:
         """E[CCᵀ] and E[CᵀC] [r, r] per module, of gradients [N, n] with respect to z."""
-        out = {}
-        for name, where in self.slices.items():
-            own = rows[:, where].reshape(-1, *self._charts[name].scale.shape)
-            flat = own.mT.flatten(0, 1), own.flatten(0, 1)
-            out[name] = (flat[0].mT @ flat[0] / len(rows), flat[1].mT @ flat[1] / len(rows))
+        out: dict[str, tuple[Tensor, Tensor]] = {}
+        for charts in self._charts:
+            sums = torch.zeros(2, *charts.left.shape, dtype=torch.float64, device=rows.device)
+            for own in rows.split(_CHUNK):
+                cores = own[:, charts.where].reshape(-1, *charts.left.shape).transpose(0, 1)
+                across, down = cores.mT.flatten(1, 2), cores.flatten(1, 2)
+                sums += torch.stack([across.mT @ across, down.mT @ down])
+            across, down = sums / len(rows)
+            out |= zip(charts.names, zip(across, down))
         return out
 
-    def matrix_moments(self, name: str, fisher: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, of a module's Fisher [r², r²] in z coordinates: its partial traces."""
-        r = len(self._charts[name].left)
-        split = fisher.reshape(r, r, r, r)
-        return torch.einsum("ijkj->ik", split), torch.einsum("ijil->jl", split)
+
+def matrix_moments(fisher: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a module's Fisher [r², r²] in z coordinates: its partial traces."""
+    r = isqrt(len(fisher))
+    split = fisher.reshape(r, r, r, r)
+    return torch.einsum("ijkj->ik", split), torch.einsum("ijil->jl", split)
+
+
+def _sandwich(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
+    """left x right of x [N, M, r, r] and [M, r, r]: two products for each of the M, whatever N."""
+    n, m, r, _ = x.shape
+    x = x.transpose(0, 1).reshape(m, n * r, r) @ right
+    x = x.reshape(m, n, r, r).mT.reshape(m, n * r, r) @ left.mT
+    return x.reshape(m, n, r, r).mT.transpose(0, 1)
 
 
 def _eigen(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterable[tuple[list[str], tuple[Tensor, Tensor]]]:

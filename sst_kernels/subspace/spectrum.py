@@ -111,7 +111,8 @@ def _solve_modules(
 def dense_blocks(fisher: Fisher, coordinates: Coordinates, device: torch.device) -> list[Tensor]:
     """Each module's Fisher matrix per sequence in z coordinates, whatever its structure."""
     factor = per_sequence(fisher)
-    return [coordinates.matrix(name, fisher[name].dense().to(device)) * factor for name in fisher]
+    blocks = coordinates.matrices({name: fisher[name].dense().to(device) for name in fisher})
+    return [block * factor for block in blocks.values()]
 
 
 def per_sequence(fisher: Fisher) -> float:

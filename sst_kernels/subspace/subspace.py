@@ -14,7 +14,7 @@ from torch import Tensor
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
 from sst_kernels.profiling import stage
-from sst_kernels.subspace.coordinates import Coordinates
+from sst_kernels.subspace.coordinates import Coordinates, matrix_moments
 from sst_kernels.subspace.filters import WEIGHTS, Weights
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.rowspace import RowSpace
@@ -169,7 +169,7 @@ class Subspace:
         cost = dense_blocks(self.cost, frobenius, device)
         self._epsilon = self._absolute(sum(float(b.trace()) for b in cost), frobenius.size)
         if self.metric == "kronecker":
-            moments = {name: frobenius.matrix_moments(name, block) for name, block in zip(self.cost, cost)}
+            moments = {name: matrix_moments(block) for name, block in zip(self.cost, cost)}
             self._z = frobenius.kronecker(moments)
             cost = dense_blocks(self.cost, self._z, device)
         self._blocks = dense_blocks(self.gain, self._z, device), cost
