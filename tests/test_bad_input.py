@@ -38,7 +38,7 @@ def spoiled(matrix: torch.Tensor, value: float) -> torch.Tensor:
         ((EYE.long(), EYE.long(), 1), {}, TypeError, r"convert it with .double\(\)"),
         ((EYE.bool(), EYE, 1), {}, TypeError, "floating point"),
         ((EYE.to(torch.complex128), EYE, 1), {}, TypeError, "floating point"),
-        (([[1.0]], [[1.0]], 1), {}, TypeError, "got list; use torch.as_tensor"),
+        (([[1.0]], [[1.0]], 1), {}, TypeError, "got float; use torch.as_tensor"),
         ((np.eye(4), EYE, 1), {}, TypeError, "got ndarray"),
         ((None, None, 1), {}, TypeError, "got NoneType"),
         ((EYE.to("meta"), EYE.to("meta"), 1), {}, TypeError, "meta tensor"),
