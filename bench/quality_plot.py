@@ -72,7 +72,7 @@ def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
 def sweep(rows: Sequence[Row], field: str, series: Callable[[Row], str], title: str, path: Path) -> None:
     """The ratio at equal refusal against one knob, with its interval."""
     chosen = [r for r in rows if math.isfinite(r["ratio"]) and math.isfinite(r[field])]
-    if not chosen:
+    if len({r[field] for r in chosen}) < 2:
         return
     figure, axes = _axes(title, "plain KL / SST KL at equal refusal", "")
     for label, points in grouped(chosen, series).items():
