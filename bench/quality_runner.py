@@ -109,7 +109,7 @@ class Study:
     def own(self, split: str) -> list[Row]:
         """Benign rows of a split with answers sampled from the reference."""
         rows = self.benign(split)[: self.args.prompts if split == "fisher" else None]
-        path = self.kept / f"{self.pair} answers {split}.json"
+        path = self.kept / f"{self.pair} answers {split} {len(rows)}.json"
         if not path.exists():
             answers = self.once(("answers", split), lambda: self.lab.own_answers(rows))
             path.write_text(json.dumps(answers), encoding="utf-8")
@@ -141,7 +141,9 @@ class Study:
 
     def cost(self, c: Config) -> sst.Fisher:
         """The reference's own answers, with `draws` label samples each."""
-        whole = self.fisher(f"cost {c.cost_labels}", lambda: self.own("fisher"), c.cost_labels, 0.0, self.args.draws)
+        prompts, draws = self.args.prompts, self.args.draws
+        name = f"cost {c.cost_labels} {prompts} x {draws}"
+        whole = self.fisher(name, lambda: self.own("fisher"), c.cost_labels, 0.0, draws)
         return subset(whole, c.benign_prompts, c.draws)
 
     def unseen(self, cores: Mapping[str, Tensor]) -> dict[str, float]:
