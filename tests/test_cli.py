@@ -107,9 +107,10 @@ def test_env_reports(capsys):
 
 @pytest.fixture
 def handlers():
-    before = signal.getsignal(signal.SIGTERM)
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     yield
-    signal.signal(signal.SIGTERM, before)
+    sys.unraisablehook = hook
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -121,18 +122,26 @@ def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == f"sst-merge: {tmp_path / 'no.yml'}: cannot be read (No such file or directory)\n"
 
 
-def test_sigterm_removes_the_unfinished_output(tmp_path):
+@pytest.mark.parametrize("strike", ["os.kill(os.getpid(), signal.SIGTERM)", "Finalizer()"])
+def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
+    """Also where it strikes in a finalizer, which swallows what it raises."""
     script = (
         "import os, signal, sys, sst_merge.cli as cli, sst_merge.output as output\n"
+        "class Finalizer:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        [None for _ in range(10)]\n"
         "def demo(*_, **__):\n"
         f"    with output.output_folder({str(tmp_path / 'out')!r}):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"        {strike}\n"
         "        signal.pause()\n"
         "cli.app = demo\n"
         "cli.main()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == b""
     assert list(tmp_path.iterdir()) == []
 
 

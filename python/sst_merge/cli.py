@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -269,7 +271,7 @@ def main() -> None:
 
     SIGTERM ends a run like an error does: unfinished outputs are removed.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _end_on_sigterm()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")  # not the user's to act on
     try:
         app()
@@ -280,6 +282,19 @@ def main() -> None:
     except MergeError as error:
         print(f"sst-merge: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM raises SystemExit wherever the run stands, and again shortly after where a finalizer swallowed it."""
+
+    def unraisable(what: Any) -> None:
+        if isinstance(what.exc_value, SystemExit):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            sys.__unraisablehook__(what)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.unraisablehook = unraisable
 
 
 if __name__ == "__main__":
