@@ -10,9 +10,9 @@ from sst_kernels.testing import assert_close, tolerance
 from sst_merge.adapters import Adapter, LoraTerm
 from sst_merge.errors import MergeError, RecipeError
 from sst_merge.methods import METHODS, Evidence, Inputs, find
-from sst_merge.methods.base import densely, thin_svd
+from sst_merge.methods.base import as_term, densely, thin_svd
 from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
-from sst_merge.methods.spectral import subspace_boost, tsv_merge
+from sst_merge.methods.spectral import core_space, isotropic, subspace_boost, tsv_merge
 from sst_merge.pipeline import load_data
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
@@ -140,29 +140,70 @@ def cases_deltas(model, adapter: str) -> dict[str, torch.Tensor]:
     }
 
 
-def test_tsv_is_the_published_form_on_full_rank_deltas():
+def published_tsv(deltas: list[torch.Tensor], isotropize: bool = False) -> torch.Tensor:
     """Task singular vectors, arXiv:2412.00081: top 1/T of each task's triplets, Procrustes on both sides, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    deltas = [torch.randn(8, 8, dtype=torch.float64, generator=generator) for _ in range(2)]
+    keep = min(deltas[0].shape) // len(deltas)
     triplets = [torch.linalg.svd(d) for d in deltas]
-    u = torch.cat([t[0][:, :4] for t in triplets], 1)
-    s = torch.cat([t[1][:4] for t in triplets])
-    v = torch.cat([t[2][:4] for t in triplets])
+    u = torch.cat([t[0][:, :keep] for t in triplets], 1)
+    s = torch.cat([t[1][:keep] for t in triplets])
+    v = torch.cat([t[2][:keep].T for t in triplets], 1)
     pu, _, qu = torch.linalg.svd(u, full_matrices=False)
     pv, _, qv = torch.linalg.svd(v, full_matrices=False)
-    published = (pu @ qu) @ torch.diag(s) @ (pv @ qv)
-    made = tsv_merge([full_term(d) for d in deltas], [1.0, 1.0], [4, 4])
-    assert_close("tsv", made.delta(), published, ROUND)
+    made = (pu @ qu) @ torch.diag(s) @ (pv @ qv).T
+    p, s, qh = torch.linalg.svd(made)
+    return s.mean() * p @ qh if isotropize else made
+
+
+def test_tsv_is_the_published_form_on_full_rank_deltas():
+    generator = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(8, 8, dtype=torch.float64, generator=generator) for _ in range(2)]
+    u, s, vh = tsv_merge([full_term(d) for d in deltas], [1.0, 1.0], 4)
+    assert_close("tsv", (u * s) @ vh, published_tsv(deltas), 1e-10)
+
+
+@pytest.mark.parametrize("isotropize", [False, True])
+def test_core_space_is_the_published_form(isotropize):
+    """arXiv:2509.17786: bases of the stacked B and the stacked A, all in those; TSV-M in the real rank is the same thing."""
+    terms = [term(0, 3, scaling=1.0), term(1, 3, scaling=1.0)]
+    left = torch.linalg.svd(torch.cat([t.B.double() for t in terms], 1), full_matrices=False)[0]
+    right = torch.linalg.svd(torch.cat([t.A.double() for t in terms]), full_matrices=False)[2].T
+    cores = [left.T @ t.delta() @ right for t in terms]
+    u, s, vh = tsv_merge(terms, [1.0, 1.0])
+    u, s, vh = isotropic(u, s, vh) if isotropize else (u, s, vh)
+    assert_close("core", (u * s) @ vh, left @ published_tsv(cores, isotropize) @ right.T, 1e-10)
+
+
+def test_core_space_loses_nothing():
+    terms = [term(0, 2), term(1, 3)]
+    expected = sum(t.delta() for t in terms)
+    assert_close("sum", core_space(terms, sum).delta(), expected, ROUND)
+    silent = LoraTerm(torch.zeros(1, 10), torch.zeros(12, 1))
+    assert not core_space([silent, silent], sum).delta().any()
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "subspace-boosting", "iso-c", "core-space", "core-ties", "knots-ties"])
+def test_spectral_methods_do_not_see_the_gauge(inputs, name):
+    """B X⁻¹ · X A is the same ΔW; the published Core Space bases would turn with X."""
+    generator = torch.Generator().manual_seed(4)
+
+    def turned(t: LoraTerm) -> LoraTerm:
+        x = torch.eye(t.rank, dtype=torch.float64) + 0.3 * torch.randn(t.rank, t.rank, generator=generator).double()
+        return LoraTerm(x @ t.A.double(), t.B.double() @ torch.linalg.inv(x), t.scaling)
+
+    other = Inputs(*(Adapter({n: turned(t) for n, t in a.terms.items()}) for a in (inputs.task, inputs.safety)))
+    expected, made = (find(name).merge(i, 0.7) for i in (inputs, other))
+    for module, t in made.terms.items():
+        assert_close(module, t.delta(), expected.terms[module].delta(), 10 * ROUND)
 
 
 def test_tsv_stays_put_under_noise_where_the_full_space_form_does_not():
     terms = [term(0, 2), term(1, 3)]
-    clean = tsv_merge(terms, [1.0, 1.0], [2, 3]).delta()
+    clean = as_term(*tsv_merge(terms, [1.0, 1.0])).delta()
     noisy = [
         LoraTerm(t.A.double() + 1e-12 * torch.randn(t.A.shape, dtype=torch.float64), t.B.double(), t.scaling)
         for t in terms
     ]
-    assert_close("tsv under noise", tsv_merge(noisy, [1.0, 1.0], [2, 3]).delta(), clean, ROUND)
+    assert_close("tsv under noise", as_term(*tsv_merge(noisy, [1.0, 1.0])).delta(), clean, ROUND)
 
 
 def test_subspace_boosting_is_the_published_form_on_full_rank_deltas():

@@ -3,10 +3,13 @@
 The published forms take SVDs of the full d×d ΔW. On LoRA adapters most singular values there are exactly zero, their vectors
 are whatever rounding makes of them, and orthogonalising or boosting them moves the output by most of its size under 1e-12
 noise. Restricted to the real rank (r_task + r_safety) every step is well posed and equals the published one on deltas
-of full rank.
+of full rank. TSV-M and isotropy do not see orthonormal bases, so in the real rank they are what Core Space merging makes of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,32 +18,64 @@ from ..adapters import Adapter, LoraTerm
 from .base import Inputs, Method, as_term, densely, per_module, thin_svd, weights_of
 from .task_arithmetic import ALPHAS
 
+Svd = tuple[Tensor, Tensor, Tensor]  # U [d_out, R], σ [R], Vᵀ [R, d_in]
+DENSITY = 0.5
 ENERGY = 0.5  # β of Subspace Boosting: share of Σσ above which singular values are lifted to the one at that point
 
 
-def tsv_merge(terms: list[LoraTerm], weights: list[float], ranks: list[int]) -> LoraTerm:
-    """Σ of each task's top singular triplets after orthogonalising all left and all right vectors (Procrustes)."""
-    parts = [tuple(x for x in thin_svd([t], [w])) for t, w in zip(terms, weights)]
-    u = torch.cat([p[0][:, :k] for p, k in zip(parts, ranks)], 1)
-    s = torch.cat([p[1][:k] for p, k in zip(parts, ranks)])
-    vh = torch.cat([p[2][:k] for p, k in zip(parts, ranks)])
-    return as_term(_nearest_orthogonal(u), s, _nearest_orthogonal(vh.T).T)
+def tsv_merge(terms: list[LoraTerm], weights: list[float], keep: int | None = None) -> Svd:
+    """The top `keep` singular triplets of each task (all by default), left and right vectors orthogonalised (Procrustes)."""
+    if len(terms) == 1 or not all(weights):
+        return thin_svd(terms, weights)
+    parts = [thin_svd([t], [w]) for t, w in zip(terms, weights)]
+    u = torch.cat([u[:, :keep] for u, _, _ in parts], 1)
+    s = torch.cat([s[:keep] for _, s, _ in parts])
+    vh = torch.cat([vh[:keep] for _, _, vh in parts])
+    return _nearest_orthogonal(u), s, _nearest_orthogonal(vh.T).T
 
 
-def subspace_boost(u: Tensor, s: Tensor, vh: Tensor, energy: float = ENERGY) -> tuple[Tensor, Tensor, Tensor]:
+def subspace_boost(u: Tensor, s: Tensor, vh: Tensor, energy: float = ENERGY) -> Svd:
     """Singular values beyond the share `energy` of their sum are lifted to the value there."""
     cutoff = min(int((s.cumsum(0) / s.sum() < energy).sum()), len(s) - 1) if len(s) else 0
     return u, s.clamp_min(s[cutoff]) if len(s) else s, vh
 
 
-def knots_ties(pair: list[Tensor], strength: float, density: float) -> Tensor:
+def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> Svd:
+    """Every singular value replaced by their mean."""
+    return u, s.mean().expand_as(s) if len(s) else s, vh
+
+
+def core_space(terms: list[LoraTerm], rule: Callable[[list[Tensor]], Tensor]) -> LoraTerm:
+    """U · rule([Uᵀ ΔW_t V]) · Vᵀ: whatever merges matrices, on cores of order Σ r that lose nothing.
+
+    The published bases are those of the stacked B and of the stacked A, which change with the gauge of the adapters. Here
+    U and V are the singular vectors of [ΔW_1 | ΔW_2 …] and of [ΔW_1; ΔW_2 …], and the result does not.
+    """
+    parts = [thin_svd([t], [1.0]) for t in terms]
+    left = _range(torch.cat([u * s for u, s, _ in parts], 1))
+    right = _range(torch.cat([vh.T * s for _, s, vh in parts], 1))
+    u, s, vh = torch.linalg.svd(rule([(left.T @ (u * s)) @ (vh @ right) for u, s, vh in parts]))
+    return as_term(left @ u, s, vh @ right.T)
+
+
+def knots_ties(pair: list[Tensor], strength: float, density: float = DENSITY) -> Tensor:
     """U Σ · TIES(V_task, V_safety), with U Σ [V_task | V_safety]ᵀ the SVD of [ΔW_task | ΔW_safety]."""
+    whole = torch.cat(pair, 1)
+    u = _range(whole)
+    aligned = (u.T @ whole).split([p.shape[1] for p in pair], 1)
+    return u @ _ties(list(aligned), [1.0, strength], density)
+
+
+def _ties(matrices: list[Tensor], weights: list[float], density: float = DENSITY) -> Tensor:
     from peft.utils.merge_utils import ties
 
-    u, s, vh = torch.linalg.svd(torch.cat(pair, 1), full_matrices=False)
-    live = s > s[0] * max(vh.shape) * torch.finfo(s.dtype).eps
-    aligned = list((s[live, None] * vh[live]).split([p.shape[1] for p in pair], 1))
-    return u[:, live] @ ties(aligned, torch.tensor([1.0, strength], dtype=torch.float64), density)
+    return ties(matrices, torch.tensor(weights, dtype=torch.float64), density)
+
+
+def _range(x: Tensor) -> Tensor:
+    """The left singular vectors of x that carry anything."""
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    return u[:, s > s[:1] * max(x.shape) * torch.finfo(s.dtype).eps]
 
 
 def _nearest_orthogonal(x: Tensor) -> Tensor:
@@ -48,38 +83,20 @@ def _nearest_orthogonal(x: Tensor) -> Tensor:
     return p @ qh
 
 
-def _named(inputs: Inputs, strength: float, rule) -> Adapter:
+def _each(rule: Callable[[list[LoraTerm], list[float]], LoraTerm], inputs: Inputs, strength: float) -> Adapter:
     names = {id(t): n for a in (inputs.task, inputs.safety) if a is not None for n, t in a.terms.items()}
     return per_module(inputs, lambda terms: rule(terms, weights_of(inputs, terms, names[id(terms[-1])], strength)))
 
 
-def _tsv(inputs: Inputs, strength: float) -> Adapter:
-    return _named(
-        inputs,
-        strength,
-        lambda terms, w: tsv_merge(terms, w, [t.rank for t in terms]) if len(terms) > 1 and all(w) else _sum(terms, w),
-    )
-
-
-def _boost(inputs: Inputs, strength: float) -> Adapter:
-    return _named(inputs, strength, lambda terms, w: as_term(*subspace_boost(*thin_svd(terms, w))))
-
-
-def _isotropic(inputs: Inputs, strength: float) -> Adapter:
-    def rule(terms: list[LoraTerm], weights: list[float]) -> LoraTerm:
-        u, s, vh = thin_svd(terms, weights)
-        return as_term(u, s.mean().expand_as(s) if len(s) else s, vh)
-
-    return _named(inputs, strength, rule)
-
-
-def _sum(terms: list[LoraTerm], weights: list[float]) -> LoraTerm:
-    return as_term(*thin_svd(terms, weights))
+def _method(name: str, source: str, variant: str, rule: Callable[[list[LoraTerm], list[float]], LoraTerm]) -> Method:
+    return Method(name, source, f"{variant}, real rank", "weight of safety", ALPHAS, partial(_each, rule))
 
 
 METHODS = [
-    Method("tsv-m", "arXiv:2412.00081", "all r directions of each adapter, real rank", "weight of safety", ALPHAS, _tsv),
-    Method("subspace-boosting", "arXiv:2506.16506", f"of the weighted sum, β = {ENERGY}, real rank", "weight of safety", ALPHAS, _boost),
-    Method("iso-c", "arXiv:2502.04959", "of the weighted sum, real rank", "weight of safety", ALPHAS, _isotropic),
-    Method("knots-ties", "arXiv:2410.19735", "density 0.5", "weight of safety", ALPHAS, lambda i, s: densely(i, lambda pair: knots_ties(pair, s, 0.5))),
+    _method("tsv-m", "arXiv:2412.00081", "all r directions of each adapter", lambda t, w: as_term(*tsv_merge(t, w))),
+    _method("subspace-boosting", "arXiv:2506.16506", f"of the weighted sum, β = {ENERGY}", lambda t, w: as_term(*subspace_boost(*thin_svd(t, w)))),
+    _method("iso-c", "arXiv:2502.04959", "of the weighted sum", lambda t, w: as_term(*isotropic(*thin_svd(t, w)))),
+    _method("core-space", "arXiv:2509.17786", "TSV-M, then isotropic, in the core; without the latter it is tsv-m", lambda t, w: as_term(*isotropic(*tsv_merge(t, w)))),
+    _method("core-ties", "arXiv:2509.17786", f"PEFT's TIES in the core, density {DENSITY}, bases of ΔW", lambda t, w: core_space(t, lambda cores: _ties(cores, w))),
+    Method("knots-ties", "arXiv:2410.19735", f"density {DENSITY}", "weight of safety", ALPHAS, lambda i, s: densely(i, lambda pair: knots_ties(pair, s))),
 ]  # fmt: skip
