@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import merge_utils
+from safetensors.torch import load_file
 
 from sst_kernels.testing import assert_close, tolerance
-from sst_merge.adapters import Adapter, LoraTerm
+from sst_merge.adapters import Adapter, LoraTerm, load_adapter
 from sst_merge.errors import MergeError, RecipeError
-from sst_merge.methods import METHODS, Evidence, Inputs, find
+from sst_merge.methods import METHODS, Evidence, Inputs, find, sparse
 from sst_merge.methods.base import as_term, densely, thin_svd
 from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
 from sst_merge.methods.spectral import core_space, isotropic, subspace_boost, tsv_merge
@@ -278,8 +282,55 @@ def test_knots_without_conflicts_is_the_sum():
     assert_close("knots", made, delta, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("theirs", "ours", "weight", "options"),
+    [
+        ("task_arithmetic", find("plain").merge, 0.3, {}),
+        ("ties", find("ties").merge, 1.0, {"density": sparse.DENSITY}),
+        ("dare_linear", partial(sparse._merge, "dare_linear", 1.0), 0.3, {"density": 1.0}),
+    ],
+)
+def test_mergekit_agrees(tmp_path, theirs, ours, weight, options):
+    """mergekit merges whole models. Their adapted weights are zero here, so that adding ΔW and taking it off again rounds nothing."""
+    run = pytest.importorskip("mergekit.merge", reason='pip install "mergekit>=0.1.5"').run_merge
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    plans = {"task": {"seed": 1}, "safety": {"seed": 2, "target_modules": ["q_proj", "o_proj", "up_proj"]}}
+    adapters = {n: load_adapter(cases.adapter_folder(tmp_path / f"{n}-adapter", **o)) for n, o in plans.items()}
+    for name, adapter in {"base": None, **adapters}.items():
+        network = cases.model()
+        with torch.no_grad():
+            for module in adapters["task"].terms:
+                delta = adapter.terms[module].delta() if adapter is not None and module in adapter.terms else 0.0
+                network.get_submodule(module).weight.zero_().add_(delta)
+        network.save_pretrained(tmp_path / name)
+        cases.tokenizer().save_pretrained(tmp_path / name)
+    plan = {
+        "merge_method": theirs, "base_model": str(tmp_path / "base"), "dtype": "float32", "parameters": options,
+        "models": [{"model": str(tmp_path / n), "parameters": {"weight": w}} for n, w in (("task", 1.0), ("safety", weight))],
+    }  # fmt: skip
+    run(MergeConfiguration.model_validate(plan), str(tmp_path / "out"), MergeOptions(copy_tokenizer=False, quiet=True))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    merged = ours(Inputs(adapters["task"], adapters["safety"]), weight)
+    assert merged.terms.keys() == adapters["task"].terms.keys()
+    for module, made in merged.terms.items():
+        assert_close(module, made.delta(), written[f"{module}.weight"].double(), ROUND)
+
+
+def test_dare_is_mergekits_but_for_the_rescaling():
+    """The same masks from the same seed; mergekit's default then restores the L1 norm instead of dividing by the density."""
+    sparsify = pytest.importorskip("mergekit.sparsify", reason='pip install "mergekit>=0.1.5"')
+    deltas = [term(i, 3).delta().float() for i in range(2)]
+    torch.manual_seed(5)
+    expected = sum(w * sparsify.bernoulli(d, 0.5) / 0.5 for w, d in zip((1.0, 0.3), deltas))
+    torch.manual_seed(5)
+    assert_close("dare", merge_utils.dare_linear(deltas, torch.tensor([1.0, 0.3]), 0.5), expected, ROUND)
+
+
 def test_lora_config_variants_are_refused_by_name(tmp_path):
-    from sst_merge.adapters import load_adapter
     from sst_merge.errors import AdapterError
 
     model = get_peft_model(cases.model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
