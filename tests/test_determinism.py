@@ -82,31 +82,3 @@ def test_forked_children_solve_too():
         child.join(30)
         assert child.exitcode == 0
     assert answers == [expected, expected]
-
-
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_ten_thousand_solves_and_steps_do_not_grow():
-    a, b = pencil(24, 2)
-    model, batch = tiny_lora(), tiny_batch(2)
-
-    def solve() -> None:
-        sst.gevp(a, b, 3)
-
-    for repeat, work in (("solves", solve), ("steps", None)):
-        with sst.fisher_accumulate(model, "safety", structure="diagonal") as pass_:
-            step = work or (lambda: sst.sequence_nll(model, batch).backward())
-            sst.sequence_nll(model, batch).backward()
-            for _ in range(500):
-                step()
-            before, handles = resident(), len(os.listdir("/proc/self/fd"))
-            for _ in range(10_000):
-                step()
-        assert resident() - before < 16 << 20, repeat
-        assert len(os.listdir("/proc/self/fd")) <= handles
-    assert pass_.fisher.counts.sequences == 2 * 10_501
