@@ -27,9 +27,15 @@ def operand(name: str, value: Any) -> Operator:
     return Dense(value)
 
 
-def check_settings(k: Any, damping: Any, tol: Any, max_cycles: Any, seed: Any) -> None:
+def check_settings(k: Any, damping: Any, tol: Any, max_cycles: Any, seed: Any, memory_budget: Any) -> None:
     """TypeError or ValueError for numbers that no solve can use."""
-    for name, value, least in (("k", k, 0), ("max_cycles", max_cycles, 1), ("seed", seed, 0)):
+    budget = 1 if memory_budget is None else memory_budget
+    for name, value, least in (
+        ("k", k, 0),
+        ("max_cycles", max_cycles, 1),
+        ("seed", seed, 0),
+        ("memory_budget", budget, 1),
+    ):
         if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not least <= int(value) < 2**63:

@@ -21,9 +21,15 @@ def solve_direct(
         device: the GPU that holds all of them.
     """
     single, batch, n = where[4:]
-    native = _native.cuda()
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        size = native.direct_workspace_bytes(batch, n, k, single, stream)
+        size = direct_bytes(batch, n, k, single, device)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        native.solve_direct(*where, k, *outputs, workspace.data_ptr(), size, stream)
+        _native.cuda().solve_direct(*where, k, *outputs, workspace.data_ptr(), size, stream)
+
+
+def direct_bytes(batch: int, n: int, k: int, single: bool, device: torch.device) -> int:
+    """Bytes of workspace that `solve_direct` takes on `device`."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return _native.cuda().direct_workspace_bytes(batch, n, k, single, stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from sst_kernels import _native
 from sst_kernels.gevp import cuda
 
 PRECONDITIONERS = {"cholesky": 0, "cholesky_single": 1, "diagonal": 2, "none": 3, "exact": 4}
-
+DOUBLE = 8
 
 _LIBRARY = torch.library.Library("sst_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -42,17 +43,37 @@ def _solve(
     if method == "direct":
         cuda.solve_direct(where, k, addresses, a.device)
         return outputs
-    native = _native.cuda() if a.is_cuda else _native.cpu()
-    options = native.Options.for_problem(n, k, a.is_cuda)
+    native, options, lanes = _iteration(n, k, preconditioner, a.device)
     options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
-    options.preconditioner = PRECONDITIONERS[preconditioner]
-    options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0
-    lanes = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else threads()
     size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
     workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
     with torch.cuda.device_of(a):
         native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
     return outputs
+
+
+def _iteration(n: int, k: int, preconditioner: str, device: torch.device) -> tuple[Any, Any, int]:
+    """The native module, the options that decide the workspace, and the stream or the number of threads."""
+    on_gpu = device.type == "cuda"
+    native = _native.cuda() if on_gpu else _native.cpu()
+    options = native.Options.for_problem(n, k, on_gpu)
+    options.preconditioner = PRECONDITIONERS[preconditioner]
+    options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0
+    return native, options, torch.cuda.current_stream(device).cuda_stream if on_gpu else threads()
+
+
+def workspace_bytes(
+    batch: int, n: int, k: int, method: str, preconditioner: str, single: bool, device: torch.device
+) -> int:
+    """Bytes that solving [batch, n, n] takes at most beside its matrices (`single`: float32) and outputs."""
+    if method != "direct":
+        native, options, lanes = _iteration(n, k, preconditioner, device)
+        return native.workspace_bytes(batch, n, options, single, lanes)
+    if device.type == "cuda":
+        return cuda.direct_bytes(batch, n, k, single, device)
+    # A worker of csrc/cpu/direct.hpp: B's factor and the reduced A, and where divide and conquer steps in its basis and scratch.
+    work = max(64 * max(n, k + 65), 2 * k * n + 64 * n)
+    return DOUBLE * min(batch, threads()) * (4 * n * n + work + (k + 16) * n + k * k)
 
 
 def _fake(a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int):

@@ -53,8 +53,20 @@ class Dense(Operator):
     """Stored matrices [..., n, n]; the only operator that carries a batch."""
 
     def __init__(self, matrix: Tensor):
-        self.matrix = _square("matrix", matrix)
-        self.n, self.device = matrix.shape[-1], matrix.device
+        self._matrix = _square("matrix", matrix)
+        self.n, self.device, self.dtype = matrix.shape[-1], matrix.device, matrix.dtype
+        self.batch, self.packed = matrix.shape[:-2], matrix.is_contiguous()
+
+    @property
+    def matrix(self) -> Tensor:
+        """All of them, [..., n, n]."""
+        return self._matrix
+
+    def problems(self, first: int, last: int) -> Tensor:
+        """Matrices first .. last - 1 of the flattened batch, [last - first, n, n]: a view where `packed`, else possibly a copy."""
+        if self.packed or len(self.batch) < 2:
+            return self.matrix.reshape(self.batch.numel(), self.n, self.n)[first:last]
+        return self.matrix[torch.unravel_index(torch.arange(first, last, device=self.device), self.batch)]
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.matrix.double() @ x
@@ -71,6 +83,22 @@ class Dense(Operator):
 
     def dense(self) -> Tensor:
         return self.matrix
+
+
+class Stack(Dense):
+    """A batch [N, n, n] whose matrices lie apart; they are put side by side only as far as `problems` asks."""
+
+    def __init__(self, members: Sequence[Tensor]):
+        super().__init__(members[0])
+        self.members, self.batch, self.packed = members, torch.Size([len(members)]), False
+
+    @property
+    def matrix(self) -> Tensor:
+        """All of them, [N, n, n]."""
+        return torch.stack([*self.members])
+
+    def problems(self, first: int, last: int) -> Tensor:
+        return torch.stack([*self.members[first:last]])
 
 
 class Shifted(Operator):

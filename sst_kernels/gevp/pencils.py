@@ -50,7 +50,7 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
                 )
             if isinstance(cost, Diagonal):
                 return Route("split_projection", f"A has {len(gain.rows)} rows and B is diagonal: exact reduction")
-            if isinstance(cost, Dense) and cost.matrix.ndim == 2 and 4 * len(gain.rows) <= gain.n:
+            if isinstance(cost, Dense) and not cost.batch and 4 * len(gain.rows) <= gain.n:
                 return Route(
                     "cholesky_projection", f"A has {len(gain.rows)} <= n/4 rows and B factors: exact reduction"
                 )
@@ -58,7 +58,7 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
         return _dense(gain, k, method)
     if not iterate and (method == "direct" or gain.n <= DENSE_LIMIT):
         return Route("stored", f"n = {gain.n}: the operators are stored and solved as dense matrices")
-    if (isinstance(gain, Dense) and gain.matrix.ndim > 2) or (isinstance(cost, Dense) and cost.matrix.ndim > 2):
+    if any(isinstance(side, Dense) and side.batch for side in (gain, cost)):
         raise ValueError(
             "a batch of dense matrices pairs with another batch of dense matrices only; solve one pencil at a time"
         )
@@ -78,7 +78,7 @@ def _same_factors(gain: Operator, cost: Operator) -> bool:
 
 
 def _dense(gain: Dense, k: int, method: str) -> Route:
-    n, batch = gain.n, gain.matrix.shape[:-2].numel()
+    n, batch = gain.n, gain.batch.numel()
     if method != "auto":
         if method == "jacobi_davidson" and not iterable(n, k):
             return Route("direct", f"n = {n} leaves no room for a restarted basis with k = {k}")

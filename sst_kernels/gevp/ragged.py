@@ -6,10 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
-from sst_kernels.gevp.operators import Operator
+from sst_kernels.gevp.operators import Operator, Stack
 from sst_kernels.gevp.result import GEVPResult
 
 Side = Sequence[Tensor | Operator]
@@ -46,6 +45,6 @@ def solve_list(
         if len(members) == 1:
             results[members[0]] = solve(A[members[0]], B[members[0]])
             continue
-        together = solve(*(torch.stack([cast(Tensor, side[index]) for index in members]) for side in (A, B)))
+        together = solve(*(Stack([cast(Tensor, side[index]) for index in members]) for side in (A, B)))
         results.update(zip(members, together))
     return [results[index] for index in range(len(A))]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import cast, overload
 
-import torch
 from torch import Tensor
 
 from sst_kernels.gevp import lowrank, structured
-from sst_kernels.gevp.checks import check_settings, operand, overflowed
-from sst_kernels.gevp.dense import PRECONDITIONERS, gevp_dense
+from sst_kernels.gevp.checks import check_settings, operand
+from sst_kernels.gevp.dense import PRECONDITIONERS
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
 from sst_kernels.gevp.ragged import Side, solve_list
-from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.gevp.result import GEVPResult
+from sst_kernels.gevp.stored import solve_stored
 from sst_kernels.profiling import stage
 
 METHODS = ("auto", "direct", "jacobi_davidson")
@@ -33,6 +33,7 @@ def gevp(
     max_cycles: int = ...,
     seed: int = ...,
     preconditioner: str = ...,
+    memory_budget: int | None = ...,
 ) -> GEVPResult: ...
 
 
@@ -48,6 +49,7 @@ def gevp(
     max_cycles: int = ...,
     seed: int = ...,
     preconditioner: str = ...,
+    memory_budget: int | None = ...,
 ) -> list[GEVPResult]: ...
 
 
@@ -63,6 +65,7 @@ def gevp(
     max_cycles: int = 100,
     seed: int = 0,
     preconditioner: str = "cholesky",
+    memory_budget: int | None = None,
 ) -> GEVPResult | list[GEVPResult]:
     """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem, a batch, or a list of any orders.
 
@@ -81,12 +84,15 @@ def gevp(
         seed: of the random start block, the same on every device.
         preconditioner: how a stored B is inverted: "cholesky", "cholesky_single" (float32 factor, float64 refinement),
             "diagonal" or "none" (projected block CG).
+        memory_budget: bytes that the solve may take beside the caller's matrices and the result: copies, temporaries and workspace.
+            A batch or list of matrices is solved in as few pieces as that allows, with the same bits.
 
     Returns:
         Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route; for lists, a list of these.
 
     Raises:
-        ValueError: shapes, k, method or preconditioner do not fit.
+        ValueError: shapes, k, method or preconditioner do not fit; a budget for a pencil of operators, which cannot be split.
+        MemoryError: `memory_budget` does not hold one problem; the message says what would fit.
         TypeError: a dtype that is neither float32 nor float64 nor convertible to them.
     """
     if method not in METHODS:
@@ -95,7 +101,7 @@ def gevp(
         raise ValueError(
             f"preconditioner must be one of {[name for name in PRECONDITIONERS if name != 'exact']}, got {preconditioner!r}"
         )
-    check_settings(k, damping, tol, max_cycles, seed)
+    check_settings(k, damping, tol, max_cycles, seed, memory_budget)
     if isinstance(A, list | tuple) or isinstance(B, list | tuple):
         alone = partial(
             gevp,
@@ -106,10 +112,29 @@ def gevp(
             max_cycles=max_cycles,
             seed=seed,
             preconditioner=preconditioner,
+            memory_budget=memory_budget,
         )
         return solve_list(alone, cast(Side, A), cast(Side, B))
     gain, cost = operand("A", A), operand("B", B)
     _check(gain, cost, k)
+    if isinstance(gain, Dense) and isinstance(cost, Dense):
+        return solve_stored(
+            gain,
+            cost,
+            k,
+            choose(gain, cost, k, method),
+            damping=damping,
+            preconditioner=preconditioner,
+            tol=tol,
+            max_cycles=max_cycles,
+            seed=seed,
+            memory_budget=memory_budget,
+        )
+    if memory_budget is not None:
+        raise ValueError(
+            f"memory_budget splits batches of stored matrices; a pencil of {type(gain).__name__} and {type(cost).__name__} is one "
+            "problem and cannot be split: leave it out"
+        )
     cost = cost.damped(damping)
     chosen = choose(gain, cost, k, method)
     route = str(chosen)
@@ -145,8 +170,6 @@ def gevp(
                 f"{route} ({result.route})",
                 result.cycles,
             )
-        case name, Dense(), Dense():
-            return _solve_dense(gain.matrix, cost.matrix, k, name, preconditioner, tol, max_cycles, seed, route)
     raise AssertionError(f"{route} is no route for {type(gain).__name__} and {type(cost).__name__}")
 
 
@@ -155,49 +178,9 @@ def _check(gain: Operator, cost: Operator, k: int) -> None:
         raise ValueError(f"A is of order {gain.n}, B of order {cost.n}; they must agree")
     if gain.device != cost.device:
         raise ValueError(f"A is on {gain.device}, B on {cost.device}; move one of them")
-    if isinstance(gain, Dense) and isinstance(cost, Dense) and gain.matrix.shape != cost.matrix.shape:
+    if isinstance(gain, Dense) and isinstance(cost, Dense) and gain.batch != cost.batch:
         raise ValueError(
-            f"A is {tuple(gain.matrix.shape)}, B {tuple(cost.matrix.shape)}; batches must agree, use expand()"
+            f"A is {(*gain.batch, gain.n, gain.n)}, B {(*cost.batch, cost.n, cost.n)}; batches must agree, use expand()"
         )
     if not 0 <= k <= gain.n:
         raise ValueError(f"k must be between 0 and n = {gain.n}, got {k}")
-
-
-def _solve_dense(
-    a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int, route: str
-) -> GEVPResult:
-    batch, n = a.shape[:-2], a.shape[-1]
-    single = a.dtype is not torch.float64 and b.dtype is not torch.float64
-    dtype = torch.float32 if single else torch.float64
-    a, b = (_packed(x, dtype).reshape(batch.numel(), n, n) for x in (a, b))
-    settings = (k, method, preconditioner, tol, max_cycles, seed)
-    outputs = gevp_dense(a, b, *settings)
-    if GEVPStatus.not_symmetric in outputs[3].tolist():
-        skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
-        skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])]
-        again = gevp_dense(*((x[skewed] + x[skewed].mT) / 2 for x in (a, b)), *settings)
-        for old, new in zip(outputs, again):
-            old[skewed] = new
-    values, rows, bound, status, cycles = outputs
-    status = overflowed(values, status)
-    if preconditioner != "cholesky" and method != "direct":
-        route = f"{route}; preconditioner {preconditioner}"
-    return GEVPResult(
-        values.reshape(*batch, k),
-        rows.reshape(*batch, k, n).mT,
-        bound.reshape(*batch, k),
-        status.reshape(batch),
-        route,
-        cycles.reshape(batch),
-    )
-
-
-def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.requires_grad or x.dtype is not dtype or not x.is_contiguous():
-        return x.detach().to(dtype).contiguous()
-    return x
-
-
-def _nearly_symmetric(x: Tensor) -> Tensor:
-    """Whether asymmetry is what accumulation in float32 leaves; such a matrix is solved as its symmetric part."""
-    return (x - x.mT).abs().amax((-2, -1)) <= 1e-5 * x.abs().amax((-2, -1))

@@ -1,0 +1,128 @@
+"""Batches of stored pencils: what a solve copies, and the pieces in which a memory budget lets it run."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sst_kernels.gevp.checks import overflowed
+from sst_kernels.gevp.dense import empty_outputs, gevp_dense, workspace_bytes
+from sst_kernels.gevp.operators import Dense
+from sst_kernels.gevp.pencils import Route, iterable
+from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def solve_stored(
+    gain: Dense,
+    cost: Dense,
+    k: int,
+    route: Route,
+    *,
+    damping: float,
+    preconditioner: str,
+    tol: float,
+    max_cycles: int,
+    seed: int,
+    memory_budget: int | None,
+) -> GEVPResult:
+    """Top-k pairs of `gain` against `cost` + damping I, in as few pieces as `memory_budget` bytes allow (None: in one).
+
+    A problem's bits do not depend on its company, so they do not depend on the pieces either.
+
+    Raises:
+        MemoryError: the budget does not hold one problem; the message says what would fit.
+    """
+    batch, count, n = gain.batch, gain.batch.numel(), gain.n
+    dtype = torch.float64 if torch.float64 in (gain.dtype, cost.dtype) else torch.float32
+    settings = (k, route.name, preconditioner, tol, max_cycles, seed)
+
+    def piece(first: int, last: int) -> Outputs:
+        damped = Dense(cost.problems(first, last)).damped(damping).matrix
+        return _solve(_packed(gain.problems(first, last), dtype), _packed(damped, dtype), settings)
+
+    size = count if memory_budget is None else _fitting(gain, cost, damping, dtype, settings, memory_budget)
+    if size >= count:
+        outputs = piece(0, count)
+    else:
+        outputs = empty_outputs(count, n, k, gain.device)
+        for first in range(0, count, size):
+            for whole, part in zip(outputs, piece(first, min(first + size, count))):
+                whole[first : first + size] = part
+    values, rows, bound, status, cycles = outputs
+    status = overflowed(values, status)
+    taken = str(route)
+    if preconditioner != "cholesky" and route.name != "direct":
+        taken = f"{taken}; preconditioner {preconditioner}"
+    return GEVPResult(
+        values.reshape(*batch, k),
+        rows.reshape(*batch, k, n).mT,
+        bound.reshape(*batch, k),
+        status.reshape(batch),
+        taken,
+        cycles.reshape(batch),
+    )
+
+
+def _solve(a: Tensor, b: Tensor, settings: tuple) -> Outputs:
+    outputs = gevp_dense(a, b, *settings)
+    if GEVPStatus.not_symmetric in outputs[3].tolist():
+        skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
+        skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])]
+        again = gevp_dense(*((x + x.mT).div_(2) for x in (a[skewed], b[skewed])), *settings)
+        for old, new in zip(outputs, again):
+            old[skewed] = new
+    return outputs
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.requires_grad or x.dtype is not dtype or not x.is_contiguous():
+        return x.detach().to(dtype).contiguous()
+    return x
+
+
+def _nearly_symmetric(x: Tensor) -> Tensor:
+    """Whether asymmetry is what accumulation in float32 leaves; such a matrix is solved as its symmetric part."""
+    return (x - x.mT).abs_().amax((-2, -1)) <= 1e-5 * x.abs().amax((-2, -1))
+
+
+def _bytes(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, settings: tuple, problems: int) -> int:
+    """What that many problems take at most beside the caller's matrices and the result, symmetric parts of both sides included."""
+    k, method, preconditioner = settings[:3]
+    entries = gain.n * gain.n
+    matrix, result = entries * dtype.itemsize, 8 * (k * (gain.n + 2) + 1)
+    copied = 0
+    for side, shift in ((gain, 0.0), (cost, damping)):
+        copied += entries * side.dtype.itemsize * ((not side.packed) + (shift != 0)) + matrix * (
+            side.dtype is not dtype or not side.packed
+        )
+    workspace = workspace_bytes(problems, gain.n, k, method, preconditioner, dtype is torch.float32, gain.device)
+    return problems * (copied + 2 * matrix + 2 * result) + max(workspace, 2 * problems * matrix)
+
+
+def _fitting(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, settings: tuple, budget: int) -> int:
+    count, n, k = gain.batch.numel(), gain.n, settings[0]
+    if not (count and n and k):
+        return count
+    need = partial(_bytes, gain, cost, damping, dtype, settings)
+    size = bisect_right(range(1, count + 1), budget, key=need)
+    if size:
+        return size
+    ways = {'method="direct"': ("direct", "cholesky")}
+    if iterable(n, k):
+        ways |= {'method="jacobi_davidson"': ("jacobi_davidson", "cholesky")}
+        ways |= {'method="jacobi_davidson", preconditioner="diagonal"': ("jacobi_davidson", "diagonal")}
+    sizes = {what: _bytes(gain, cost, damping, dtype, (k, *way), 1) for what, way in ways.items()}
+    fitting = [f"{what} ({_mib(taken)})" for what, taken in sizes.items() if taken <= budget]
+    advice = f"these would fit: {'; '.join(fitting)}" if fitting else f"give it at least {min(sizes.values())} bytes"
+    raise MemoryError(
+        f"one problem of order {n} takes up to {_mib(need(1))} beside its matrices, and memory_budget is {_mib(budget)}; {advice}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
