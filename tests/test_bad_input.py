@@ -1,6 +1,6 @@
 """Hostile and unlucky input to every public function: an error that says what to do, a status, or the right answer.
 
-Loops that would give wrong Fishers are in test_accumulate.py, damaged files in test_checkpoint.py.
+Loops that would give wrong Fishers are in test_accumulate_refusals.py, damaged files in test_checkpoint.py.
 """
 
 from __future__ import annotations
