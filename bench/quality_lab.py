@@ -133,29 +133,32 @@ class Lab:
         """Answers that the reference samples itself: the text on which KL(reference ‖ p) is defined."""
         return self.generate([r.tokens[: r.prompt_tokens] for r in rows], tokens=tokens, sample=True)
 
-    def refusal_rate(self, prompts: Sequence[str], cores: Cores, tokens: int = 24) -> float:
-        """Share of greedy answers that hold a refusal phrase."""
+    def refused(self, prompts: Sequence[str], cores: Cores, tokens: int = 24) -> list[bool]:
+        """Whether the greedy answer to each prompt holds a refusal phrase."""
         out = self.generate([prompt_tokens(p, self.tokenizer) for p in prompts], cores, tokens=tokens)
         texts = [self.tokenizer.decode(a, skip_special_tokens=True).lower().replace("’", "'") for a in out]
-        return sum(any(p in t for p in REFUSAL_PHRASES) for t in texts) / max(len(texts), 1)
+        return [any(p in t for p in REFUSAL_PHRASES) for t in texts]
 
-    def fisher(self, rows: Sequence[Row], labels: str, point: float, draws: int = 1) -> sst.Fisher:
+    def fisher(
+        self, rows: Sequence[Row], labels: str, point: float, draws: int = 1, opening: float = 1.0
+    ) -> sst.Fisher:
         """The Fisher of the safety adapter over `rows`, task adapter on, at the share `point` of the patch.
 
         labels: "data"; "model" (drawn from the model, teacher-forced); or "probe": random-sign curvature propagation (Martens,
         Sutskever and Swersky 2012), u = √p∘ε − p⟨√p, ε⟩ with E uuᵀ = diag(p) − ppᵀ: the same expected Fisher as
-        "model" with every label position in every draw.
+        "model" with every label position in every draw. `opening`: weight of the first tokens of each answer.
         """
         self.activate(self.task, self.safety)
         with sst.fisher_accumulate(self.model, adapter=self.safety, point=point) as accumulator:
             for _ in range(draws):
                 for index, batch in self.batches(rows):
-                    self._loss(batch, index, labels).backward()
+                    self._loss(batch, index, labels, opening).backward()
         return accumulator.fisher
 
-    def _loss(self, batch: dict[str, Tensor], groups: list[int], labels: str) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], groups: list[int], labels: str, opening: float) -> Tensor:
         if labels != "probe":
-            return sst.sequence_nll(self.model, batch, labels=labels, generator=self.generator, groups=groups)
+            weights = None if opening == 1 else sst.opening_weights(batch["labels"], weight=opening)
+            return sst.sequence_nll(self.model, batch, labels, weights=weights, generator=self.generator, groups=groups)
         with sst.declared_loss(batch["labels"], source="model", groups=groups) as declared:
             logits = self.logits(batch)[0]
             with torch.no_grad():

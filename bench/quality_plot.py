@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 WORDS = {"pair", "stage", "method", "scope", "metric", "filter", "gain_point", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
-DEFAULTS = {"scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "path", "cost_labels": "model", "damping": 1.0}  # fmt: skip
+DEFAULTS = {"scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
 
 
 def read(path: Path) -> list[Row]:
@@ -41,7 +41,14 @@ def name(row: Row) -> str:
 
 
 def _differs(key: str, value: Any) -> str:
-    words = {"gain_point": "F_harm at", "damping": "damping", "cost_labels": "labels:", "scope": "scope", "metric": ""}
+    words = {
+        "gain_point": "F_harm at",
+        "opening": "first words x",
+        "damping": "damping",
+        "cost_labels": "labels:",
+        "scope": "scope",
+        "metric": "",
+    }
     text = f"{value:g}" if isinstance(value, float) else f"{value}"
     return f"{words.get(key, '')} {text}{' metric' if key == 'metric' else ''}".strip()
 
@@ -108,14 +115,19 @@ def calibration(rows: Sequence[Row], path: Path) -> None:
 def table(rows: Sequence[Row]) -> list[str]:
     """One line per row, in the order they were measured in."""
     lines = []
-    heads = ("method", "strength", "rows harm + benign", "refusal NLL", "benign KL", "plain at that NLL", "ratio (95 %)", "predicted / measured", "‖ΔW'‖/‖ΔW‖", "refused", "over-refusal")  # fmt: skip
+    heads = ("method", "strength", "rows harm + benign", "refusal NLL", "benign KL", "plain at that NLL", "ratio (95 %)", "ratio at equal rate", "predicted / measured", "‖ΔW'‖/‖ΔW‖", "refused", "over-refusal")  # fmt: skip
     for (pair, stage), part in grouped(rows, lambda r: (r["pair"], r["stage"])).items():
         lines += ["", f"### {pair}: {stage}", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
         for r in part:
             ratio = "–" if math.isnan(r["ratio"]) else f"{r['ratio']:.1f} ({r['ratio_lo']:.1f}–{r['ratio_hi']:.1f})"
+            rate = (
+                "–"
+                if math.isnan(r["rate_ratio"])
+                else f"{r['rate_ratio']:.1f} ({r['rate_ratio_lo']:.1f}–{r['rate_ratio_hi']:.1f})"
+            )
             cells = (
                 name(r), f"{r['strength']:g}", f"{_n(r['harm_rows'], 0)} + {_n(r['benign_rows'], 0)}", f"{r['refusal_nll']:.3f}",
-                f"{r['kl']:.4f}", _n(r["plain_kl"], 4), ratio, _n(r["predicted"] / r["kl"] if r["kl"] > 0 else math.nan, 2),
+                f"{r['kl']:.4f}", _n(r["plain_kl"], 4), ratio, rate, _n(r["predicted"] / r["kl"] if r["kl"] > 0 else math.nan, 2),
                 _n(r["norm"], 2), _percent(r["refusal_rate"]), _percent(r["over_refusal"]),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")

@@ -24,20 +24,25 @@ from sst_kernels.fisher import Counts, TokenBatch
 from sst_merge.pareto import Resample, equal_refusal
 from sst_merge.pipeline import over_points
 
-ALPHAS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+ALPHAS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.85, 0.9, 1.0, 1.2)
+GENERATED = (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)  # plain addition's answers, for its rate of refusals
 POINTS = {"path": (0.0, 0.5, 1.0), "patched": (1.0,), "half": (0.5,), "reference": (0.0,)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to filter the patch. Prompts: None means all there are. Refusals: two per harmful prompt and point."""
+    """One way to filter the patch. Prompts: None means all there are. Refusals: two per harmful prompt and point.
+
+    `opening`: weight of a refusal's first tokens (1: all weigh the same).
+    """
 
     method: str = "sst"
     scope: str = "global"
     metric: str = "kronecker"
     damping: float = 1.0
     filter: str = "soft"
-    gain_point: str = "path"
+    gain_point: str = "reference"
+    opening: float = 3.0
     harm_prompts: int | None = None
     cost_labels: str = "model"
     benign_prompts: int | None = None
@@ -47,7 +52,8 @@ class Config:
 KEYS = ("pair", "stage", *(f.name for f in fields(Config)), "strength")
 RESULTS = (
     *KEYS, "harm_rows", "benign_rows", "parameter", "refusal_nll", "refusal_nll_lo", "refusal_nll_hi", "kl", "kl_lo", "kl_hi",
-    "kl_gsm8k", "kl_self_instruct", "benign_nll", "refusal_rate", "over_refusal", "plain_kl", "ratio", "ratio_lo", "ratio_hi",
+    "kl_gsm8k", "kl_self_instruct", "benign_nll", "refusal_rate", "over_refusal",
+    "rate_plain_kl", "rate_ratio", "rate_ratio_lo", "rate_ratio_hi", "plain_kl", "ratio", "ratio_lo", "ratio_hi",
     "predicted", "in_sample", "unseen_global", "unseen_module", "norm", "seconds", "error",
     "device", "driver", "versions", "commit", "date",
 )  # fmt: skip
@@ -123,18 +129,27 @@ class Study:
 
         return self.once("probes", make)
 
-    def fisher(self, name: str, rows: Callable[[], list[Row]], labels: str, point: float, draws: int = 1) -> sst.Fisher:
+    def fisher(
+        self,
+        name: str,
+        rows: Callable[[], list[Row]],
+        labels: str,
+        point: float,
+        draws: int = 1,
+        opening: float = 1.0,
+    ) -> sst.Fisher:
         """A Fisher pass, kept on disk."""
         path = self.kept / f"{self.pair} {name}.safetensors"
         if not path.exists():
-            self.once(name, lambda: self.lab.fisher(rows(), labels, point, draws)).save(path)
+            self.once(name, lambda: self.lab.fisher(rows(), labels, point, draws, opening)).save(path)
         return self.once(("read", name), lambda: sst.Fisher.load(path, self.lab.device))
 
     def gain(self, c: Config) -> sst.Fisher:
         """Two refusals for each harmful prompt, at each point of the patch's path."""
 
         def at(point: float) -> sst.Fisher:
-            whole = self.fisher(f"gain {point}", lambda: self.harm("fisher", 2), "data", point)
+            name = f"gain {point} x {c.opening:g}"
+            whole = self.fisher(name, lambda: self.harm("fisher", 2), "data", point, opening=c.opening)
             return subset(whole, None if c.harm_prompts is None else 2 * c.harm_prompts)
 
         return over_points(POINTS[c.gain_point], at)
@@ -206,7 +221,8 @@ class Study:
 
     def _measured(self, row: dict[str, Any], cores: Cores, full: bool) -> dict[str, Any]:
         name = " ".join(_text(row[k]) for k in KEYS)
-        harm, benign = self._final(f"{self.pair} plain {cores}" if isinstance(cores, float) else name, cores)
+        label = f"{self.pair} plain {cores}" if isinstance(cores, float) else name
+        harm, benign = self._final(label, cores)
         out: dict[str, Any] = {}
         found = equal_refusal((harm, benign), self.plain_curve(), self.resample(harm, benign))
         out["plain_kl"] = found["plain_kl"][0]
@@ -221,8 +237,12 @@ class Study:
         if full:
             answers = self.lab.measure(cores, Probe(self.benign("final"))).sum(0)
             out["benign_nll"] = float(answers[0] / answers[2])
-            out["refusal_rate"] = self.lab.refusal_rate([r.prompt for r in self.probes()["harm"].rows], cores)
-            out["over_refusal"] = self.lab.refusal_rate(SCARY_BUT_SAFE, cores)
+            refused, out["over_refusal"] = self._refused(label, cores)
+            out["refusal_rate"] = 1 - refused[:, 0].mean()
+            if row["method"] != "plain":
+                found = equal_refusal((refused, benign), self.plain_rates(), self.resample(harm, benign))
+                out["rate_plain_kl"] = found["plain_kl"][0]
+                out |= dict(zip(("rate_ratio", "rate_ratio_lo", "rate_ratio_hi"), found["ratio"]))
         return out
 
     def _norm(self, cores: Mapping[str, Tensor]) -> float:
@@ -243,6 +263,27 @@ class Study:
             return np.stack([harm for harm, _ in sums]), np.stack([benign for _, benign in sums])
 
         return self.once("plain curve", make)
+
+    def plain_rates(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same with (not refused, 1) for each harmful prompt, at those α where answers are generated."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            names = {a: f"{self.pair} plain {a}" for a in GENERATED}
+            refused = np.stack([self._refused(n, a)[0] for a, n in names.items()])
+            return refused, np.stack([self._final(n, a)[1] for a, n in names.items()])
+
+        return self.once("plain rates", make)
+
+    def _refused(self, name: str, cores: Cores) -> tuple[np.ndarray, float]:
+        """(not refused, 1) [N, 2] of the greedy answers to harmful prompts, generated once; share refused of the safe ones."""
+        file = self.arrays / f"{name} answers.npz"
+        if not file.exists():
+            self.check_time()
+            refused = self.lab.refused([r.prompt for r in self.probes()["harm"].rows], cores)
+            np.savez(file, refused=refused, over=self.lab.refused(SCARY_BUT_SAFE, cores))
+        with np.load(file) as kept:
+            refused = kept["refused"]
+            return np.stack([1.0 - refused, np.ones(len(refused))], 1), float(kept["over"].mean())
 
     def _final(self, name: str, cores: Cores) -> tuple[np.ndarray, np.ndarray]:
         """Sums over each prompt of the final split, measured once: harm [N, 2] (NLL, labels), benign [M, 2] (KL, labels)."""

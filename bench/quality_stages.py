@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from quality_runner import ALPHAS, Config, Study
+from quality_runner import ALPHAS, GENERATED, Config, Study
 
-PLAIN = Config("plain", "", "", 0.0, "", "", cost_labels="", draws=0)
-BUDGETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-FEW = (0.001, 0.005, 0.02)
-ONE = (0.005,)
+PLAIN = Config("plain", "", "", 0.0, "", "", opening=1.0, cost_labels="", draws=0)
+BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.04, 0.06)
+WIDE = (0.004, 0.015, 0.04)
+FEW = (0.004, 0.015)
+ONE = (0.015,)
 
 
 def plain(s: Study) -> None:
@@ -18,23 +19,29 @@ def plain(s: Study) -> None:
     for alpha in (0.0, *ALPHAS):
         if not s.has("plain", PLAIN, alpha):
             s.check_time()
-            s.record("plain", PLAIN, alpha, alpha, full=alpha in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0))
+            s.record("plain", PLAIN, alpha, alpha, full=alpha in GENERATED)
 
 
 def main(s: Study) -> None:
     """The library's defaults along KL budgets."""
-    s.run("main", Config(), (0.002, 0.01, 0.05), full=True)
-    s.run("main", Config(), BUDGETS)
+    s.run("main", Config(), WIDE, full=True)
+    s.run("main", Config(), BUDGETS, full=True)
+
+
+def opening(s: Study) -> None:
+    """The weight of a refusal's first words."""
+    for weight in (1.0, 6.0):
+        s.run("opening", Config(opening=weight), WIDE, full=True)
 
 
 def metric(s: Study) -> None:
     """Damping by ‖ΔW‖² instead."""
-    s.run("metric", Config(metric="frobenius"), (0.002, 0.01, 0.05), full=True)
+    s.run("metric", Config(metric="frobenius"), WIDE, full=True)
 
 
 def points(s: Study) -> None:
     """Where the gain Fisher is taken."""
-    for where in ("patched", "half", "reference"):
+    for where in ("path", "patched", "half"):
         s.run("points", Config(gain_point=where), FEW, full=True)
 
 
@@ -90,5 +97,5 @@ def random_control(s: Study) -> None:
         s.record("scope", config, share, cores)
 
 
-STAGES = {f.__name__: f for f in (plain, main, metric, points, scope, filters, size, damping, labels)}
+STAGES = {f.__name__: f for f in (plain, main, opening, metric, points, scope, filters, size, damping, labels)}
 SHORT = ("plain", "main", "metric")  # for every pair but the first

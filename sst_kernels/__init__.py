@@ -4,7 +4,7 @@
 generalized eigenproblems, `subspace` finds and keeps the directions of a patch that buy most gain per cost.
 """
 
-from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, label_logits, sequence_nll
+from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, label_logits, opening_weights, sequence_nll
 from sst_kernels.gevp import GEVPResult, GEVPStatus, gevp
 from sst_kernels.subspace import Patch, Subspace, subspace
 
@@ -20,6 +20,7 @@ __all__ = [
     "fisher_accumulate",
     "gevp",
     "label_logits",
+    "opening_weights",
     "sequence_nll",
     "subspace",
 ]

@@ -92,6 +92,7 @@ def fisher_pass(
     point: str | float,
     labels: str = "data",
     draws: int = 1,
+    opening: tuple[int, float] | None = None,
     structure: str = "full",
     structure_options: Mapping[str, Any] | None = None,
     space: str = "core",
@@ -102,6 +103,7 @@ def fisher_pass(
 ) -> sst.Fisher:
     """One Fisher of the safety adapter over a dataset, task adapter on: labels from the data, or drawn from the model.
 
+    `opening`: how many first tokens of every answer count how many times as much (`sst_kernels.opening_weights`).
     The draws of one prompt share a group, so that cross-fitting never predicts a prompt from itself. Ranks share the
     batches, and all end with the total. Labels depend on `seed`, the draw and the batch, not on where a run stopped.
     """
@@ -118,10 +120,10 @@ def fisher_pass(
         headlined(f"the Fisher pass over {data.path or name} failed"),
         sst.fisher_accumulate(model, adapter=SAFETY, group=group, resume=resume, **options) as accumulator,
     ):
-        run = _BatchRunner(session, accumulator, data, labels)
+        run = _BatchRunner(session, accumulator, data, labels, opening)
         items = session.reporter.track(steps, f"Fisher: {name}", size=lambda step: batch_tokens(step[1]))
         identity = hashlib.sha256(
-            f"{_content(session, data)} {labels} {draws} {tokens_per_batch} {seed}".encode()
+            f"{_content(session, data)} {labels} {draws} {opening} {tokens_per_batch} {seed}".encode()
         ).hexdigest()
         keep = None
         if continuity is not None and path is not None:
@@ -154,8 +156,16 @@ class _BatchRunner:
     of the equally probable labels are drawn.
     """
 
-    def __init__(self, session: Session, accumulator: Accumulator, data: Dataset, labels: str):
+    def __init__(
+        self,
+        session: Session,
+        accumulator: Accumulator,
+        data: Dataset,
+        labels: str,
+        opening: tuple[int, float] | None,
+    ):
         self.session, self.accumulator, self.data, self.labels = session, accumulator, data, labels
+        self.opening = opening
         self.device = next(session.model.parameters()).device
         self.most = float("inf")  # padded tokens of a batch that are known to fit
 
@@ -173,8 +183,11 @@ class _BatchRunner:
     def _fits(self, batch: Batch, generator: torch.Generator) -> bool:
         try:
             inputs = batch.inputs(self.device)
+            weights = None
+            if self.opening is not None:
+                weights = sst.opening_weights(inputs["labels"], tokens=self.opening[0], weight=self.opening[1])
             sst.sequence_nll(
-                self.session.model, inputs, labels=self.labels, generator=generator, groups=batch.rows
+                self.session.model, inputs, labels=self.labels, weights=weights, generator=generator, groups=batch.rows
             ).backward()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

@@ -5,7 +5,7 @@ from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import Block, Counts, Structure, TokenBatch
 from sst_kernels.fisher.checkpoint import Checkpoints, Interrupted, item_seed, rank_path
 from sst_kernels.fisher.fisher import Fisher
-from sst_kernels.fisher.loss import declared_loss, label_logits, sequence_nll
+from sst_kernels.fisher.loss import declared_loss, label_logits, opening_weights, sequence_nll
 from sst_kernels.fisher.storage import StorageError
 from sst_kernels.fisher.structures import STRUCTURES, make_structure
 
@@ -24,6 +24,7 @@ __all__ = [
     "fisher_accumulate",
     "item_seed",
     "label_logits",
+    "opening_weights",
     "make_structure",
     "rank_path",
     "sequence_nll",

@@ -1,0 +1,46 @@
+"""Label weights: a weighted loss is the sum of its parts, in the loss and in the rows of a Fisher."""
+
+import pytest
+import torch
+
+from sst_kernels import fisher_accumulate, opening_weights, sequence_nll
+from tests.models import tiny_batch, tiny_lora
+
+
+def test_opening_weights_count_labels_not_columns():
+    labels = torch.tensor([[-100, -100, 5, 6, 7, 8], [-100, 5, -100, 6, 7, -100], [-100, -100, -100, -100, -100, 9]])
+    expected = torch.tensor([[3.0, 3, 3, 3, 1, 1], [3, 3, 3, 3, 1, 1], [3, 3, 3, 3, 3, 3]])
+    answers = labels != -100
+    torch.testing.assert_close(opening_weights(labels, tokens=2, weight=3.0)[answers], expected[answers])
+    assert (opening_weights(labels, tokens=0, weight=3.0)[answers] == 1).all()
+    with pytest.raises(ValueError, match="must not be negative"):
+        opening_weights(labels, tokens=-1)
+    with pytest.raises(ValueError, match="must not be negative"):
+        opening_weights(labels, weight=float("nan"))
+
+
+def rows(weights=None):
+    model, batch = tiny_lora(), tiny_batch(3)
+    with fisher_accumulate(model, "safety") as accumulator:
+        loss = sequence_nll(model, batch, weights=weights)
+        loss.backward()
+    return loss.detach(), accumulator.fisher.rows()
+
+
+def test_rows_are_linear_in_the_weights():
+    labels = tiny_batch(3)["labels"]
+    opening = opening_weights(labels, tokens=2, weight=1.0)
+    first = torch.where((labels != -100).cumsum(1) <= 2, 1.0, 0.0)
+    (whole, plain), (uniform, same), (part, openings) = rows(), rows(opening), rows(first)
+    weighted, found = rows(opening_weights(labels, tokens=2, weight=3.0))
+    torch.testing.assert_close(uniform, whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+    torch.testing.assert_close(weighted, whole + 2 * part, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, plain + 2 * openings, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+    assert openings.abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_weights_of_another_shape_are_refused():
+    model, batch = tiny_lora(), tiny_batch(3)
+    with pytest.raises(ValueError, match="shape of the labels"):
+        sequence_nll(model, batch, weights=torch.ones(3, 2))
