@@ -177,6 +177,7 @@ def test_heads_with_adapted_layers_see_every_token():
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, is_decoder=True,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
+    config._attn_implementation = "eager"  # the float64 mask of transformers 4.56 overflows with sdpa
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(RobertaForCausalLM(config), lora, adapter_name="safety").double().eval()
     batch = tiny_batch(3)

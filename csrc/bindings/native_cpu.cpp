@@ -58,6 +58,7 @@ size_t worker_bytes(int64_t chunk, int64_t n, const Options& options) {
 }
 
 int64_t workers(int64_t batch, int64_t chunk, int64_t threads) {
+    SST_CHECK(batch >= 0 && chunk >= 1 && threads >= 1, "chunks of at least one problem and at least one thread are expected");
     return std::max<int64_t>(1, std::min((batch + chunk - 1) / chunk, threads));
 }
 
@@ -108,8 +109,8 @@ PYBIND11_MODULE(_native_cpu, module) {
     module.def(
         "workspace_bytes",
         [](int64_t batch, int64_t n, const Options& options, bool single, int64_t threads, int64_t chunk) {
-            const size_t bytes = (single ? worker_bytes<float> : worker_bytes<double>)(std::min(chunk, std::max<int64_t>(batch, 1)), n, options);
-            return bytes * workers(batch, chunk, threads);
+            const int64_t count = workers(batch, chunk, threads);
+            return count * (single ? worker_bytes<float> : worker_bytes<double>)(std::min(chunk, std::max<int64_t>(batch, 1)), n, options);
         },
         py::arg("batch"), py::arg("n"), py::arg("options"), py::arg("single"), py::arg("threads"), py::arg("chunk") = 1);
     module.def(
@@ -119,7 +120,7 @@ PYBIND11_MODULE(_native_cpu, module) {
            int64_t threads, int64_t chunk) {
             const Result result = outputs(n, options.k, values, vectors, bounds, status, cycles);
             check_pencils(a, a_stride, b, b_stride, batch, n, threads);
-            SST_CHECK(chunk >= 1, "a chunk holds at least one problem");
+            SST_CHECK(workspace != 0, "the workspace must have an address");
             const py::gil_scoped_release unlocked;
             (single ? iterate<float> : iterate<double>)(a, a_stride, b, b_stride, batch, n, options, result, workspace, bytes, threads,
                                                         chunk);
@@ -135,6 +136,7 @@ PYBIND11_MODULE(_native_cpu, module) {
         "solve_operator",
         [](const Callback& apply, int64_t n, const Options& options, uint64_t values, uint64_t vectors, uint64_t bounds,
            uint64_t status, uint64_t cycles, uint64_t workspace, uint64_t bytes, int64_t) {
+            SST_CHECK(workspace != 0, "the workspace must have an address");
             operator_problem(n, &apply, options, outputs(n, options.k, values, vectors, bounds, status, cycles),
                              Arena(pointer<char>(workspace), bytes));
         },

@@ -14,6 +14,8 @@
 // problem lacks (exhausted space, A = 0) is filled with a random one, so that no problem's arithmetic depends on another's.
 #pragma once
 
+#include <array>
+
 #include "gevp/davidson.hpp"
 #include "gevp/krylov.hpp"
 #include "gevp/screen.hpp"
@@ -124,15 +126,26 @@ void solve_davidson(Backend& backend, Active active, const Pencil& pencil, State
     finish(backend, state, scratch.x.columns(0, state.options.k), pencil.scale_a, pencil.scale_b, result);
 }
 
+/// What the shapes rest on, term by term so that no sum of what a caller wrote can overflow.
+inline void check_options(const Options& options, int64_t n) {
+    const auto [k, block, basis, keep, previous] = std::array{options.k, options.block, options.basis, options.keep, options.previous};
+    SST_CHECK(1 <= n && n < 32768, "an order of 1 to 32767 is expected");
+    SST_CHECK(1 <= block && block <= n && basis <= n - block, "the order leaves no room for this basis; use the direct route");
+    SST_CHECK(1 <= k && k <= keep && keep <= n, "at least one pair is wanted, and keep holds all of them");
+    SST_CHECK(0 <= previous && previous <= n && keep + previous + block <= basis, "the basis must hold keep + previous + block columns");
+    SST_CHECK(keep % block == 0 && basis % block == 0, "keep and basis must be multiples of block");
+    SST_CHECK(options.max_cycles >= 1 && options.inner_steps >= 0, "at least one cycle and no negative number of steps are expected");
+    SST_CHECK(options.preconditioner >= Preconditioner::cholesky && options.preconditioner <= Preconditioner::exact,
+              "no such preconditioner");
+}
+
 /// The whole solve of stored matrices. With a counting arena nothing is computed: arena.used() is the answer.
 template <class Backend, class S>
 void solve_dense(Backend& backend, Arena& arena, Batch<const S> a, Batch<const S> b, const Options& options, const Result& result) {
     const int64_t batch = backend.batch(), n = a.rows;
     const bool standard = options.preconditioner == Preconditioner::cholesky;
-    SST_CHECK(options.keep >= options.k && options.basis >= options.keep + options.previous + options.block,
-              "the basis must hold keep + previous + block columns");
-    SST_CHECK(options.keep % options.block == 0 && options.basis % options.block == 0, "keep and basis must be multiples of block");
-    SST_CHECK(options.basis + options.block <= n, "the order leaves no room for this basis; use the direct route");
+    check_options(options, n);
+    SST_CHECK(options.preconditioner != Preconditioner::exact, "stored matrices have no inverse of their own");
     backend.reserve(arena, shape_of(options, batch, n));
     State state = State::carve(arena, options, batch, n, standard);
     DensePencil<S> pencil{a, b, {}, {}, arena.take<double>(batch), arena.take<double>(batch), options.preconditioner};
@@ -165,7 +178,8 @@ void solve_dense(Backend& backend, Arena& arena, Batch<const S> a, Batch<const S
 /// One problem known by its products only (see OperatorPencil).
 template <class Backend, class Apply>
 void solve_operator(Backend& backend, Arena& arena, int64_t n, const Apply& apply, const Options& options, const Result& result) {
-    SST_CHECK(options.basis + options.block <= n, "the order leaves no room for this basis; store the operators instead");
+    check_options(options, n);
+    SST_CHECK(options.preconditioner >= Preconditioner::diagonal, "operators are not factored");
     backend.reserve(arena, shape_of(options, 1, n));
     State state = State::carve(arena, options, 1, n, false);
     const CorrectionScratch scratch = CorrectionScratch::carve(arena, 1, n, state.wanted);

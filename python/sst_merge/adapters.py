@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import AdapterError, OutputError
+from .paths import expanded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
@@ -117,7 +118,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         AdapterError: the folder is incomplete or damaged, holds a pickle instead of safetensors, non-finite weights, or
             a kind of adapter other than plain LoRA on linear layers (named in the message).
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     _refuse_links(folder)
     config = _read_config(folder)
     _refuse_variants(folder, config)

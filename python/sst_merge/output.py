@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
+from .paths import expanded
 
 _OURS = ("report.json", "recipe.yml")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,7 +24,7 @@ def check_output(path: str | Path, *, force: bool) -> Path:
         OutputError: something is there already and `force` is off; or it is not an output of this program, which
             `force` does not replace either; or the parent folder cannot be written.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     with _creating(path):
         if path.is_symlink() or path.is_file():
             raise OutputError(
@@ -80,7 +81,7 @@ def output_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: as `check_output`, for a single file, and when the place cannot be written or is full.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     partial = path.with_name(f".{path.name}-partial-{os.getpid()}")
     with _creating(path):
         if path.is_dir() or (path.exists() and not force):

@@ -20,6 +20,7 @@ from sst_kernels.fisher import Accumulator, Checkpoints, item_seed, rank_path
 
 from .data import Batch, Dataset, batches, collate
 from .errors import MergeError, OutputError, headlined
+from .paths import expanded
 from .progress import batch_tokens
 from .session import SAFETY, TASK, Session
 
@@ -40,7 +41,7 @@ class Continuity:
         """
         if every is None and not resume:
             return None
-        output = output.expanduser().absolute()
+        output = expanded(output).absolute()
         folder = output.with_name(f".{output.name}-checkpoints")
         if not resume and folder.is_dir() and any(folder.glob("*.checkpoint*")):
             raise OutputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .adapters import Adapter, load_adapter
 from .errors import headlined
 from .models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
 from .output import check_output
+from .paths import expanded
 from .pipeline import load_data
 from .recipe import Recipe
 
@@ -138,7 +138,7 @@ def lines(recipe: Recipe, made: Plan) -> list[str]:
     text += [f"memory      {name}: {size / 2**20:,.0f} MiB" for name, size in made.memory.items()]
     total = f"about {_duration(made.seconds)} and {made.peak_bytes / 2**30:.1f} GiB"
     text.append(f"total       {total}; generated answers are not in the estimate")
-    return [*text, f"output      {Path(recipe.output).expanduser().absolute()} (nothing was written)"]
+    return [*text, f"output      {expanded(recipe.output).absolute()} (nothing was written)"]
 
 
 def _duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import MAX_SEED, RecipeError
+from .paths import expanded
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
 PATH: tuple[Literal["patched", "reference"] | float, ...] = ("reference", 0.5, "patched")
@@ -110,10 +111,10 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _inputs_stand_outside_the_output(self) -> Recipe:
         """`--force` replaces the whole output folder, with whatever lies in it."""
-        output = self.output.expanduser().absolute()
+        output = expanded(self.output).absolute()
         for name in ("model", *PATHS[:-1]):
             given = getattr(self, name)
-            if given is not None and Path(given).expanduser().absolute().is_relative_to(output):
+            if given is not None and expanded(given).absolute().is_relative_to(output):
                 raise ValueError(f"output {output} holds the {name} {given}; choose another output")
         return self
 
@@ -141,7 +142,7 @@ class Recipe(BaseModel):
         values = self.model_dump(mode="json", exclude_none=True)
         for name in PATHS:
             if name in values:
-                values[name] = str(Path(values[name]).expanduser().absolute())
+                values[name] = str(expanded(values[name]).absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -175,7 +176,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
     for name in PATHS:
         if isinstance(values.get(name), str):
-            values[name] = path.parent / Path(values[name]).expanduser()
+            values[name] = path.parent / expanded(values[name])
     model = values.get("model")
     with contextlib.suppress(OSError):  # a name too long: open_session says so
         if isinstance(model, str) and (path.parent / model).is_dir():

@@ -212,7 +212,7 @@ class Fisher(Mapping[str, Structure]):
                 f"{path} holds a {header.get('kind')!r}, expected a Fisher: a checkpoint belongs to resume="
             )
         try:
-            blocks = [Block(b["name"], b["module"], tuple(b["shape"])) for b in header["blocks"]]
+            blocks = [Block(b["name"], b["module"], (b["shape"][0], b["shape"][1])) for b in header["blocks"]]
             shapes = {b.name: b.shape for b in blocks} | {"joint": (sum(b.size for b in blocks), 1)}
             kind = header["meta"]["structure"]
             holders = {
@@ -230,7 +230,7 @@ class Fisher(Mapping[str, Structure]):
             }
             fisher = cls(blocks, holders, joint, metric, dict(header["meta"]))
             fisher.unpack(header, tensors)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: its header does not describe a Fisher ({error!r}): accumulate and save it again"
             ) from error
