@@ -68,10 +68,7 @@ def test_output_is_what_the_report_says(merged, world):
     assert rows["no patch"]["benign_kl"] == 0
     assert 0 < rows["merged"]["benign_kl"] < rows["plain addition"]["benign_kl"]
     assert report["fisher"]["benign"]["sequences"] == 24
-    assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == (
-        "reference+0.5+patched",
-        "reference",
-    )
+    assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == ("reference", "reference")
     assert report["fisher"]["benign"]["label_source"] == "model"
     assert sorted(p.name for p in world.iterdir() if p.name.startswith(".")) == []
 
@@ -139,6 +136,22 @@ def test_benign_labels_are_drawn_anew_and_repeatably(world):
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert not torch.equal(first[: len(data)], first[len(data) :])
+
+
+def test_the_first_words_of_refusals_weigh_more_along_any_path(world):
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
+    recipe = Recipe.load(world / "recipe.yml", harm_points=["reference", 0.5], opening_tokens=2, opening_weight=5)
+    data = pipeline.load_data(recipe, session.tokenizer)
+    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
+    assert gain.meta["point"] == "reference+0.5"
+    assert cost.meta["point"] == "reference"
+    expected = [
+        pipeline.fisher_pass(session, data["harm"], name="x", point=point, opening=opening).rows()
+        for point in ("reference", 0.5)
+        for opening in ((2, 5.0), None)
+    ]
+    assert torch.equal(gain.rows(), torch.cat(expected[::2]))
+    assert not torch.allclose(gain.rows(), torch.cat(expected[1::2]), rtol=1e-2)
 
 
 def test_plan_counts_what_the_run_counts(merged, world):

@@ -58,7 +58,10 @@ def test_the_documented_recipe_names_every_entry(tmp_path):
     missing = set(Recipe.model_fields) - recipe.model_fields_set
     assert missing <= {"mu", "k", "space", "structure_options"}
     for name, field in Recipe.model_fields.items():
-        if name in ("structure", "folds", "damping", "label_draws", "harm_points", "benign_labels", "max_length"):
+        if name in (
+            *("structure", "folds", "damping", "label_draws", "harm_points", "opening_tokens", "opening_weight"),
+            *("benign_labels", "max_length"),
+        ):
             assert getattr(recipe, name) == field.default
 
 

@@ -39,8 +39,10 @@ def both_passes(
         "seed": recipe.seed,
         "continuity": continuity,
     }
+    opening = (recipe.opening_tokens, recipe.opening_weight)
     gain = over_points(
-        recipe.harm_points, lambda point: fisher_pass(session, harm, name=f"harm-{point}", point=point, **common)
+        recipe.harm_points,
+        lambda point: fisher_pass(session, harm, name=f"harm-{point}", point=point, opening=opening, **common),
     )
     cost = fisher_pass(
         session,

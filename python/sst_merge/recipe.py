@@ -49,9 +49,13 @@ class Recipe(BaseModel):
     damping: float = Field(1.0, gt=0, allow_inf_nan=False, description="trace of the damping over that of F_benign")
     folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
     harm_points: list[Point] = Field(
-        list(PATH),
+        ["reference"],
         min_length=1,
         description="where the Fisher of the refusals is taken: the mean over these points of the patch's path",
+    )
+    opening_tokens: int = Field(4, ge=0, description="first tokens of a refusal, which decide it")
+    opening_weight: float = Field(
+        3.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
     )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
     benign_labels: Literal["model", "data"] = Field(
