@@ -1,4 +1,4 @@
-"""`sst-merge merge` in child processes that are killed, terminated or run out of disk: importable by a fork server."""
+"""`sst-merge merge` and `compare` in child processes that are killed, terminated or run out of disk: importable by a fork server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sst_merge import cli, pipeline, report  # noqa: F401 (pipeline: imported once, by the fork server)
+from sst_merge import cli, compare, compare_report, pipeline, report  # noqa: F401 (imported once, by the fork server)
 from tests import merge_cases as cases
 
 KINDS = ("sigkill", "sigterm", "disk full")
@@ -36,28 +36,37 @@ def inputs(folder: Path) -> Path:
     return folder
 
 
-def child(folder: str, output: str, limit: int | None) -> None:
-    """One run of the command, from the checkpoints that an earlier one left."""
+def child(folder: str, output: str, limit: int | None, comparison: bool) -> None:
+    """One run of the command, from what an earlier one left."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     log = open(f"{output}.log", "w")  # noqa: SIM115 (lives as long as the process)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
-    report.write_plots = lambda *_: None  # they take longer than all the rest
+    report.write_plots = compare_report.plot = lambda *_: None  # they take longer than all the rest
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.argv = ["sst-merge", "merge", "-c", f"{folder}/recipe.yml", "-o", output, "--checkpoint-every", "1", "--resume"]
+    merge = ["merge", "-c", f"{folder}/recipe.yml", "--checkpoint-every", "1", "--resume"]
+    sys.argv = ["sst-merge", *(["compare", f"{folder}/compare.yml"] if comparison else merge), "-o", output]
     cli.main()
 
 
-def run(folder: Path, output: Path, kind: str = "none", point: float = 0.0, seconds: float = 0.0) -> tuple[int, str]:
+def run(
+    folder: Path,
+    output: Path,
+    kind: str = "none",
+    point: float = 0.0,
+    seconds: float = 0.0,
+    *,
+    comparison: bool = False,
+) -> tuple[int, str]:
     """Exit code and printed text of a run with one fault; `seconds` is how long an undisturbed run takes."""
     limit = int(2000 + point * 20000) if kind == "disk full" else None
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.merge_faults"])
-    process: Any = server.Process(target=child, args=(str(folder), str(output), limit))
+    process: Any = server.Process(target=child, args=(str(folder), str(output), limit, comparison))
     process.start()
     if kind in ("sigkill", "sigterm"):
         time.sleep(point * seconds)

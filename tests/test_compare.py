@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from sst_merge import compare as comparing
-from sst_merge.compare import Plan, compare
+from sst_merge.compare import compare
+from sst_merge.compare_plan import Comparison
 from sst_merge.compare_report import html, markdown
-from sst_merge.errors import RecipeError
+from sst_merge.errors import MergeError, OutputError, RecipeError
+from sst_merge.methods import evidence
 from sst_merge.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
 from sst_merge.progress import Reporter
 from tests import merge_cases as cases
@@ -42,7 +44,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(world):
-    return compare(Plan.load(world / "compare.yml"), reporter=QUIET)
+    return compare(Comparison.load(world / "compare.yml"), reporter=QUIET)
 
 
 def untimed(report):
@@ -51,7 +53,7 @@ def untimed(report):
 
 
 def test_the_table_comes_out_twice(first, world):
-    again = compare(Plan.load(world / "compare.yml", output=world / "again"), reporter=QUIET)
+    again = compare(Comparison.load(world / "compare.yml", output=world / "again"), reporter=QUIET)
     assert untimed(again) == untimed(first)
 
 
@@ -60,7 +62,7 @@ def test_finished_rows_are_not_measured_again(first, world, monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(comparing._Bench, "_measure", never)
-    assert compare(Plan.load(world / "compare.yml"), reporter=QUIET) == first
+    assert compare(Comparison.load(world / "compare.yml"), reporter=QUIET) == first
 
 
 def test_no_patch_and_plain_are_always_there(first):
@@ -108,18 +110,123 @@ def test_page_embeds_everything_and_loads_nothing(first):
     ("line", "text"),
     [
         ("methods: [tsv_m]", "did you mean 'tsv-m'"),
-        ("methods: sst", "expected methods"),
-        ("strengths: {plain: 1}", "list of numbers"),
+        ("methods: [SST]", "did you mean 'sst'"),
+        ("methods: sst", "methods: Input should be a valid list"),
+        ("methods: [[sst]]", "methods.0: Input should be a valid string"),
+        ("methods: [null]", "methods.0: Input should be a valid string"),
+        ("metods: [sst]", "did you mean 'methods'"),
+        ("strengths: {plain: 1}", "strengths.plain: Input should be a valid list"),
+        ("strengths: {plain: []}", "at least 1 item"),
+        ("strengths: {plain: [.nan]}", "finite number"),
+        ("strengths: {plain: [.inf]}", "finite number"),
+        ("strengths: {plain: [half]}", "valid number"),
+        ("strengths: {plain: [1, 1.0]}", "a number twice"),
+        ("strengths: {plan: [1]}", "did you mean 'plain'"),
+        ("strengths: {dare-ties: [1]}", "not among the methods"),
+        ("strengths: {no patch: [1]}", "has none"),
         ("eval_harm_data: null", "eval_harm_data"),
+        ("eval_safe_data: 1", "eval_safe_data"),
     ],
 )
-def test_wrong_plans_are_refused(world, line, text):
+def test_wrong_recipes_are_refused(world, line, text):
     key = line.split(":")[0]
     lines = [row for row in (world / "compare.yml").read_text().splitlines() if not row.startswith(key)]
     path = world / "wrong.yml"
     path.write_text("\n".join([*lines, line]) + "\n")
     with pytest.raises(RecipeError, match=text):
-        Plan.load(path)
+        Comparison.load(path)
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "no JSON": lambda text: "\0" + text,
+    "a list": lambda text: "[1]",
+    "nested": lambda text: "[" * 100_000,
+    "a number changed": lambda text: re.sub(r'("benign_kl": )[\d.e-]+', r"\g<1>0.5", text),
+    "a key lost": lambda text: text.replace('"refusal_nll"', '"refusal"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_rows_are_measured_again(first, world, tmp_path, monkeypatch, damage):
+    shutil.copytree(world / "out", tmp_path / "out")
+    rows = sorted((tmp_path / "out" / "rows").iterdir())
+    rows[3].write_text(DAMAGES[damage](rows[3].read_text()))
+    shutil.copy(rows[4], rows[5])  # another configuration's row is no better
+    measured, measure = [], comparing._Bench._measure
+
+    def counted(self, adapter, label):
+        measured.append(label)
+        return measure(self, adapter, label)
+
+    monkeypatch.setattr(comparing._Bench, "_measure", counted)
+    again = compare(Comparison.load(world / "compare.yml", output=tmp_path / "out"), reporter=QUIET)
+    assert len(measured) == 2
+    assert untimed(again) == untimed(first)
+
+
+def test_rows_belong_to_data_settings_and_weights(first, world, tmp_path):
+    """Nothing of one comparison is taken over by another with a longer patch, other data or another model at the same place."""
+    for name in ("model", "safety", "task"):
+        shutil.copytree(world / name, tmp_path / name)
+    for file in [*world.glob("*.jsonl"), world / "compare.yml"]:
+        shutil.copy(file, tmp_path)
+    names = set()
+
+    def rows() -> int:
+        compare(Comparison.load(tmp_path / "compare.yml", methods=[], strengths={"plain": [1.0]}), reporter=QUIET)
+        found = {p.name for p in (tmp_path / "out" / "rows").iterdir()}
+        new = len(found - names)
+        names.update(found)
+        return new
+
+    assert rows() == 2
+    assert rows() == 0
+    cases.model(seed=1).save_pretrained(tmp_path / "model")
+    assert rows() == 2
+    cases.write_jsonl(tmp_path / "eval_harm.jsonl", cases.pairs(8, "loot"))
+    assert rows() == 2
+
+
+def test_other_folders_are_left_alone(world, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError):
+            compare(Comparison.load(world / "compare.yml", output=place), reporter=QUIET)
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis.tex", "file"}
+
+
+def test_methods_that_cannot_be_made_say_why(world, tmp_path):
+    """One row to fit on is too little for held-out folds; a KL budget is not negative. The other rows stand."""
+    cases.write_jsonl(tmp_path / "one.jsonl", cases.pairs(1, "bake"))
+    given = {"methods": ["sst", "tsv-m", "sst-diagonal"], "strengths": {"plain": [0.5], "sst": [0.1], "tsv-m": [0.5], "sst-diagonal": [-1]}}  # fmt: skip
+    one = {"harm_data": tmp_path / "one.jsonl", "benign_data": tmp_path / "one.jsonl", "output": tmp_path / "out"}
+    report = compare(Comparison.load(world / "compare.yml", **given, **one), reporter=QUIET)
+    assert [r["method"] for r in report["rows"]] == ["no patch", "plain", "tsv-m"]
+    sst, diagonal = (r["error"] for r in report["refused"])
+    assert "fewer than folds=4" in sst
+    assert "must not be negative" in diagonal
+    assert "fewer than folds=4" in markdown(report)
+    with pytest.raises(MergeError, match="nothing can be compared without 'plain'"):
+        compare(Comparison.load(world / "compare.yml", methods=[], strengths={"plain": [-1]}, output=tmp_path / "minus"), reporter=QUIET)  # fmt: skip
+
+
+def test_each_fisher_is_accumulated_once(world, tmp_path, monkeypatch):
+    passes, run = [], evidence.fisher_pass
+
+    def counted(session, data, **options):
+        passes.append((options["name"], options["structure"], options["space"]))
+        return run(session, data, **options)
+
+    monkeypatch.setattr(evidence, "fisher_pass", counted)
+    names = ["sst", "sst-patched", "sst-frobenius", "sst-module", "sst-top-k", "random-subspace", "diagonal-sst", "fisher-average"]  # fmt: skip
+    given = {"methods": names, "strengths": {"plain": [0.5]} | {n: [0.05, 0.1] for n in names}}
+    report = compare(Comparison.load(world / "compare.yml", output=tmp_path / "out", **given), reporter=QUIET)
+    assert not report["refused"]
+    assert len(passes) == len(set(passes))
+    assert {p[1:] for p in passes} == {("full", "core"), ("diagonal", "factor")}
 
 
 def test_kl_at_is_log_linear_between_non_dominated_points():

@@ -1,13 +1,8 @@
 """`sst-merge compare`: methods × strengths → held-out evaluation → what each buys at equal refusal.
 
-A comparison is a recipe with three more entries:
-
-    methods: [sst, ties, tsv-m]            names in `sst_merge.methods`; "no patch" and "plain" are always there
-    strengths: {ties: [0.3, 1.0]}          instead of a method's own sweep
-    eval_safe_data: safe.jsonl             safe prompts that sound dangerous, for the over-refusal rate
-
 Every measured configuration is one file in OUTPUT/rows, named by a digest of all that it depends on: a killed run
-continues, a changed recipe measures what changed, and equal configurations are never measured twice.
+continues, a changed recipe measures what changed, equal configurations are never measured twice, and a damaged row is
+measured again.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,67 +23,26 @@ import torch
 import sst_kernels
 
 from .adapters import Adapter
+from .compare_plan import ALWAYS, Comparison
 from .data import Dataset, load_dataset
-from .errors import MergeError, RecipeError
+from .errors import MergeError, OutputError, headlined
 from .evaluate import Evaluator
-from .methods import Evidence, Inputs, Method, find
+from .methods import Evidence, Inputs, Method
+from .output import check_output, output_file
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
+from .paths import expanded
 from .pipeline import load_data
 from .progress import Reporter
-from .recipe import Recipe, read_yaml
 from .session import Session, open_session
 
-ALWAYS = ("no patch", "plain")
-DEFAULT = (
-    "sst",
-    "sst-module",
-    "diagonal-sst",
-    "fisher-average",
-    "regmean",
-    "ties",
-    "dare-linear",
-    "tsv-m",
-    "random-subspace",
-)
 NUMBERS = ("refusal_nll", "refusal_rate", "benign_kl", "benign_nll", "over_refusal")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared: the recipe of the inputs, and (method, strengths) in order."""
-
-    recipe: Recipe
-    sweeps: tuple[tuple[Method, tuple[float, ...]], ...]
-    safe_data: Path | None = None
-
-    @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Plan:
-        """Read a comparison. Raises RecipeError for unknown methods, strengths that are no lists, or missing evaluation data."""
-        values = {**read_yaml(path), **overrides}
-        names, strengths, safe = (values.pop(key, None) for key in ("methods", "strengths", "eval_safe_data"))
-        names, strengths = list(DEFAULT) if names is None else names, strengths or {}
-        if not isinstance(names, list) or not isinstance(strengths, dict):
-            raise RecipeError(f"{path}: expected methods: [name, …] and strengths: {{name: [number, …]}}")
-        for name, given in strengths.items():
-            if not isinstance(given, list) or not all(isinstance(s, int | float) for s in given) or not given:
-                raise RecipeError(f"{path}: strengths of {name}: expected a list of numbers, got {given!r}")
-        recipe = Recipe.parse(values, where=str(path))
-        if recipe.eval_harm_data is None or recipe.eval_benign_data is None:
-            raise RecipeError(
-                f"{path}: a comparison needs eval_harm_data and eval_benign_data, apart from the fitting data"
-            )
-        methods = [find(name) for name in dict.fromkeys([*ALWAYS, *names])]
-        for name in strengths:
-            find(name)
-        sweeps = tuple((m, tuple(map(float, strengths.get(m.name, m.strengths)))) for m in methods)
-        return cls(recipe, sweeps, Path(path).parent / safe if safe else None)
 
 
 @dataclass
 class _Bench:
     """The open session with its evaluators, and where rows are kept."""
 
-    plan: Plan
+    recipe: Comparison
     session: Session
     data: Mapping[str, Dataset]
     folder: Path
@@ -98,30 +52,32 @@ class _Bench:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def row(self, method: Method, strength: float) -> dict[str, Any]:
+        """One configuration, measured or read; where a method refuses its inputs, {"error": the reason}."""
         file = self.folder / f"{self._digest(method, strength)}.json"
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+        kept = _read(file, self.session.reporter)
+        if kept is not None:
+            return kept
         row = {"method": method.name, "strength": strength, "needs": list(method.needs)}
         try:
             start = time.perf_counter()
-            adapter = method.merge(self.inputs, strength)
-            row |= {
-                "merge_seconds": time.perf_counter() - start,
-                **self._measure(adapter, f"{method.name} {strength:g}"),
-            }
-        except MergeError as error:
+            with headlined("cannot be merged"):
+                adapter = method.merge(self.inputs, strength)
+            seconds = time.perf_counter() - start
+            row |= {"merge_seconds": seconds, **self._measure(adapter, f"{method.name} {strength:g}")}
+        except (MergeError, torch.linalg.LinAlgError) as error:
             return row | {"error": str(error)}
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(row), encoding="utf-8")
-        os.replace(partial, file)
+        with output_file(file, force=True) as partial:
+            partial.write_text(json.dumps({"seal": _seal(file, row), "row": row}, allow_nan=False), encoding="utf-8")
         return row
 
     def _measure(self, adapter: Adapter, label: str) -> dict[str, Any]:
-        recipe, device = self.plan.recipe, next(self.session.model.parameters()).device
+        recipe, device = self.recipe, next(self.session.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         result = self.session.measure(self.evaluator, adapter, label, generate_tokens=recipe.generate_tokens)
+        if not all(map(math.isfinite, (result.refusal_nll, result.benign_nll, result.benign_kl))):
+            raise MergeError("the merged model predicts no finite probabilities; take a smaller strength")
         row: dict[str, Any] = {**result.summary(), "prompts": result.prompts, "over_refusal": None}
         if self.safe is not None and recipe.generate_tokens:
             safe = self.session.measure(self.safe, adapter, f"{label}: safe", generate_tokens=recipe.generate_tokens)
@@ -138,33 +94,38 @@ class _Bench:
         return _digest(self.facts | {"method": method.name, "variant": method.variant, "strength": strength})
 
 
-def compare(plan: Plan, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def compare(recipe: Comparison, *, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run a comparison, or the rest of it, and write its report. Returns the report (see `summarise`).
 
-    Raises MergeError for unusable inputs. A method that refuses its inputs becomes a row with its reason.
+    A method that refuses its inputs becomes a row with its reason. Raises MergeError for unusable inputs and outputs, and when
+    the unpatched model or plain addition, beside which all else is read, cannot be measured.
     """
     from .compare_report import write
 
-    recipe, reporter = plan.recipe, reporter or Reporter()
-    folder = Path(recipe.output)
-    (folder / "rows").mkdir(parents=True, exist_ok=True)
-    bench = _open(plan, folder / "rows", reporter)
-    rows = []
-    for method, strength in _configurations(plan):
-        rows.append(bench.row(method, strength))
-        reporter.say(_line(rows[-1]))
-    report = summarise(plan, rows, bench.data)
+    reporter = reporter or Reporter()
+    folder = _claim(recipe.output)
+    if recipe.unused:
+        reporter.say(f"[yellow]{', '.join(recipe.unused)}: not used, the methods of a comparison decide these")
+    bench = _open(recipe, folder / "rows", reporter)
+    rows: list[dict[str, Any]] = []
+    for method, strengths in recipe.sweeps:
+        for strength in strengths:
+            rows.append(bench.row(method, strength))
+            reporter.say(_line(rows[-1]))
+        if method.name in ALWAYS and all("error" in r for r in rows[-len(strengths) :]):
+            raise MergeError(f"nothing can be compared without {method.name!r}: {rows[-1]['error']}")
+    report = summarise(recipe, rows, bench.data)
     write(report, rows, folder)
     return report
 
 
 def summarise(
-    plan: Plan, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Dataset], *, draws: int = 1000
+    recipe: Comparison, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Dataset], *, draws: int = 1000
 ) -> dict[str, Any]:
     """The comparison without its prompts: `rows` with intervals and ratios, `methods` with dominated areas, `context`."""
     good = [r for r in rows if "error" not in r]
     points = [_sums(r, data) for r in good]
-    resample = Resample(len(points[0][0]), len(points[0][1]), draws=draws, seed=plan.recipe.seed)
+    resample = Resample(len(points[0][0]), len(points[0][1]), draws=draws, seed=recipe.seed)
     curves = {
         name: _curve(good, points, lambda r, n=name: r["method"] in (n, "no patch"))
         for name in {r["method"]: 0 for r in good}
@@ -185,51 +146,66 @@ def summarise(
         "methods": [
             {"name": m.name, "source": m.source, "variant": m.variant, "strength": m.strength, "needs": list(m.needs)}
             | {"hypervolume": _finite(hypervolume(curves[m.name], corner, resample))}
-            for m, _ in plan.sweeps
+            for m, _ in recipe.sweeps
             if m.name in curves
         ],
         "context": {
             "corner": list(corner),
             "bootstrap": draws,
-            "recipe": plan.recipe.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
             "data": {name: d.summary() for name, d in data.items()},
             "versions": {"sst_kernels": sst_kernels.__version__, "torch": torch.__version__},
         },
     }
 
 
-def _open(plan: Plan, folder: Path, reporter: Reporter) -> _Bench:
-    recipe = plan.recipe
+def _claim(output: Path) -> Path:
+    """The output folder: new, empty, or that of an earlier comparison. Raises OutputError."""
+    folder = expanded(output).absolute()
+    if not os.path.isdir(folder / "rows"):
+        if os.path.isdir(folder) and os.listdir(folder):
+            raise OutputError(f"{folder}: holds something else than an earlier comparison; choose another output")
+        check_output(folder, force=False)
+    return folder
+
+
+def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
     )
-    data = dict(load_data(recipe, session.tokenizer))
-    if plan.safe_data is not None:
-        data["eval_safe"] = load_dataset(
-            plan.safe_data, session.tokenizer, max_length=recipe.max_length, limit=recipe.limit
-        )
+    data = load_data(recipe, session.tokenizer)
+    if recipe.eval_safe_data is not None:
+        options: dict[str, Any] = {k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines")}
+        data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
+    for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
+        if seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}:
+            reporter.say(f"[yellow]{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
     common: dict[str, Any] = {
         "reference": session.reference,
         "tokens_per_batch": recipe.tokens_per_batch,
         "reporter": reporter,
     }
-    evidence = Evidence(session, data["harm"], data["benign"], recipe.tokens_per_batch, recipe.label_draws, recipe.seed)
+    settings = (
+        *("dtype", "seed", "generate_tokens", "tokens_per_batch", "label_draws", "opening_tokens", "opening_weight"),
+        *("damping", "folds", "rank"),
+    )
     facts = {
         "version": sst_kernels.__version__,
-        "model": recipe.model,
+        "model": _weights(session.model),
         "adapters": [session.safety.sha256, session.task.sha256 if session.task is not None else ""],
-        "data": {name: (d.sha256, len(d)) for name, d in data.items()},
-        "settings": [
-            recipe.dtype,
-            recipe.seed,
-            recipe.max_length,
-            recipe.generate_tokens,
-            recipe.label_draws,
-            recipe.rank,
-        ],
+        "data": {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()},
+        "settings": {name: getattr(recipe, name) for name in settings},
     }
+    evidence = Evidence(
+        session,
+        data["harm"],
+        data["benign"],
+        **{name: getattr(recipe, name) for name in ("tokens_per_batch", "damping", "folds", "seed")},
+        draws=recipe.label_draws,
+        opening=(recipe.opening_tokens, recipe.opening_weight),
+    )
     return _Bench(
-        plan, session, data, folder,
+        recipe, session, data, folder,
         Inputs(session.task, session.safety, evidence, recipe.rank, recipe.seed),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_harm"], benign=data["eval_benign"], **common),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_safe"], **common) if "eval_safe" in data else None,
@@ -237,8 +213,33 @@ def _open(plan: Plan, folder: Path, reporter: Reporter) -> _Bench:
     )  # fmt: skip
 
 
-def _configurations(plan: Plan) -> Iterator[tuple[Method, float]]:
-    return ((method, strength) for method, strengths in plan.sweeps for strength in strengths)
+def _weights(model: torch.nn.Module) -> str:
+    """A hash of names, shapes and some values of every weight but the adapters': another model of the same shape differs."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            flat = weight.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path, reporter: Reporter) -> dict[str, Any] | None:
+    """The row in a file; None where there is none, or what stands there is not what was written under that name."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["seal"] == _seal(file, kept["row"]):
+            return kept["row"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    reporter.say(f"[yellow]{file}: damaged, so it is measured again")
+    return None
+
+
+def _seal(file: Path, row: Any) -> str:
+    return _digest([file.name, row])
 
 
 def _sums(row: Mapping[str, Any], data: Mapping[str, Dataset]) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +261,7 @@ def _finite(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values]
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
+def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 

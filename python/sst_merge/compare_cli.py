@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .paths import expanded
 from .progress import Reporter
 
 
@@ -22,12 +23,14 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")] = False,
 ) -> None:
     """Compare merging methods on held-out prompts: Pareto table and plot, at equal refusal, as Markdown, JSON and HTML."""
-    from .compare import Plan
     from .compare import compare as run
+    from .compare_plan import Comparison
     from .compare_report import markdown_table
 
     given: dict[str, Any] = {"output": output, "limit": limit, "seed": seed, "device": device, "dtype": dtype}
-    plan = Plan.load(recipe, **{k: v for k, v in given.items() if v is not None})
-    report = run(plan, reporter=Reporter(quiet))
+    comparison = Comparison.load(recipe, **{k: v for k, v in given.items() if v is not None})
+    report = run(comparison, reporter=Reporter(quiet))
     typer.echo("\n".join(markdown_table(report)))
-    typer.echo(f"\nwritten to {Path(plan.recipe.output).absolute()}: report.md, report.json, compare.html, pareto.png")
+    typer.echo(
+        f"\nwritten to {expanded(comparison.output).absolute()}: report.md, report.json, compare.html, pareto.png"
+    )

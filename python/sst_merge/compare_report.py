@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from .output import output_file
 
 UNITS = (
     "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratio: benign KL "
@@ -109,7 +110,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         )
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, ncols=2)
-        figure.savefig(path)
+        with output_file(path, force=True) as partial:
+            figure.savefig(partial, format="png")
 
 
 def _script(value: Any) -> Any:
@@ -121,9 +123,8 @@ def _script(value: Any) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with output_file(path, force=True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _span(values: Sequence[float | None], digits: int) -> str:

@@ -22,7 +22,7 @@ def find(name: str) -> Method:
     """The method of that name. Raises RecipeError with the nearest one."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.4)
     raise RecipeError(
         f"unknown method {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}")
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 import sst_kernels as sst
 
 from ..data import Dataset, batches
+from ..errors import headlined
 from ..pipeline import fisher_pass, over_points
 from ..recipe import PATH
 from ..session import SAFETY, TASK, Session
@@ -21,52 +22,69 @@ from ..session import SAFETY, TASK, Session
 
 @dataclass
 class Evidence:
-    """Fitting data on a session. `draws`: label draws per benign prompt. Everything asked for is kept."""
+    """Fitting data on a session. `draws`: label draws per benign prompt. Everything asked for is made once and kept."""
 
     session: Session
     harm: Dataset
     benign: Dataset
     tokens_per_batch: int = 1024
     draws: int = 2
+    damping: float = 1.0
+    folds: int = 4
+    opening: tuple[int, float] = (4, 3.0)
     seed: int = 0
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def fishers(
-        self, structure: str = "full", *, space: str = "core", scope: str = "global", point: str = "path"
+        self, structure: str = "full", *, space: str = "core", point: str = "reference", weighted: bool = False
     ) -> tuple[sst.Fisher, sst.Fisher]:
-        """(gain, cost): refusals with the data's labels at `point` or along the "path"; benign answers with drawn labels at the reference."""
+        """(gain, cost): refusals with the data's labels at `point` or along the "path"; benign answers with drawn labels at the reference.
+
+        weighted: the first words of refusals weigh more, as `opening` (their number, their weight) says.
+
+        Both keep what they can of the correlations between modules, from which either scope is solved.
+        """
         over = partial(
             fisher_pass,
             self.session,
             structure=structure,
             space=space,
-            scope=scope,
             tokens_per_batch=self.tokens_per_batch,
             seed=self.seed,
         )
 
         def at(point: str | float) -> sst.Fisher:
-            key = ("gain", structure, space, scope, point)
-            return self._once(key, lambda: over(self.harm, name=f"harm-{point}", point=point))
+            key = ("gain", structure, space, point, weighted)
+            opening = self.opening if weighted else None
+            return self._once(key, lambda: over(self.harm, name=f"harm-{point}", point=point, opening=opening))
 
-        key = ("gain", structure, space, scope, "path")
-        gain = (
-            at(point) if point != "path" else self._once(key, lambda: over_points(PATH, lambda p: copy.deepcopy(at(p))))
-        )
+        def along_path() -> sst.Fisher:
+            return over_points(PATH, lambda p: copy.deepcopy(at(p)))
+
+        gain = at(point) if point != "path" else self._once(("gain", structure, space, "path", weighted), along_path)
         cost = self._once(
-            ("cost", structure, space, scope),
+            ("cost", structure, space),
             lambda: over(self.benign, name="benign", point="reference", labels="model", draws=self.draws),
         )
         return gain, cost
 
     def subspace(
-        self, structure: str = "full", *, scope: str = "global", point: str = "path", metric: str = "kronecker"
+        self,
+        structure: str = "full",
+        *,
+        scope: str = "global",
+        point: str = "reference",
+        metric: str = "kronecker",
+        weighted: bool = True,
     ) -> sst.Subspace:
-        gain, cost = self.fishers(structure, scope=scope, point=point)
-        return self._once(
-            ("subspace", structure, scope, point, metric),
-            lambda: sst.subspace(gain, cost, scope=scope, metric=metric, mix_points=True),
-        )
+        def solve() -> sst.Subspace:
+            gain, cost = self.fishers(structure, point=point, weighted=weighted)
+            with headlined("the pencil cannot be solved"):
+                return sst.subspace(
+                    gain, cost, scope=scope, metric=metric, damping=self.damping, folds=self.folds, mix_points=True
+                )
+
+        return self._once(("subspace", structure, scope, point, metric, weighted), solve)
 
     def grams(self, side: str) -> dict[str, Tensor]:
         """Σ_t x_t xᵀ_t [d_in, d_in] float64 of every adapted module's input, over the tokens of one side's data."""
