@@ -12,51 +12,55 @@ target (Ledoit and Wolf 2004), where the Frobenius metric calls all of them equa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Block
 
-_CHUNK = 8  # rows that are changed at once: their temporaries stay small beside all rows
+_WIDTH = 1024  # columns that are changed at once: they stay in a core's cache beside all rows' other columns
+_PANEL = 256  # columns of a symmetric product that are computed at once, from the diagonal down
 _LEVEL = 1e-3  # share of the Kronecker metric that is the Frobenius one: nothing is free because no sample has shown its cost
 
-Moments = Mapping[str, tuple[Tensor, Tensor]]
+Moments = list[Tensor]
 
 
 @dataclass(frozen=True)
 class _Charts:
-    """All modules of one rank: z = U (scale ∘ (Uᵀ left S right V)) Vᵀ, all [M, r, r], `where` [M·r²] among the coordinates.
-
-    A symmetric root of the metric, whatever signs and order the eigenvectors U and V have.
-    """
+    """Neighbouring modules of one rank: z = scale ∘ (left S right), all [M, r, r], the columns `where` of the coordinates."""
 
     names: list[str]
-    where: Tensor
+    where: slice
     left: Tensor
     right: Tensor
     left_inverse: Tensor
     right_inverse: Tensor
-    u: Tensor
-    v: Tensor
     scale: Tensor
 
     def forward(self, cores: Tensor) -> Tensor:
         """S [M, r, r] -> z."""
-        return self.u @ (self.scale * (self.u.mT @ self.left @ cores @ self.right @ self.v)) @ self.v.mT
+        return self.scale * (self.left @ cores @ self.right)
 
     def inverse(self, z: Tensor) -> Tensor:
         """z [M, r, r] -> S."""
-        x = self.u @ (self.u.mT @ z @ self.v / self.scale) @ self.v.mT
-        return self.left_inverse @ x @ self.right_inverse
+        return self.left_inverse @ (z / self.scale) @ self.right_inverse
 
-    def gradients(self, rows: Tensor) -> Tensor:
-        """∂L/∂S -> ∂L/∂z of [N, M, r, r]."""
-        x = _sandwich(self.u.mT @ self.left_inverse, rows, self.right_inverse @ self.v) / self.scale
-        return _sandwich(self.u, x, self.v.mT)
+    def gradients(self, cores: Tensor) -> Tensor:
+        """∂L/∂S -> ∂L/∂z of [M, r, r, N]: samples last, so that both products take all of them at once."""
+        x = torch.matmul(self.right_inverse[:, None], cores)
+        x = torch.bmm(self.left_inverse.mT, x.flatten(2)).view(cores.shape)
+        return x.div_(self.scale[..., None])
+
+    def load(self, rows: Sequence[Tensor]) -> Tensor:
+        """These modules' part of gradients [Nᵢ, n] of any float dtype, as [M, r, r, Σ Nᵢ] float64."""
+        counts = [len(own) for own in rows]
+        out = self.scale.new_empty(self.scale.numel(), sum(counts))
+        for own, part in zip(rows, out.split(counts, 1)):
+            part.copy_(own[:, self.where].T)
+        return out.view(*self.scale.shape, -1)
 
 
 class Coordinates:
@@ -75,34 +79,47 @@ class Coordinates:
             self.slices[block.name] = slice(self.size, self.size + block.size)
             self.size += block.size
         self._charts: list[_Charts] = []
-        for names, (values, vectors) in _eigen({block.name: metric[block.module] for block in blocks}):
+        for group in _neighbours(blocks):
+            names = [block.name for block in group]
+            pairs = torch.stack([torch.stack(tuple(metric[block.module])) for block in group], 1)
+            values, vectors = torch.linalg.eigh(pairs.to("cpu", torch.float64))
             live = values > values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps * 8
             root = torch.where(live, values, 0).sqrt()
             inverse = torch.where(live, 1 / torch.where(live, root, 1), 0)
             roots, inverses = ((vectors * x[..., None, :] @ vectors.mT).to(device) for x in (root, inverse))
-            one = torch.eye(values.shape[-1], dtype=torch.float64, device=device).expand_as(roots[:, 0])
-            where = torch.cat([torch.arange(self.slices[name].start, self.slices[name].stop) for name in names])
-            (left, right), (left_inverse, right_inverse) = roots.unbind(1), inverses.unbind(1)
+            where = slice(self.slices[names[0]].start, self.slices[names[-1]].stop)
+            (left, right), (left_inverse, right_inverse) = roots, inverses
             ones = torch.ones_like(left)
-            self._charts.append(
-                _Charts(names, where.to(device), left, right, left_inverse, right_inverse, one, one, ones)
-            )
+            self._charts.append(_Charts(names, where, left, right, left_inverse, right_inverse, ones))
 
     def kronecker(self, moments: Moments) -> Coordinates:
-        """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has."""
-        found = {tuple(names): pairs for names, pairs in _eigen(moments)}
-        shapes = []
-        for charts in self._charts:
-            values = found[tuple(charts.names)][0].clamp_min(0)
-            trace = values[:, 0].sum(1)[:, None, None]
-            shapes.append(values[:, 0, :, None] * values[:, 1, None, :] / torch.where(trace > 0, trace, 1))
+        """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has.
+
+        `moments` are of gradients in Frobenius coordinates, times any positive number. z is turned into their eigenvectors,
+        whose signs and order change no pencil.
+        """
+        shapes, bases = [], []
+        for pairs in moments:
+            # Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
+            values, vectors = torch.linalg.eigh(pairs.cpu())
+            across, down = values.clamp_min(0)
+            trace = across.sum(1)[:, None, None]
+            shapes.append(across[:, :, None] * down[:, None, :] / torch.where(trace > 0, trace, 1))
+            bases.append(vectors)
         mean = sum(float(shape.sum()) for shape in shapes) / self.size
         out = copy.copy(self)
         out._charts = []
-        for charts, shape in zip(self._charts, shapes):
-            u, v = found[tuple(charts.names)][1].to(charts.left.device).unbind(1)
-            scale = ((1 - _LEVEL) * shape / mean + _LEVEL).sqrt().to(u.device)
-            out._charts.append(replace(charts, u=u, v=v, scale=scale))
+        for charts, shape, basis in zip(self._charts, shapes, bases):
+            u, v = basis.to(charts.left.device)
+            turned = replace(
+                charts,
+                left=u.mT @ charts.left,
+                right=charts.right @ v,
+                left_inverse=charts.left_inverse @ u,
+                right_inverse=v.mT @ charts.right_inverse,
+                scale=((1 - _LEVEL) * shape / mean + _LEVEL).sqrt().to(u.device),
+            )
+            out._charts.append(turned)
         return out
 
     def patch(self) -> Tensor:
@@ -112,76 +129,74 @@ class Coordinates:
 
     def from_cores(self, cores: Mapping[str, Tensor]) -> Tensor:
         """z [n] of S [r, r] per module."""
-        out = torch.empty(self.size, dtype=torch.float64, device=self._charts[0].left.device)
-        for charts in self._charts:
-            stacked = torch.stack([cores[name].to(charts.left) for name in charts.names])
-            out[charts.where] = charts.forward(stacked).flatten()
-        return out
+        parts = (c.forward(torch.stack([cores[name].to(c.left) for name in c.names])).flatten() for c in self._charts)
+        return torch.cat(list(parts))
 
     def to_cores(self, z: Tensor) -> dict[str, Tensor]:
         """S [r, r] float64 per module, of z [n]."""
-        found: dict[str, Tensor] = {}
+        cores: dict[str, Tensor] = {}
         for charts in self._charts:
-            found |= zip(charts.names, charts.inverse(z[charts.where].reshape(charts.left.shape)))
-        return {name: found[name] for name in self.slices}
+            cores |= zip(charts.names, charts.inverse(z[charts.where].reshape(charts.left.shape)))
+        return cores
 
-    def gradients(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Per-sample gradients [N, n] with respect to S (any float dtype) -> with respect to z, float64; into `out` if given."""
-        out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device) if out is None else out
+    def gradients(self, *rows: Tensor) -> Tensor:
+        """Per-sample gradients [Nᵢ, n] with respect to S (any float dtype) -> all with respect to z [Σ Nᵢ, n], float64."""
+        out = torch.empty(sum(map(len, rows)), self.size, dtype=torch.float64, device=rows[0].device)
         for charts in self._charts:
-            for own, part in zip(rows.split(_CHUNK), out.split(_CHUNK)):
-                cores = own[:, charts.where].double().reshape(-1, *charts.left.shape)
-                part[:, charts.where] = charts.gradients(cores).flatten(1)
+            out[:, charts.where] = charts.gradients(charts.load(rows)).flatten(0, 2).T
         return out
 
     def matrices(self, fishers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The modules' Fishers [r², r²] in S coordinates -> in z coordinates."""
         found: dict[str, Tensor] = {}
         for charts in self._charts:
-            stacked = torch.stack([fishers[name].to(charts.left) for name in charts.names], 1)  # [r², M, r²]
+            stacked = torch.stack([fishers[name].to(charts.left) for name in charts.names])
             for _ in range(2):
-                rows = charts.gradients(stacked.reshape(len(stacked), *charts.left.shape)).flatten(2)
-                stacked = rows.permute(2, 1, 0)
-            found |= zip(charts.names, stacked.permute(1, 2, 0))
-        return {name: found[name] for name in self.slices}
+                stacked = charts.gradients(stacked.reshape(*charts.left.shape, -1)).flatten(1, 2).mT
+            found |= zip(charts.names, stacked)
+        return found
 
-    def moments(self, rows: Tensor) -> Moments:
-        """E[CCᵀ] and E[CᵀC] [r, r] per module, of gradients [N, n] with respect to z."""
-        out: dict[str, tuple[Tensor, Tensor]] = {}
+    def moments(self, rows: Tensor, parts: Sequence[Tensor | slice]) -> list[Moments]:
+        """ΣCCᵀ and ΣCᵀC [2, M, r, r] of all neighbours, over each of the `parts` of gradients [N, n] with respect to S."""
+        out: list[Moments] = [[] for _ in parts]
         for charts in self._charts:
-            sums = torch.zeros(2, *charts.left.shape, dtype=torch.float64, device=rows.device)
-            for own in rows.split(_CHUNK):
-                cores = own[:, charts.where].reshape(-1, *charts.left.shape).transpose(0, 1)
-                across, down = cores.mT.flatten(1, 2), cores.flatten(1, 2)
-                sums += torch.stack([across.mT @ across, down.mT @ down])
-            across, down = sums / len(rows)
-            out |= zip(charts.names, zip(across, down))
+            cores = charts.gradients(charts.load([rows]))
+            for part, moments in zip(parts, out):
+                own = cores[..., part]
+                across, down = own.flatten(2), own.transpose(1, 2).flatten(2)
+                moments.append(torch.stack([across @ across.mT, down @ down.mT]))
+        return out
+
+    def matrix_moments(self, fishers: Mapping[str, Tensor]) -> Moments:
+        """The same of the modules' Fishers [r², r²] in z coordinates: their partial traces."""
+        out = []
+        for charts in self._charts:
+            r = charts.left.shape[-1]
+            split = torch.stack([fishers[name] for name in charts.names]).reshape(-1, r, r, r, r)
+            out.append(torch.stack([torch.einsum("mijkj->mik", split), torch.einsum("mijil->mjl", split)]))
         return out
 
 
-def matrix_moments(fisher: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of a module's Fisher [r², r²] in z coordinates: its partial traces."""
-    r = isqrt(len(fisher))
-    split = fisher.reshape(r, r, r, r)
-    return torch.einsum("ijkj->ik", split), torch.einsum("ijil->jl", split)
+def products(rows: Sequence[Tensor], coordinates: Sequence[Coordinates]) -> list[Tensor]:
+    """Inner products [N, N] of gradients [Nᵢ, n], N = Σ Nᵢ, in each of the `coordinates` of the same modules.
 
-
-def _sandwich(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
-    """left x right of x [N, M, r, r] and [M, r, r]: two products for each of the M, whatever N."""
-    n, m, r, _ = x.shape
-    x = x.transpose(0, 1).reshape(m, n * r, r) @ right
-    x = x.reshape(m, n, r, r).mT.reshape(m, n * r, r) @ left.mT
-    return x.reshape(m, n, r, r).mT.transpose(0, 1)
-
-
-def _eigen(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterable[tuple[list[str], tuple[Tensor, Tensor]]]:
-    """Names and eigenpairs ([M, 2, r], [M, 2, r, r], float64, CPU) of the pairs of one size.
-
-    Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
+    Nothing of n columns is stored: neighbours are loaded once, changed into each of the coordinates and multiplied.
     """
-    by_rank: dict[int, list[str]] = {}
-    for name, (left, _) in pairs.items():
-        by_rank.setdefault(len(left), []).append(name)
-    for names in by_rank.values():
-        stacked = torch.stack([torch.stack(tuple(pairs[name])) for name in names]).to("cpu", torch.float64)
-        yield names, tuple(torch.linalg.eigh(stacked))
+    count = sum(map(len, rows))
+    grams = [torch.zeros(count, count, dtype=torch.float64, device=rows[0].device) for _ in coordinates]
+    for charts in zip(*(z._charts for z in coordinates)):
+        cores = charts[0].load(rows)
+        for own, gram in zip(charts, grams):
+            x = own.gradients(cores).flatten(0, 2)
+            for i in range(0, count, _PANEL):
+                gram[i:, i : i + _PANEL].addmm_(x[:, i:].T, x[:, i : i + _PANEL])
+    return [gram.tril() + gram.tril(-1).T for gram in grams]
+
+
+def _neighbours(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """Runs of blocks of one size, of at most _WIDTH columns where one block is not wider."""
+    for size, run in groupby(blocks, lambda block: block.size):
+        members = list(run)
+        step = max(1, _WIDTH // size)
+        for i in range(0, len(members), step):
+            yield members[i : i + step]

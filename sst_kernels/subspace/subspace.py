@@ -14,7 +14,8 @@ from torch import Tensor
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.gevp import LowRank
 from sst_kernels.profiling import stage
-from sst_kernels.subspace.coordinates import Coordinates, matrix_moments
+from sst_kernels.subspace.coordinates import Coordinates, products
+from sst_kernels.subspace.crossfit import Fold, complement, folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Weights
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.rowspace import RowSpace
@@ -97,13 +98,9 @@ class _System:
     gain: Tensor
     cost: Tensor
 
-
-@dataclass
-class _Fold:
-    """Spectra of the pencil without some rows of one side, and those rows, in the pencil's coordinates."""
-
-    spectra: list[Spectrum]
-    held: Tensor
+    def products(self) -> Tensor:
+        """Inner products of all rows, the gain's first."""
+        return self.space.rows @ self.space.rows.T
 
 
 @dataclass
@@ -127,7 +124,7 @@ class Subspace:
         device = next(iter(self.gain.values())).device
         frobenius = Coordinates(list(self.gain.blocks.values()), self.gain.metric, device)
         self._labels = self.cost.counts.labels / self.cost.counts.sequences
-        self._cost_folds: list[_Fold] = []
+        self._cost_folds: list[Fold] = []
         self._system: _System | None = None
         if self._has_rows or self.scope == "global":
             self._from_rows(frobenius, device)
@@ -140,37 +137,48 @@ class Subspace:
         for name, rows in zip(("gain", "cost"), given):
             if not isfinite(float(torch.linalg.vector_norm(rows, dtype=torch.float64))):
                 raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
-        cost = frobenius.gradients(given[1])
-        self._epsilon = self._absolute(float(cost.square().sum()) / len(cost), cost.shape[1])
-        kept: list[Tensor] = []
+        folds: list[Tensor] = []
         if self._has_rows:
             self._gain_fold, of_cost = (
-                _folds_of(f.groups, self.folds, n) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
+                folds_of(f.groups, self.folds, n).to(device) for f, n in ((self.gain, "gain"), (self.cost, "cost"))
             )
-            kept = [of_cost != fold for fold in range(self.folds)]
-        charts = [frobenius] * (1 + len(kept))
+            folds = [of_cost == fold for fold in range(self.folds)]
+        charts = [frobenius] * (1 + len(folds))
+        sums = frobenius.moments(given[1], folds or [slice(None)])
+        moments = [torch.stack(x) for x in zip(*sums)]  # of each neighbourhood [folds, 2, M, r, r]
+        total = sum(float(x[:, 0].diagonal(dim1=-2, dim2=-1).sum()) for x in moments)
+        self._epsilon = self._absolute(total / len(given[1]), frobenius.size)
         if self.metric == "kronecker":
-            parts: list[slice | Tensor] = [slice(None), *kept]
-            charts = [frobenius.kronecker(frobenius.moments(cost[part])) for part in parts]
-        del cost
+            every = list(range(len(sums)))
+            parts = [every, *([j for j in every if j != i] for i in range(len(folds)))]
+            charts = [frobenius.kronecker([x[part].sum(0) for x in moments]) for part in parts]
         self._system = own = self._in(charts[0], given)
         self._z, self._patch, self._slices = own.z, own.patch, own.space.slices
         self._spectra = self._solve(own)
-        self._cost_folds = [self._without(~inside, z, given) for inside, z in zip(kept, charts[1:])]
+        self._by_products = bool(folds) and self.scope == "global" and sum(map(len, given)) <= frobenius.size
+        self._cost_folds = self._without_cost(folds, charts[1:], given)
 
-    def _without(self, held: Tensor, z: Coordinates, given: tuple[Tensor, Tensor]) -> _Fold:
-        """The pencil in z without the cost rows `held`."""
-        assert self._system is not None
-        system = self._system if z is self._system.z else self._in(z, given)
-        return _Fold(self._solve(system, cost=~held), system.cost[held])
+    def _without_cost(self, folds: list[Tensor], charts: list[Coordinates], given: tuple[Tensor, Tensor]) -> list[Fold]:
+        """The pencils without each of the `folds` of cost rows, in its own of the `charts`."""
+        own = self._system
+        assert own is not None
+        if not self._by_products:
+            systems = (own if z is own.z else self._in(z, given) for z in charts)
+            return [Fold.of_spectra(self._solve(s, cost=~held), s.cost[held]) for s, held in zip(systems, folds)]
+        grams = [own.products()] * len(folds) if charts[0] is own.z else products(given, charts)
+        count, images, out = len(own.gain), own.gain @ own.patch, []
+        for gram, held in zip(grams, folds):
+            kept = torch.cat([held.new_zeros(count), ~held])
+            rest = complement(gram, kept, self._epsilon)
+            out.append(Fold.of_complement(rest, slice(0, count), slice(count, None), images))
+        return out
 
     def _from_blocks(self, frobenius: Coordinates, device: torch.device) -> None:
         self._z = frobenius
         cost = dense_blocks(self.cost, frobenius, device)
         self._epsilon = self._absolute(sum(float(b.trace()) for b in cost), frobenius.size)
         if self.metric == "kronecker":
-            moments = {name: matrix_moments(block) for name, block in zip(self.cost, cost)}
-            self._z = frobenius.kronecker(moments)
+            self._z = frobenius.kronecker(frobenius.matrix_moments(dict(zip(self.cost, cost))))
             cost = dense_blocks(self.cost, self._z, device)
         self._blocks = dense_blocks(self.gain, self._z, device), cost
         self._patch, self._slices = self._z.patch().to(device), list(self._z.slices.values())
@@ -178,13 +186,10 @@ class Subspace:
 
     def _in(self, z: Coordinates, given: tuple[Tensor, Tensor]) -> _System:
         """Gain and cost rows [N, n] with respect to S, moved into z and there into the space they span."""
-        counts = [len(rows) for rows in given]
-        rows = torch.empty(sum(counts), z.size, dtype=torch.float64, device=given[0].device)
-        for own, part in zip(given, rows.split(counts)):
-            z.gradients(own, out=part)
+        rows = z.gradients(*given)
         space = RowSpace(rows, [slice(0, z.size)] if self.scope == "global" else list(z.slices.values()))
         patch = space.project(z.patch().to(rows.device)[:, None])[:, 0]
-        return _System(z, space, patch, *space.rows.split(counts))
+        return _System(z, space, patch, *space.rows.split([len(own) for own in given]))
 
     @property
     def values(self) -> Tensor:
@@ -341,26 +346,26 @@ class Subspace:
         """
         if not self._cost_folds:
             return self._cost(self._assemble(self._spectra, weights, parameters))
-        cost = torch.zeros(len(parameters), dtype=torch.float64)
-        for fold in self._cost_folds:
-            cost += 0.5 * (fold.held @ self._assemble(fold.spectra, weights, parameters)).square().sum(0).cpu()
-        return cost / sum(len(fold.held) for fold in self._cost_folds)
+        total = torch.stack([fold.energy(weights, parameters) for fold in self._cost_folds]).sum(0)
+        return 0.5 * total / sum(len(fold.responses) for fold in self._cost_folds)
 
     def _kept(self, weights: Weights, parameters: Tensor) -> Tensor:
         """Gain of the filtered patch over that of the whole patch [G], on gain rows held out where there are any."""
         if not self._cost_folds:
             return self._gain(self._assemble(self._spectra, weights, parameters)) / self._gain(self._patch[:, None])
-        kept, whole = torch.zeros(len(parameters), dtype=torch.float64), 0.0
-        for fold in self._gain_folds:
-            kept += (fold.held @ self._assemble(fold.spectra, weights, parameters)).square().sum(0).cpu()
-            whole += float((fold.held @ self._patch).square().sum())
-        return kept / whole
+        assert self._system is not None
+        kept = torch.stack([fold.energy(weights, parameters) for fold in self._gain_folds]).sum(0)
+        return kept / float((self._system.gain @ self._patch).square().sum())
 
     @cached_property
-    def _gain_folds(self) -> list[_Fold]:
-        own, fold = self._system, self._gain_fold
+    def _gain_folds(self) -> list[Fold]:
+        own, kept = self._system, [self._gain_fold != fold for fold in range(self.folds)]
         assert own is not None
-        return [_Fold(self._solve(own, gain=fold != i), own.gain[fold == i]) for i in range(self.folds)]
+        if not self._by_products:
+            return [Fold.of_spectra(self._solve(own, gain=inside), own.gain[~inside]) for inside in kept]
+        is_cost = torch.arange(len(own.space.rows), device=own.gain.device) >= len(own.gain)
+        rest, images = complement(own.products(), is_cost, self._epsilon), own.gain @ own.patch
+        return [Fold.of_complement(rest, inside, ~inside, images[inside]) for inside in kept]
 
     def _assemble(self, spectra: list[Spectrum], weights: Weights, parameters: Tensor) -> Tensor:
         """Filtered patches [Σ m, G] in the pencil's coordinates, one column per parameter; top-k ranks all spectra together."""
@@ -388,13 +393,3 @@ class Subspace:
 
 def _folded(fisher: Fisher) -> bool:
     return any(getattr(s, "folded", False) for s in ([fisher.joint] if fisher.joint is not None else fisher.values()))
-
-
-def _folds_of(groups: list[int], folds: int, name: str) -> Tensor:
-    """Fold of each row, groups kept whole and dealt out in order of appearance."""
-    order = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    if len(order) < folds:
-        raise ValueError(
-            f"the {name} Fisher holds {len(order)} groups of samples, fewer than folds={folds}: accumulate more or use fewer folds"
-        )
-    return torch.tensor([order[g] % folds for g in groups])
