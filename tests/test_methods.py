@@ -86,9 +86,8 @@ def test_every_method_gives_a_finite_adapter_of_the_models_shapes(world, name):
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "no patch" and not n.startswith("safe-lora")])
 def test_methods_depend_on_their_strength_and_repeat_bit_for_bit(world, name):
     method = find(name)
-    low, high, again = (
-        method.merge(world, s) for s in (method.strengths[0], method.strengths[-1], method.strengths[-1])
-    )
+    least = 1e-6 if method.strength.startswith("KL budget") else method.strengths[0]  # tiny models are cheap to move
+    low, high, again = (method.merge(world, s) for s in (least, method.strengths[-1], method.strengths[-1]))
     assert high.terms.keys() == again.terms.keys()
     assert all(torch.equal(high.terms[n].delta(), again.terms[n].delta()) for n in high.terms)
     changed = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,8 +18,8 @@ SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
 _BOTH = ("harm", "benign", "model")
 
 
-def _budget(structure: str, scope: str, point: str, metric: str, rule: str, inputs: Inputs, strength: float) -> Adapter:
-    space = inputs.require().subspace(structure, scope=scope, point=point, metric=metric)
+def _budget(rule: str, options: dict[str, Any], inputs: Inputs, strength: float) -> Adapter:
+    space = inputs.require().subspace(**options)
     return from_cores(inputs, getattr(space, rule)(kl_budget=strength).coordinates)
 
 
@@ -36,7 +37,7 @@ def _gain_only(inputs: Inputs, strength: float) -> Adapter:
 def _random(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in random directions of each module, a share of them."""
     check_strength(strength, 0.0, 1.0)
-    gain, _ = inputs.require().fishers()
+    gain, _ = inputs.require().fishers(weighted=True)
     z = _coordinates(gain)
     patch, generator = z.patch(), torch.Generator().manual_seed(inputs.seed)
     for where in z.slices.values():
@@ -56,28 +57,32 @@ def _form(
     name: str,
     structure: str,
     scope: str,
-    point: str = "path",
+    point: str = "reference",
     metric: str = "kronecker",
     rule: str = "soft",
+    weighted: bool = True,
     source: str = "ours",
 ) -> Method:
     where = "along the patch's path" if point == "path" else f"at the {point} point"
-    variant = f"{structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}"
+    words = "first words weighted" if weighted else "all words alike"
+    variant = f"{structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
+    options = {"structure": structure, "scope": scope, "point": point, "metric": metric, "weighted": weighted}
     return Method(
         name,
         source,
         variant,
         "KL budget, nats per label token",
         BUDGETS,
-        partial(_budget, structure, scope, point, metric, rule),
+        partial(_budget, rule, options),
         _BOTH,
     )
 
 
 METHODS = [
     _form("sst", "full", "global"),
+    _form("sst-path", "full", "global", "path"),
     _form("sst-patched", "full", "global", "patched"),
-    _form("sst-reference", "full", "global", "reference"),
+    _form("sst-uniform", "full", "global", weighted=False),
     _form("sst-frobenius", "full", "global", metric="frobenius"),
     _form("sst-top-k", "full", "global", rule="top_k"),
     _form("sst-threshold", "full", "global", rule="threshold"),
