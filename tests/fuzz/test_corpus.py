@@ -29,10 +29,11 @@ def test_every_target_has_a_corpus():
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_new_is_found(name, tmp_path):
     """What it writes when it fails belongs into the corpus, once it is repaired."""
-    pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
+    pytest.importorskip("atheris", reason="atheris is not installed: pip install -e .[fuzz]")
     found = tmp_path / "corpus"
     shutil.copytree(CORPUS / name, found)
     limits = [f"-max_total_time={SECONDS}", f"-artifact_prefix={tmp_path}/", "-rss_limit_mb=4096", "-timeout=30"]
-    done = subprocess.run([sys.executable, "-m", "tests.fuzz", name, found, *limits], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.fuzz", name, found, *limits]
+    done = subprocess.run(command, cwd=CORPUS.parents[2], capture_output=True, text=True)
     crashes = [path.read_bytes() for path in tmp_path.glob("*-*")]
     assert done.returncode == 0, f"{crashes}\n{done.stderr[-3000:]}"
