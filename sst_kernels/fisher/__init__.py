@@ -24,8 +24,8 @@ __all__ = [
     "fisher_accumulate",
     "item_seed",
     "label_logits",
-    "opening_weights",
     "make_structure",
+    "opening_weights",
     "rank_path",
     "sequence_nll",
 ]
