@@ -217,7 +217,7 @@ def test_each_fisher_is_accumulated_once(world, tmp_path, monkeypatch):
     passes, run = [], evidence.fisher_pass
 
     def counted(session, data, **options):
-        passes.append((options["name"], options["structure"], options["space"]))
+        passes.append((options["structure"], options["space"], options["name"], options.get("opening")))
         return run(session, data, **options)
 
     monkeypatch.setattr(evidence, "fisher_pass", counted)
@@ -226,7 +226,7 @@ def test_each_fisher_is_accumulated_once(world, tmp_path, monkeypatch):
     report = compare(Comparison.load(world / "compare.yml", output=tmp_path / "out", **given), reporter=QUIET)
     assert not report["refused"]
     assert len(passes) == len(set(passes))
-    assert {p[1:] for p in passes} == {("full", "core"), ("diagonal", "factor")}
+    assert {p[:2] for p in passes} == {("full", "core"), ("diagonal", "factor")}
 
 
 def test_kl_at_is_log_linear_between_non_dominated_points():
