@@ -61,18 +61,25 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
-    """Refusal NLL against benign KL of whole curves."""
-    stages = ("plain", "main", "metric", "scope")
+    """Benign KL of whole curves against refusal NLL, and against the share of refused prompts."""
+    stages = ("plain", "main", "opening", "metric", "scope")
     chosen = [r for r in rows if r["pair"] == pair and r["stage"] in stages and r["kl"] > 0]
-    figure, axes = _axes("refusal NLL, nats per token", "benign KL, nats per token", pair, size=(7.2, 4.6))
-    for label, points in grouped(chosen, name).items():
-        points.sort(key=lambda r: r["refusal_nll"])
-        x, y = ([r[k] for r in points] for k in ("refusal_nll", "kl"))
-        low, high = ([abs(r[k] - r["kl"]) for r in points] for k in ("kl_lo", "kl_hi"))
-        style = {"color": "black", "linewidth": 2} if label == "plain addition" else {}
-        axes.errorbar(x, y, yerr=(low, high), fmt="o-", markersize=3, capsize=2, label=label, **style)
-    axes.set_yscale("log")
-    axes.legend(fontsize=7)
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained", dpi=110)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, field, title in zip(
+        panels, ("refusal_nll", "refusal_rate"), ("refusal NLL, nats per token", "share of harmful prompts refused")
+    ):
+        axes.grid(alpha=0.3)
+        axes.set(xlabel=title, yscale="log")
+        for label, curve in grouped(chosen, name).items():
+            points = sorted((r for r in curve if math.isfinite(r[field])), key=lambda r: r[field])
+            x, y = ([r[k] for r in points] for k in (field, "kl"))
+            low, high = ([abs(r[k] - r["kl"]) for r in points] for k in ("kl_lo", "kl_hi"))
+            style = {"color": "black", "linewidth": 2} if label == "plain addition" else {}
+            axes.errorbar(x, y, yerr=(low, high), fmt="o-", markersize=3, capsize=2, label=label, **style)
+    panels[0].set_ylabel("benign KL, nats per token")
+    panels[0].legend(fontsize=7)
+    figure.suptitle(pair)
     figure.savefig(path)
 
 

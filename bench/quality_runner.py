@@ -265,10 +265,10 @@ class Study:
         return self.once("plain curve", make)
 
     def plain_rates(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same with (not refused, 1) for each harmful prompt, at those α where answers are generated."""
+        """The same with (not refused, 1) for each harmful prompt, at those α > 0 where answers are generated."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
-            names = {a: f"{self.pair} plain {a}" for a in GENERATED}
+            names = {a: f"{self.pair} plain {a}" for a in GENERATED if a > 0}
             refused = np.stack([self._refused(n, a)[0] for a, n in names.items()])
             return refused, np.stack([self._final(n, a)[1] for a, n in names.items()])
 

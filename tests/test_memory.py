@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from sst_kernels import fisher_accumulate, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
-from sst_kernels.fisher.memory import Estimate, estimate, estimate_solve
+from sst_kernels.fisher.memory import Estimate, estimate
+from sst_kernels.subspace.memory import estimate_solve
 from tests.models import tiny_batch, tiny_lora
 
 CASES = [

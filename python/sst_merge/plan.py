@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sst_kernels.fisher import Block
-from sst_kernels.fisher.memory import estimate, estimate_solve
+from sst_kernels.fisher.memory import estimate
+from sst_kernels.subspace.memory import estimate_solve
 
 from .adapters import Adapter, load_adapter
 from .errors import headlined

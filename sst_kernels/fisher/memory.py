@@ -63,39 +63,6 @@ def estimate(
     return sum(parts[1:], parts[0])
 
 
-def estimate_solve(
-    sizes: Sequence[int],
-    gain_rows: int,
-    cost_rows: int,
-    *,
-    scope: str = "global",
-    folds: int = 4,
-    metric: str = "kronecker",
-) -> int:
-    """Peak bytes of `subspace` over modules of `sizes` = r² coordinates with that many rows each (0: no rows are kept)."""
-    n, rows = sum(sizes), gain_rows + cost_rows
-    blocks = [n] if scope == "global" else sizes
-    widths = [min(m, rows) if rows else m for m in blocks]
-    reflectors = DOUBLE * rows * sum(m for m, w in zip(blocks, widths) if w < m)
-    small = DOUBLE * rows * sum(widths)
-    reducing = DOUBLE * rows * n + reflectors + small + DOUBLE * max(widths) ** 2
-    held = reflectors + small + DOUBLE * cost_rows * sum(widths)  # and each fold's share of the cost rows once more
-    if scope == "module":
-        spectra = DOUBLE * sum(w * w for w in widths)
-        solving = spectra * 5
-    else:
-        k, m = min(n, gain_rows), widths[0]
-        spectra = DOUBLE * m * k
-        solving = DOUBLE * (m * (4 * gain_rows + 3 * cost_rows) + rows * rows)
-    solved = spectra * (folds + 1 if rows else 1)
-    again, charts = 0, 1
-    if metric == "kronecker":  # every fold has coordinates of its own
-        charts = folds + 2 if rows else 2
-        again = reflectors + small if rows and folds else 0
-        reducing += held + solved if again else 0
-    return DOUBLE * 5 * n * charts + max(reducing, held + solved + solving + again)
-
-
 def available(device: torch.device | str) -> int | None:
     """Bytes that this process may still take on a device; None where that cannot be known."""
     device = torch.device(device)

@@ -12,7 +12,7 @@ target (Ledoit and Wolf 2004), where the Frobenius metric calls all of them equa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -190,7 +190,15 @@ def products(rows: Sequence[Tensor], coordinates: Sequence[Coordinates]) -> list
             x = own.gradients(cores).flatten(0, 2)
             for i in range(0, count, _PANEL):
                 gram[i:, i : i + _PANEL].addmm_(x[:, i:].T, x[:, i : i + _PANEL])
-    return [gram.tril() + gram.tril(-1).T for gram in grams]
+    for gram in grams:
+        gram.tril_()
+        gram += gram.tril(-1).T
+    return grams
+
+
+def neighbours_width(sizes: Iterable[int]) -> int:
+    """At most how many of the columns of modules with `sizes` coordinates are changed at once."""
+    return max(min(max(1, _WIDTH // size), len(list(run))) * size for size, run in groupby(sizes))
 
 
 def _neighbours(blocks: Sequence[Block]) -> Iterator[list[Block]]:
