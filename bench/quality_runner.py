@@ -145,7 +145,7 @@ class Study:
         return self.once(("read", name), lambda: sst.Fisher.load(path, self.lab.device))
 
     def gain(self, c: Config) -> sst.Fisher:
-        """Two refusals for each harmful prompt, at each point of the patch's path."""
+        """Two refusals for each harmful prompt, at each of the points."""
 
         def at(point: float) -> sst.Fisher:
             name = f"gain {point} x {c.opening:g}"

@@ -126,7 +126,7 @@ def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
 def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
     """Also where it strikes in a finalizer, which swallows what it raises."""
     script = (
-        "import os, signal, sys, sst_merge.cli as cli, sst_merge.output as output\n"
+        "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.output as output\n"
         "class Finalizer:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -134,7 +134,8 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
         "def demo(*_, **__):\n"
         f"    with output.output_folder({str(tmp_path / 'out')!r}):\n"
         f"        {strike}\n"
-        "        signal.pause()\n"
+        "        while True:\n"
+        "            time.sleep(0.1)\n"
         "cli.app = demo\n"
         "cli.main()\n"
     )

@@ -13,10 +13,11 @@ def test_opening_weights_count_labels_not_columns():
     answers = labels != -100
     torch.testing.assert_close(opening_weights(labels, tokens=2, weight=3.0)[answers], expected[answers])
     assert (opening_weights(labels, tokens=0, weight=3.0)[answers] == 1).all()
-    with pytest.raises(ValueError, match="must not be negative"):
-        opening_weights(labels, tokens=-1)
-    with pytest.raises(ValueError, match="must not be negative"):
-        opening_weights(labels, weight=float("nan"))
+    everywhere = torch.tensor([[5, 6, 7, 8, 9]])  # no position predicts the first column
+    assert opening_weights(everywhere, tokens=2, weight=3.0)[0, 1:].tolist() == [3, 3, 1, 1]
+    for wrong in ({"tokens": -1}, {"weight": float("nan")}, {"weight": float("inf")}):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            opening_weights(labels, **wrong)
 
 
 def rows(weights=None):
@@ -24,6 +25,7 @@ def rows(weights=None):
     with fisher_accumulate(model, "safety") as accumulator:
         loss = sequence_nll(model, batch, weights=weights)
         loss.backward()
+    assert accumulator.fisher.meta["labels"] == ("data" if weights is None else "weighted data")
     return loss.detach(), accumulator.fisher.rows()
 
 
@@ -44,3 +46,5 @@ def test_weights_of_another_shape_are_refused():
     model, batch = tiny_lora(), tiny_batch(3)
     with pytest.raises(ValueError, match="shape of the labels"):
         sequence_nll(model, batch, weights=torch.ones(3, 2))
+    with pytest.raises(ValueError, match='go with labels="data"'):
+        sequence_nll(model, batch, "model", weights=torch.ones_like(batch["labels"]))

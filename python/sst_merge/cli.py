@@ -121,9 +121,13 @@ def fisher(
     data: Annotated[Path, typer.Option(help="JSONL file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file to create.")],
     task: Task = None,
-    point: Annotated[str, typer.Option(help="patched or reference.")] = "patched",
+    point: Annotated[str, typer.Option(help="reference or patched.")] = "reference",
     labels: Annotated[str, typer.Option(help="data, or model: sampled from the model.")] = "data",
     draws: Annotated[int, typer.Option(min=1, help="Passes with fresh labels.")] = 1,
+    opening_tokens: Annotated[int, typer.Option(min=0, help="First tokens of each answer that count more.")] = 4,
+    opening_weight: Annotated[
+        float, typer.Option(min=0, help="What they count (labels of the data only); a merge's refusals take 3.")
+    ] = 1.0,
     space: Annotated[str, typer.Option(help="core or factor.")] = "core",
     structure: Annotated[str, typer.Option(help="Fisher structure.")] = "full",
     scope: Annotated[str, typer.Option(help="global or module.")] = "global",
@@ -163,6 +167,7 @@ def fisher(
             point=point,
             labels=labels,
             draws=draws,
+            opening=None if opening_weight == 1 else (opening_tokens, opening_weight),
             space=space,
             structure=structure,
             scope=scope,

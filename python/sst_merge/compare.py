@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 import sst_kernels
 
@@ -64,7 +65,7 @@ class _Bench:
                 adapter = method.merge(self.inputs, strength)
             seconds = time.perf_counter() - start
             row |= {"merge_seconds": seconds, **self._measure(adapter, f"{method.name} {strength:g}")}
-        except (MergeError, torch.linalg.LinAlgError) as error:
+        except MergeError as error:
             return row | {"error": str(error)}
         with output_file(file, force=True) as partial:
             partial.write_text(json.dumps({"seal": _seal(file, row), "row": row}, allow_nan=False), encoding="utf-8")
@@ -81,6 +82,8 @@ class _Bench:
         row: dict[str, Any] = {**result.summary(), "prompts": result.prompts, "over_refusal": None}
         if self.safe is not None and recipe.generate_tokens:
             safe = self.session.measure(self.safe, adapter, f"{label}: safe", generate_tokens=recipe.generate_tokens)
+            if not math.isfinite(safe.refusal_nll):
+                raise MergeError("the merged model predicts no finite probabilities; take a smaller strength")
             row["over_refusal"] = safe.refusal_rate
             row["prompts"] = [*result.prompts, *({**p, "set": "safe"} for p in safe.prompts)]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -111,7 +114,7 @@ def compare(recipe: Comparison, *, reporter: Reporter | None = None) -> dict[str
     for method, strengths in recipe.sweeps:
         for strength in strengths:
             rows.append(bench.row(method, strength))
-            reporter.say(_line(rows[-1]))
+            reporter.say(escape(_line(rows[-1])))
         if method.name in ALWAYS and all("error" in r for r in rows[-len(strengths) :]):
             raise MergeError(f"nothing can be compared without {method.name!r}: {rows[-1]['error']}")
     report = summarise(recipe, rows, bench.data)

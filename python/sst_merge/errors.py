@@ -34,8 +34,10 @@ class OutputError(MergeError):
 
 @contextmanager
 def headlined(what: str) -> Iterator[None]:
-    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError); the user reads it
-    under one headline, as a MergeError."""
+    """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError), torch where a
+    decomposition fails (LinAlgError); the user reads it under one headline, as a MergeError."""
+    from torch.linalg import LinAlgError
+
     from sst_kernels.fisher import StorageError
     from sst_kernels.gevp import GEVPError
 
@@ -43,5 +45,5 @@ def headlined(what: str) -> Iterator[None]:
         yield
     except MergeError:
         raise
-    except (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError) as error:
+    except (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError, LinAlgError) as error:
         raise MergeError(f"{what}: {error}") from error

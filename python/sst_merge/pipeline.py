@@ -60,7 +60,7 @@ def over_points(points: Sequence[str | float], run: Callable[[str | float], sst.
     """The mean of the Fishers that `run` takes at each point.
 
     Where a patch has won already, its gradient vanishes: at S = I alone the Fisher of the refusals hardly sees the first words that
-    decide them. Rows along the patch's path see both the decision and what follows it.
+    decide them. More points than the reference gained little in the study (docs/quality.md).
     """
     total = run(points[0])
     for point in points[1:]:

@@ -19,7 +19,6 @@ from .errors import MAX_SEED, RecipeError
 from .paths import expanded
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
-PATH: tuple[Literal["patched", "reference"] | float, ...] = ("reference", 0.5, "patched")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

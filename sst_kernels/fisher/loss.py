@@ -78,18 +78,24 @@ def sequence_nll(
     batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="data" takes them as
     they are; labels="model" draws each one anew from the model's own prediction at its position (teacher-forced on the
     batch's tokens), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL divergence
-    (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`); 1 by default.
-    Raises ValueError without `labels` in the batch, with none left unmasked, or with weights of another shape.
+    (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="data"
+    only: the Fisher then says "weighted data". Raises ValueError without `labels` in the batch, with none left unmasked, or with
+    weights of another shape or for drawn labels, whose Fisher has none.
     """
     if labels not in ("data", "model"):
         raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
     if batch.get("labels") is None:
         raise ValueError(_NO_LABELS)
+    if weights is not None and labels == "model":
+        raise ValueError(
+            'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
+        )
     if weights is not None and weights.shape != batch["labels"].shape:
         raise ValueError(
             f"weights must have the shape of the labels {tuple(batch['labels'].shape)}, got {tuple(weights.shape)}"
         )
-    with declared_loss(batch["labels"], source=labels, groups=groups) as declaration:
+    source = labels if weights is None else "weighted data"
+    with declared_loss(batch["labels"], source=source, groups=groups) as declaration:
         logits, answers, _ = label_logits(model, batch)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         if labels == "model":
@@ -105,11 +111,14 @@ def opening_weights(labels: Tensor, *, tokens: int = 4, weight: float = 3.0) -> 
     """[N, T] float32: `weight` on the first `tokens` labels of every row, 1 elsewhere; for `sequence_nll(weights=...)`.
 
     Whether a model refuses is decided in the first words of its answer (Qi et al. 2024, arXiv:2406.05946), which are a small part of
-    a refusal's log-likelihood. One sequence a row; raises ValueError for a negative number of tokens or weight.
+    a refusal's log-likelihood. One sequence a row: of a packed row only the first would be weighted. Raises ValueError for a negative
+    number of tokens, and a negative or infinite weight.
     """
-    if tokens < 0 or not weight >= 0:
-        raise ValueError(f"tokens and weight must not be negative, got {tokens} and {weight}")
-    opening = (labels != IGNORE).cumsum(1) <= tokens
+    if tokens < 0 or not 0 <= weight < float("inf"):
+        raise ValueError(f"tokens and weight must be finite and not negative, got {tokens} and {weight}")
+    predicted = labels != IGNORE
+    predicted[:, 0] = False
+    opening = predicted.cumsum(1) <= tokens
     return torch.where(opening, weight, 1.0)
 
 

@@ -118,7 +118,9 @@ def _fitting(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, setti
         ways |= {'method="jacobi_davidson", preconditioner="diagonal"': ("jacobi_davidson", "diagonal")}
     sizes = {what: _bytes(gain, cost, damping, dtype, (k, *way), 1) for what, way in ways.items()}
     fitting = [f"{what} ({_mib(taken)})" for what, taken in sizes.items() if taken <= budget]
-    advice = f"these would fit: {'; '.join(fitting)}" if fitting else f"give it at least {min(sizes.values())} bytes"
+    least = min(sizes, key=sizes.__getitem__)
+    more = f"give it at least {need(1)} bytes, or {sizes[least]} bytes with {least}"
+    advice = f"these would fit: {'; '.join(fitting)}" if fitting else more
     raise MemoryError(
         f"one problem of order {n} takes up to {_mib(need(1))} beside its matrices, and memory_budget is {_mib(budget)}; {advice}"
     )

@@ -107,6 +107,8 @@ class Coordinates:
             shapes.append(across[:, :, None] * down[:, None, :] / torch.where(trace > 0, trace, 1))
             bases.append(vectors)
         mean = sum(float(shape.sum()) for shape in shapes) / self.size
+        if mean == 0:  # no gradient to take a shape from
+            return self
         out = copy.copy(self)
         out._charts = []
         for charts, shape, basis in zip(self._charts, shapes, bases):

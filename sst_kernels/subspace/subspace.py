@@ -29,6 +29,7 @@ from sst_kernels.subspace.spectrum import (
 )
 
 _PATH = 161
+_EXACT = 1e-13  # damping per coordinate below which inner products would tell folds to less than three digits
 
 
 def subspace(
@@ -155,7 +156,8 @@ class Subspace:
         self._system = own = self._in(charts[0], given)
         self._z, self._patch, self._slices = own.z, own.patch, own.space.slices
         self._spectra = self._solve(own)
-        self._by_products = bool(folds) and self.scope == "global" and sum(map(len, given)) <= frobenius.size
+        exact = self.damping > _EXACT * frobenius.size and sum(map(len, given)) <= frobenius.size
+        self._by_products = bool(folds) and self.scope == "global" and exact
         self._cost_folds = self._without_cost(folds, charts[1:], given)
 
     def _without_cost(self, folds: list[Tensor], charts: list[Coordinates], given: tuple[Tensor, Tensor]) -> list[Fold]:

@@ -16,8 +16,9 @@ import sst_kernels as sst
 from ..data import Dataset, batches
 from ..errors import headlined
 from ..pipeline import fisher_pass, over_points
-from ..recipe import PATH
 from ..session import SAFETY, TASK, Session
+
+PATH: tuple[str | float, ...] = ("reference", 0.5, "patched")
 
 
 @dataclass

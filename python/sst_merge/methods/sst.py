@@ -26,7 +26,7 @@ def _budget(rule: str, options: dict[str, Any], inputs: Inputs, strength: float)
 def _gain_only(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in the top eigenvectors of F_harm alone, a share of them; metric: Frobenius norm of ΔW."""
     check_strength(strength, 0.0, 1.0)
-    gain, _ = inputs.require().fishers()
+    gain, _ = inputs.require().fishers(weighted=True)
     z = _coordinates(gain)
     rows = z.gradients(gain.rows().cpu())
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -91,6 +91,6 @@ METHODS = [
     _form("sst-kfac", "kronecker", "module", source="ours, with the factors of arXiv:1503.05671"),
     _form("sst-kpsvd", "kronecker_svd", "module", source="ours, with the factors of arXiv:2201.10285"),
     _form("sst-diagonal", "diagonal", "module"),
-    Method("fisher-only", "after AlignGuard-LoRA, arXiv:2508.02079", "merge-time form, ours: top eigenvectors of F_harm alone, F_benign ignored", "share of eigenvectors", SHARES, _gain_only, _BOTH),
+    Method("fisher-only", "after AlignGuard-LoRA, arXiv:2508.02079", "merge-time form, ours: top eigenvectors of F_harm (as sst takes it) alone, F_benign ignored", "share of eigenvectors", SHARES, _gain_only, _BOTH),
     Method("random-subspace", "control", "random directions per module in place of the pencil's", "share of directions", SHARES, _random, _BOTH),
 ]  # fmt: skip
