@@ -19,8 +19,8 @@ from .recipe import Recipe
 from .report import write_report
 from .session import Session, open_session
 
-ALPHAS = (0.3, 0.5, 1.0)
-MATCHED = (0.3, 0.5)  # the α of plain addition whose measured benign KL SST is given as well
+ALPHAS = (0.2, 0.3, 0.5, 1.0)
+MATCHED = (0.2, 0.3)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
 
@@ -106,9 +106,10 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
 
 
 def _match(
-    session: Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 4
+    session: Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 6
 ) -> tuple[Any, Adapter, Evaluation]:
-    """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: secant steps in log scale."""
+    """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: proportional steps, halved between
+    a budget that was too small and one that was too large."""
     budget, tried = target, []
     for _ in range(trials):
         patch = space.soft(kl_budget=budget)
@@ -118,9 +119,11 @@ def _match(
         tried.append((math.log(budget), math.log(max(measured, 1e-12)), patch, adapter, known))
         if abs(measured / target - 1) <= TOLERANCE:
             break
-        slope = 1.0
-        if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
-            slope = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
-        budget *= (target / max(measured, 1e-12)) ** (1 / min(max(slope, 0.3), 3.0))
+        below = max((b for b, kl, *_ in tried if kl < math.log(target)), default=None)
+        above = min((b for b, kl, *_ in tried if kl > math.log(target)), default=None)
+        if below is not None and above is not None:
+            budget = math.exp((below + above) / 2)
+        else:
+            budget *= target / max(measured, 1e-12)
     best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
     return best[2:]
