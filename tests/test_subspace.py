@@ -9,81 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_kernels import Fisher, fisher_accumulate, sequence_nll, subspace
-from sst_kernels.fisher import Block, Counts, TokenBatch
-from sst_kernels.gevp import LowRank, gevp
+from sst_kernels import fisher_accumulate, sequence_nll, subspace
 from sst_kernels.subspace import coordinates
-from sst_kernels.subspace.rowspace import RowSpace
 from tests.models import lora_layers, tiny_batch, tiny_lora
-
-RANKS = {"a": 2, "b": 3, "c": 2}
-
-
-def fisher_of(rows: torch.Tensor, metric: dict, *, point: str = "patched", groups=None, **options) -> Fisher:
-    """A core-space Fisher of the modules in RANKS that holds `rows` [N, Σ r²]."""
-    blocks = [Block(name, name, (r, r)) for name, r in RANKS.items()]
-    fisher = Fisher.empty(
-        blocks, options.pop("structure", "full"), devices=dict.fromkeys(RANKS, torch.device("cpu")), metric=metric,
-        scope="global", sample="sequence", count=options.pop("count", "sequences"), options=options,
-        meta={"space": "core", "fingerprint": "x", "adapter": "a", "point": point, "point_given": True},
-    )  # fmt: skip
-    n = len(rows)
-    spans, counts = torch.zeros(n, 2, dtype=torch.int64), Counts(n, 4 * n, 2 * n)
-    fisher.joint.update(TokenBatch(rows[:0, :1], rows[:0, :1], spans, torch.ones(n), counts, rows.float()))
-    fisher.note("data", n, groups)
-    return fisher
-
-
-def metrics(generator: torch.Generator) -> dict:
-    def spd(r: int) -> torch.Tensor:
-        x = torch.randn(r, 2 * r, dtype=torch.float64, generator=generator)
-        return x @ x.T
-
-    return {name: (spd(r), spd(r)) for name, r in RANKS.items()}
-
-
-def pair(seed: int = 0, gain_rows: int = 12, cost_rows: int = 40, **options) -> tuple[Fisher, Fisher]:
-    generator = torch.Generator().manual_seed(seed)
-    metric, n = metrics(generator), sum(r * r for r in RANKS.values())
-    gain = torch.randn(gain_rows, n, generator=generator) + 0.5
-    cost = torch.randn(cost_rows, n, generator=generator) * torch.logspace(0, -2, n)
-    return fisher_of(gain, metric, **options), fisher_of(cost, metric, **options)
-
-
-def dense_metric(cost: Fisher, kind: str) -> np.ndarray:
-    """M in S coordinates, module by module from its definition."""
-    blocks, rows, start = [], cost.rows().double().numpy(), 0
-    for left, right in (tuple(x.numpy() for x in pair) for pair in cost.metric.values()):
-        r = len(left)
-        roots = [np.real(scipy.linalg.sqrtm(x)) for x in (left, right)]
-        samples = rows[:, start : start + r * r].reshape(-1, r, r)
-        samples = np.linalg.solve(roots[0], samples) @ np.linalg.inv(roots[1])
-        l_moment, r_moment = (np.einsum(path, samples, samples) / len(rows) for path in ("nij,nkj->ik", "nij,nil->jl"))
-        shape = np.kron(l_moment, r_moment) / np.trace(l_moment) if kind == "kronecker" else np.eye(r * r)
-        blocks.append((shape, np.kron(*roots)))
-        start += r * r
-    mean = sum(np.trace(shape) for shape, _ in blocks) / start
-    shapes = ((0.999 * shape / mean + 0.001 * np.eye(len(shape)), root) for shape, root in blocks)
-    return scipy.linalg.block_diag(*(root @ shape @ root for shape, root in shapes))
-
-
-def dense_pencil(
-    gain: Fisher, cost: Fisher, epsilon: float, scope: str, kind: str = "kronecker"
-) -> tuple[np.ndarray, np.ndarray]:
-    """F_gain and F_cost + εM in S coordinates, straight from the definition."""
-    a, b = (f.rows().double().numpy() for f in (gain, cost))
-    a, b = a.T @ a / len(a), b.T @ b / len(b)
-    if scope == "module":
-        mask = scipy.linalg.block_diag(*(np.ones((r * r, r * r)) for r in RANKS.values()))
-        a, b = a * mask, b * mask
-    return a, b + epsilon * dense_metric(cost, kind)
-
-
-def flat(patch) -> np.ndarray:
-    return torch.cat([patch.coordinates[name].flatten() for name in RANKS]).numpy()
-
-
-IDENTITY = np.concatenate([np.eye(r).ravel() for r in RANKS.values()])
+from tests.pencil_cases import IDENTITY, RANKS, dense_metric, dense_pencil, fisher_of, flat, metrics, pair
 
 
 @pytest.mark.parametrize("metric", ["kronecker", "frobenius"])
@@ -215,140 +144,6 @@ def test_scaling_laws(seed, scale, scope):
     torch.testing.assert_close(shuffled, base, rtol=1e-8, atol=1e-9 * float(base[0]))
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 2**16),
-    budgets=st.lists(st.floats(1e-8, 1e3), min_size=2, max_size=5),
-    name=st.sampled_from(["soft", "threshold", "top_k"]),
-    scope=st.sampled_from(["global", "module"]),
-)
-def test_kl_budgets_are_kept_and_monotone(seed, budgets, name, scope):
-    gain, cost = pair(seed)
-    space = subspace(gain, cost, scope=scope)
-    patches = [getattr(space, name)(kl_budget=b) for b in sorted(budgets)]
-    for budget, patch in zip(sorted(budgets), patches):
-        assert patch.prediction.cost_per_label <= budget * (1 + 1e-9)
-    parameters = [p.parameter if name == "top_k" else -p.parameter for p in patches]
-    assert parameters == sorted(parameters)
-
-
-@pytest.mark.parametrize("kind", ["kronecker", "frobenius"])
-def test_held_out_predictions_see_no_row_of_their_own_pencil(kind):
-    """Cross-fitting by hand: fold i of the cost rows is judged by the patch, and in the metric, of the others and all gain rows."""
-    gain, cost = pair(4, gain_rows=8, cost_rows=12)
-    space = subspace(gain, cost, folds=4, metric=kind)
-    mu, total = 0.05, 0.0
-    metric = gain.metric
-    for fold in range(4):
-        kept = cost.rows()[torch.arange(12) % 4 != fold]
-        out = cost.rows()[torch.arange(12) % 4 == fold].double().numpy()
-        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global", kind)
-        patch = np.linalg.solve(a + mu * b, a @ IDENTITY)
-        total += 0.5 * ((out @ patch) ** 2).sum()
-    prediction = space.soft(mu).prediction
-    assert prediction.held_out
-    assert prediction.cost_per_sequence == pytest.approx(total / 12, rel=1e-6)
-    assert prediction.cost_per_label == pytest.approx(total / 12 / 2, rel=1e-6)
-    assert prediction.in_sample_cost_per_label < prediction.cost_per_label
-    kept = whole = 0.0
-    for fold in range(4):
-        inside = torch.arange(8) % 4 != fold
-        a, b = dense_pencil(fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global", kind)
-        out = gain.rows()[~inside].double().numpy()
-        kept += ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
-        whole += ((out @ IDENTITY) ** 2).sum()
-    assert prediction.gain_kept == pytest.approx(kept / whole, rel=1e-6)
-
-
-@pytest.mark.parametrize("scope", ["global", "module"])
-@pytest.mark.parametrize("name", ["soft", "threshold", "top_k"])
-def test_fewer_rows_than_coordinates_change_nothing(scope, name):
-    """3 + 4 rows against 17 coordinates (9 of the widest module): patch, costs and folds of the dense pencils."""
-    gain, cost = pair(6, gain_rows=3, cost_rows=4)
-    space = subspace(gain, cost, scope=scope, folds=2)
-    sizes = [r * r for r in RANKS.values()]
-    blocks = (
-        [slice(0, sum(sizes))] if scope == "global" else [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in (0, 1, 2)]
-    )
-    level = float(space.values[:3].mean())
-
-    def filtered(cost_rows: torch.Tensor) -> np.ndarray:
-        a, b = dense_pencil(gain, fisher_of(cost_rows, cost.metric), space.epsilon, scope)
-        pairs = [(s, *scipy.linalg.eigh(a[s, s], b[s, s])) for s in blocks]
-        values = np.sort(np.concatenate([values for _, values, _ in pairs]))[::-1]
-        cut = {"soft": 0.0, "threshold": level, "top_k": values[1:3].mean()}[name]
-        out = np.zeros(sum(sizes))
-        for s, values, v in pairs:
-            weights = values / (values + level) if name == "soft" else values > cut
-            out[s] = v @ (weights * (v.T @ (b[s, s] @ IDENTITY[s])))
-        return out
-
-    patch = getattr(space, name)(2 if name == "top_k" else level)
-    expected, rows = filtered(cost.rows()), cost.rows().double().numpy()
-    np.testing.assert_allclose(flat(patch), expected, rtol=1e-9, atol=1e-10 * abs(expected).max())
-    half_square = lambda out, s: 0.5 * ((out @ s) ** 2).sum() / len(rows) / 2  # noqa: E731 - two labels per sequence
-    of_fold = torch.arange(4) % 2
-    held = sum(half_square(rows[of_fold == i], filtered(cost.rows()[of_fold != i])) for i in range(2))
-    assert patch.prediction.cost_per_label == pytest.approx(held, rel=1e-8)
-    assert patch.prediction.in_sample_cost_per_label == pytest.approx(half_square(rows, expected), rel=1e-8)
-    assert patch.prediction.plain_cost_per_label == pytest.approx(half_square(rows, IDENTITY), rel=1e-10)
-    assert space.predict_cost(patch.coordinates) == pytest.approx(half_square(rows, expected), rel=1e-8)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 2**16), count=st.integers(1, 12), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
-    scale=st.sampled_from([1e-150, 1.0, 1e150]), repeated=st.booleans(),
-)  # fmt: skip
-def test_rows_lie_in_their_row_space(seed, count, sizes, scale, repeated):
-    """rows = small rows · Qᵀ block by block with orthonormal Q, for rows of any scale and rank; Qᵀ is the adjoint of Q."""
-    generator = torch.Generator().manual_seed(seed)
-    stops = np.cumsum(sizes)
-    blocks = [slice(int(stop) - size, int(stop)) for stop, size in zip(stops, sizes)]
-    rows = torch.randn(count, sum(sizes), dtype=torch.float64, generator=generator)
-    rows[0] *= scale
-    if repeated:
-        rows[-1] = rows[0]
-    space = RowSpace(rows, blocks)
-    width = space.rows.shape[1]
-    assert width == sum(min(count, size) for size in sizes)
-    identity = torch.eye(width, dtype=torch.float64)
-    basis = space.lift(identity)
-    torch.testing.assert_close(basis.T @ basis, identity, rtol=0, atol=1e-14 * width)
-    for row, small in zip(rows, space.rows):
-        assert (space.lift(small[:, None])[:, 0] - row).abs().max() <= 1e-14 * len(row) * row.abs().max()
-    z = torch.randn(sum(sizes), 2, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(space.project(z), basis.T @ z, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("damping", [3.0, 1e-2, 1e-5])
-def test_row_space_keeps_the_eigenvalues_of_long_rows(damping):
-    """Gain rows in the span of the cost's, nearly singular: what a Gram of the rows would round away."""
-    generator = torch.Generator().manual_seed(0)
-    cost = torch.randn(24, 2000, dtype=torch.float64, generator=generator) * torch.logspace(0, -3, 24)[:, None]
-    gain = torch.randn(16, 24, dtype=torch.float64, generator=generator) @ cost
-    gain += 1e-6 * torch.randn(16, 2000, dtype=torch.float64, generator=generator)
-    epsilon = damping * float(cost.square().sum()) / 2000
-    u, w = RowSpace(torch.cat([gain, cost]), [slice(0, 2000)]).rows.split([16, 24])
-    whole, small = (gevp(LowRank(a), LowRank(b, epsilon), 16).values for a, b in ((gain, cost), (u, w)))
-    # 180 eps; an eigendecomposition of the Gram is off by 1e5 to 3e9 eps.
-    torch.testing.assert_close(small, whole, rtol=4e-14, atol=4e-14 * float(whole[0]))
-
-
-def test_draws_of_one_prompt_stay_in_one_fold():
-    """With each cost row present twice, only group-wise folds keep the prediction where it was."""
-    gain, cost = pair(5, gain_rows=40, cost_rows=13)
-    doubled = torch.cat([cost.rows(), cost.rows()])
-    n = len(cost.rows())
-    together = fisher_of(doubled, cost.metric, groups=list(range(n)) * 2)
-    apart = fisher_of(doubled, cost.metric)
-    expected, kept, leaked = (
-        subspace(gain, c, folds=4, damping=0.01).soft(1.0).prediction.cost_per_label for c in (cost, together, apart)
-    )
-    assert kept == pytest.approx(expected, rel=1e-6)
-    assert leaked < 0.9 * expected
-
-
 def test_other_structures_serve_module_scope():
     model = tiny_lora()
     batches = [tiny_batch(12, seed=s) for s in range(2)]
@@ -370,19 +165,6 @@ def test_other_structures_serve_module_scope():
     sketched = subspace(*passes("lowrank", rank=64), scope="global")
     whole = subspace(*passes("full"), scope="global", folds=2)
     torch.testing.assert_close(sketched.values, whole.values, rtol=1e-4, atol=1e-5 * float(whole.values[0]))
-
-
-@pytest.mark.parametrize(("structure", "scope"), [("diagonal", "module"), ("lowrank", "global"), ("full", "global")])
-def test_what_a_fisher_is_divided_by_changes_nothing(structure, scope):
-    spaces = [
-        subspace(*pair(structure=structure, count=count), scope=scope) for count in ("sequences", "tokens", "labels")
-    ]
-    first = spaces[0].soft(1.0)
-    for space in spaces[1:]:
-        torch.testing.assert_close(space.values, spaces[0].values, rtol=1e-6, atol=1e-9 * float(space.values[0]))
-        other = space.soft(1.0).prediction
-        assert other.cost_per_label == pytest.approx(first.prediction.cost_per_label, rel=1e-6)
-        assert other.plain_cost_per_label == pytest.approx(first.prediction.plain_cost_per_label, rel=1e-6)
 
 
 def test_an_untrained_adapter_is_named():
