@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 VOCAB = 61
+# Error ratio of float32 rows against their definition; the models compute in float64 unless a test says otherwise.
+ROUNDING = 2e-6
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -75,6 +77,10 @@ def tiny_batch(n: int = 4, *, padding: str = "right", seed: int = 0, longest: in
         answer[: length // 3 + 1] = -100
         labels[i, where] = answer
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def position_ids(batch: dict[str, Tensor]) -> Tensor:
+    return (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
 
 
 def one_by_one(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import RobertaConfig, RobertaForCausalLM
 
-from sst_kernels import Fisher, declared_loss, fisher_accumulate, label_logits, sequence_nll
+from sst_kernels import Fisher, fisher_accumulate, sequence_nll
+from sst_kernels.testing import error_ratio
 from tests.models import (
+    ROUNDING,
     TARGETS,
     core_rows_by_definition,
     lora_layers,
     one_by_one,
+    position_ids,
     summed_loss,
     tiny_batch,
     tiny_lora,
 )
-
-# Rows are stored as float32; the models of these tests compute in float64 unless a test says otherwise.
-ROUNDING = 2e-6
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def position_ids(batch: dict) -> torch.Tensor:
-    return (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
 
 
 @pytest.mark.parametrize(("point", "core"), [("patched", 1.0), ("reference", 0.0), (0.5, 0.5)])
@@ -39,7 +28,7 @@ def test_rows_are_the_gradients_of_single_samples(kind, padding, point, core):
     batch = tiny_batch(5, padding=padding)
     with fisher_accumulate(model, "safety", point=point) as pass_:
         model(**batch, position_ids=position_ids(batch)).loss.backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety", core)) < ROUNDING
+    assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety", core)) < ROUNDING
     assert pass_.fisher.counts.sequences == 5
     assert pass_.fisher.counts.labels == (batch["labels"][:, 1:] != -100).sum()
     assert pass_.fisher.counts.tokens == batch["attention_mask"].sum()
@@ -62,14 +51,14 @@ def test_rows_agree_with_finite_differences():
                     numeric[:, i, j] += sign * losses / (2 * step)
                     core[i, j] -= sign * step
     handle.remove()
-    assert error(pass_.fisher[name].rows, numeric.flatten(1)) < 1e-6
+    assert error_ratio(pass_.fisher[name].rows, numeric.flatten(1)) < 1e-6
 
 
 def test_single_precision_models_agree_to_their_own_rounding():
     model, batch = tiny_lora(), tiny_batch(5)
     with fisher_accumulate(model, "safety") as pass_:
         model(**batch).loss.backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety")) < 1e-5
+    assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety")) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,7 +68,7 @@ def test_half_precision_models_agree_with_double_within_their_ulp(dtype):
         model(**batch).loss.backward()
     assert pass_.fisher.rows().dtype == torch.float32
     assert (
-        error(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety"))
+        error_ratio(pass_.fisher.rows(), core_rows_by_definition(model.double(), batch, "safety"))
         < 64 * torch.finfo(dtype).eps
     )
 
@@ -93,7 +82,7 @@ def test_batch_composition_does_not_matter(split):
         for n in split:
             model(**{k: v[start : start + n] for k, v in batch.items()}).loss.backward()
             start += n
-    assert error(pass_.fisher.rows(), expected) < ROUNDING
+    assert error_ratio(pass_.fisher.rows(), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -110,150 +99,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, point, frozen):
     with fisher_accumulate(model, "safety", point=point) as pass_:
         for start in (0, 2):
             model(**{k: v[start : start + 2] for k, v in batch.items()}).loss.backward()
-    assert error(pass_.fisher.rows(), expected) < ROUNDING
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
-def test_factors_on_the_loss_are_measured(factor):
-    model, batch = tiny_lora().double(), tiny_batch(3)
-    with fisher_accumulate(model, "safety") as pass_:
-        (model(**batch).loss * factor).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-def test_losses_of_several_forwards_in_one_backward():
-    model, batch = tiny_lora().double(), tiny_batch(4)
-    with fisher_accumulate(model, "safety") as pass_:
-        losses = [sequence_nll(model, {k: v[i : i + 2] for k, v in batch.items()}, groups=[i, i + 1]) for i in (0, 2)]
-        (sum(losses) / 2).backward()
-    expected = core_rows_by_definition(model, batch, "safety")
-    assert sorted(pass_.fisher.groups) == [0, 1, 2, 3]
-    assert error(pass_.fisher.rows(), expected[pass_.fisher.groups]) < ROUNDING
-
-
-def test_own_losses_are_declared():
-    model, batch = tiny_lora().double(), tiny_batch(3)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with fisher_accumulate(model, "safety") as pass_, declared_loss(batch["labels"], reduction="mean") as declared:
-        logits = model(**inputs).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-        declared.loss(loss).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-def test_reduction_sum_and_stated_scale():
-    model, batch = tiny_lora().double(), tiny_batch(3)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with fisher_accumulate(model, "safety", grad_scale=8.0) as pass_, declared_loss(batch["labels"], reduction="sum"):
-        logits = model(**inputs).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-        (8.0 * loss).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
-def test_only_label_columns_meet_the_vocabulary_unless_the_head_is_adapted(targets, padding):
-    model = tiny_lora(target_modules=targets).double()
-    batch = tiny_batch(3, padding=padding)
-    positions = position_ids(batch)
-    widths = []
-    handle = (
-        model.get_base_model()
-        .get_output_embeddings()
-        .register_forward_hook(lambda _m, _i, out: widths.append(out.shape[1]))
-    )
-    with fisher_accumulate(model, "safety") as pass_:
-        sequence_nll(model, {**batch, "position_ids": positions}).backward()
-    handle.remove()
-    labelled = int((batch["labels"][:, 1:] != -100).any(0).sum())
-    assert widths == [batch["labels"].shape[1] if "lm_head" in targets else labelled]
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-def test_heads_with_adapted_layers_see_every_token():
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, is_decoder=True,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    config._attn_implementation = "eager"  # the float64 mask of transformers 4.56 overflows with sdpa
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(RobertaForCausalLM(config), lora, adapter_name="safety").double().eval()
-    batch = tiny_batch(3)
-    with fisher_accumulate(model, "safety") as pass_:
-        sequence_nll(model, batch).backward()
-    assert any("lm_head.dense" in name for name in pass_.fisher)
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-def test_models_whose_logits_are_not_those_asked_for_are_named():
-    class Deaf(nn.Module):
-        base_model = nn.Identity()
-
-        def forward(self, input_ids, logits_to_keep=0):
-            return (torch.zeros(*input_ids.shape, 61),)
-
-    batch = {k: v for k, v in tiny_batch(3).items() if k != "attention_mask"}
-    with pytest.raises(ValueError, match="Deaf gave logits of 12 columns where logits_to_keep asked for"):
-        label_logits(Deaf(), batch)
-
-
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("by_model", [True, False])
-def test_labels_on_first_tokens_count_nowhere(padding, by_model):
-    """No label is predicted for a first token; behind left padding the model's mean counts it all the same."""
-    model, batch = tiny_lora().double(), tiny_batch(4, padding=padding)
-    batch["labels"] = torch.where(batch["attention_mask"] != 0, batch["input_ids"], -100)
-    inputs = {**batch, "position_ids": position_ids(batch)}
-    with fisher_accumulate(model, "safety") as pass_:
-        (model(**inputs).loss if by_model else sequence_nll(model, inputs)).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-    assert pass_.fisher.counts.labels == batch["attention_mask"].sum() - 4
-
-
-def test_the_mean_of_a_declared_loss_is_over_its_own_labels():
-    model, batch = tiny_lora().double(), tiny_batch(3)
-    inputs = {k: v for k, v in batch.items() if k != "labels"} | {"num_items_in_batch": 100}
-    with fisher_accumulate(model, "safety") as pass_, declared_loss(batch["labels"], reduction="mean") as declared:
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
-        declared.loss(nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-
-
-def test_sequence_nll_with_data_labels():
-    model, batch = tiny_lora().double(), tiny_batch(3)
-    with fisher_accumulate(model, "safety") as pass_:
-        sequence_nll(model, batch).backward()
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
-    assert pass_.fisher.meta["labels"] == "data"
-
-
-def test_model_labels_give_the_curvature_of_the_kl_divergence():
-    """½ φᵀFφ with sampled labels ≈ KL(p_ref ‖ p_φ), so F from many draws is the Hessian of the KL, up to Monte-Carlo error."""
-    model, batch = tiny_lora(attention="eager").double(), tiny_batch(1, longest=6)
-    name, layer = next(iter(lora_layers(model, "safety").items()))
-    generator = torch.Generator().manual_seed(0)
-    draws = 3000
-    repeated = {k: v.repeat(100, 1) for k, v in batch.items()}
-    with fisher_accumulate(model, "safety", point="reference", modules=name) as pass_:
-        for _ in range(draws // 100):
-            sequence_nll(model, repeated, "model", generator=generator).backward()
-    core = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
-    mask = batch["labels"][0, 1:] != -100
-    handle = layer.lora_A["safety"].register_forward_hook(lambda _m, _i, h: h @ core.T)
-
-    def log_probabilities() -> torch.Tensor:
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-        return logits[0, :-1][mask].log_softmax(-1)
-
-    reference = log_probabilities().detach()
-    kl = (reference.exp() * (reference - log_probabilities())).sum()
-    gradient = torch.autograd.grad(kl, core, create_graph=True)[0].flatten()
-    hessian = torch.stack([torch.autograd.grad(g, core, retain_graph=True)[0].flatten() for g in gradient])
-    handle.remove()
-    assert pass_.fisher.meta["labels"] == "model"
-    assert error(pass_.fisher[name].dense(), hessian) < 5 / draws**0.5
+    assert error_ratio(pass_.fisher.rows(), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens_q"])
@@ -274,7 +120,7 @@ def test_packed_batches(by):
     with fisher_accumulate(model, "safety") as pass_:
         model(**packed).loss.backward()
     assert pass_.fisher.counts.sequences == 4
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+    assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
 
 
 def test_parameters_and_their_gradients_are_untouched():
@@ -321,7 +167,7 @@ def test_factor_space_rows(structure):
         rows = torch.stack(rows)
         fisher = pass_.fisher[name].dense()
         dense = rows.T @ rows / 4
-        assert error(fisher, dense if structure == "full" else dense.diag().diag()) < ROUNDING
+        assert error_ratio(fisher, dense if structure == "full" else dense.diag().diag()) < ROUNDING
 
 
 def test_module_scope_folds_rows_and_agrees():
@@ -332,7 +178,7 @@ def test_module_scope_folds_rows_and_agrees():
         model(**batch).loss.backward()
     for name in aligned.fisher:
         assert folded.fisher[name].folded
-        assert error(folded.fisher[name].dense(), aligned.fisher[name].dense()) < ROUNDING
+        assert error_ratio(folded.fisher[name].dense(), aligned.fisher[name].dense()) < ROUNDING
     with pytest.raises(ValueError, match="does not keep per-sample rows"):
         folded.fisher.rows()
 
@@ -360,7 +206,7 @@ def test_non_finite_samples_are_named_or_skipped():
     handle.remove()
     kept = [0, 1, 3]
     assert pass_.skipped == [(0, 2)]
-    assert error(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")[kept]) < ROUNDING
+    assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")[kept]) < ROUNDING
     assert pass_.fisher.counts.labels == (batch["labels"][kept, 1:] != -100).sum()
     assert len(pass_.fisher.groups) == 3
 
@@ -393,7 +239,7 @@ def test_save_load_and_merge(tmp_path):
     assert loaded.counts == passes[0].fisher.counts
     loaded.merge(passes[1].fisher)
     assert loaded.groups == [0, 0, 1, 2, 2, 3]
-    assert error(loaded.rows(), core_rows_by_definition(model, batch, "safety", 0.0)) < ROUNDING
+    assert error_ratio(loaded.rows(), core_rows_by_definition(model, batch, "safety", 0.0)) < ROUNDING
     with fisher_accumulate(model, "safety", point="patched") as other:
         sequence_nll(model, halves[0]).backward()
     with pytest.raises(ValueError, match="point differs"):
@@ -412,7 +258,7 @@ def test_points_of_one_patch_add_up_on_request():
     fishers[0].merge(fishers[1], mix_points=True)
     assert fishers[0].meta["point"] == "reference+patched"
     assert fishers[0].groups == [0, 0, 1, 0, 0, 1]
-    assert error(fishers[0]["model.layers.0.self_attn.q_proj"].dense(), sum(dense) / 2) < ROUNDING
+    assert error_ratio(fishers[0]["model.layers.0.self_attn.q_proj"].dense(), sum(dense) / 2) < ROUNDING
     with fisher_accumulate(model, "safety", point=0.5) as other:
         sequence_nll(model, batch, groups=[0, 1, 2]).backward()
     with pytest.raises(ValueError, match="the groups of the two passes differ"):
