@@ -54,6 +54,6 @@ def span_values(spans: Tensor | None, S: int) -> None:
     """CPU only: every span lies inside [0, S]. On a GPU the kernels clamp instead, since looking would synchronise."""
     if spans is None or not len(spans):
         return
-    begin, end = int(spans[:, 0].min()), int(spans[:, 1].max())
+    begin, end = (int(x) for x in spans.aminmax())
     if begin < 0 or end > S:
         raise ValueError(f"spans: expected token ranges inside [0, {S}], got {begin}..{end}")

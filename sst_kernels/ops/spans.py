@@ -55,23 +55,31 @@ def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
     return torch.stack([cu[:-1], cu[1:]], 1)
 
 
-def weigh(x: Tensor, spans: Tensor | None, scale: Tensor | None, power: int) -> tuple[Tensor, Tensor, Tensor | slice]:
-    """CPU form of a sum over tokens: (x_t, w_t · x_t, which t) in float32 for the tokens that some span holds.
+def held_tokens(
+    S: int, spans: Tensor | None, scale: Tensor | None, power: int
+) -> tuple[Tensor | slice, Tensor | None]:
+    """CPU form of a sum over tokens: (which of the S tokens some span holds, Σ over the spans that hold it of scale^power).
 
-    w_t = Σ over the spans that hold t of scale^power. Padding is left out rather than multiplied by zero: it may be NaN.
+    Both as short as they can be: `slice(None)` where the spans hold every token once and in order, weights None where all are
+    one. Padding is left out rather than multiplied by zero: it may be NaN.
     """
     if spans is None:
-        x = x.float()
-        return x, x, slice(None)
+        return slice(None), None
     lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
+    each = None if scale is None else (scale**power).repeat_interleave(lengths)
+    if int(lengths.sum()) == S and torch.equal(spans[:, 0], lengths.cumsum(0) - lengths):
+        return slice(None), each
     owner = torch.repeat_interleave(torch.arange(len(spans)), lengths)
     first = torch.cumsum(lengths, 0) - lengths
     tokens = spans[owner, 0] + torch.arange(len(owner)) - first[owner]
-    weight = torch.ones(len(spans)) if scale is None else scale**power
-    weight = torch.zeros(len(x)).index_add_(0, tokens, weight[owner])
-    held = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, tokens, True).nonzero().flatten()
-    x = x[held].float()
-    return x, x * weight[held, None], held
+    weight = torch.zeros(S).index_add_(0, tokens, torch.ones(len(tokens)) if each is None else each)
+    held = torch.zeros(S, dtype=torch.bool).index_fill_(0, tokens, True).nonzero().flatten()
+    return held, weight[held]
+
+
+def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    """weight_t · x_t."""
+    return x if weight is None else x * weight[:, None]
 
 
 def by_length(spans: Tensor, limit: int) -> Iterator[tuple[slice | list[int], Callable[[Tensor], Tensor]]]:

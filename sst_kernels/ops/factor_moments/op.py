@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import sample_sums, weigh
+from sst_kernels.ops.spans import held_tokens, sample_sums, weighted
 
 
 def factor_moments(
@@ -51,11 +51,12 @@ def factor_moments(
 def _factor_moments(left, right, spans, scale, sum, sumsq, precision):
     checks.span_values(spans, left.shape[0])
     if int((spans[:, 1] - spans[:, 0]).max()) <= 1:  # rank-one samples: (s l rᵀ)² = s² l² (r²)ᵀ
-        _, weighted, held = weigh(left.float().square(), spans, scale, power=2)
-        sumsq += weighted.T @ right[held].float().square()
+        held, weight = held_tokens(len(left), spans, scale, power=2)
+        a, b = left[held].float(), right[held].float()
+        sumsq += weighted(a.square(), weight).T @ b.square()
         if sum is not None:
-            _, weighted, held = weigh(left, spans, scale, power=1)
-            sum += weighted.T @ right[held].float()
+            _, weight = held_tokens(len(left), spans, scale, power=1)
+            sum += weighted(a, weight).T @ b
         return
     total, square = torch.zeros_like(sumsq), torch.zeros_like(sumsq)
     for _, G in sample_sums(left, right, spans, scale):

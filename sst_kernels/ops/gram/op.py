@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import weigh
+from sst_kernels.ops.spans import held_tokens, weighted
 
-_TILE = 512
+_TILE = 256
 
 
 def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -50,9 +50,11 @@ def symmetrize_(out: Tensor) -> Tensor:
 def _gram(x, spans, scale, out, precision):
     checks.span_values(spans, x.shape[0])
     d = x.shape[1]
-    x, weighted, _ = weigh(x, spans, scale, power=2)
+    held, weight = held_tokens(len(x), spans, scale, power=2)
+    x = x[held].float()
+    left = weighted(x, weight)
     for i in range(0, d, _TILE):
-        rows = weighted[:, i : i + _TILE].T
+        rows = left[:, i : i + _TILE].T
         out[i : i + _TILE, :i] += rows @ x[:, :i]
         out[i : i + _TILE, i : i + _TILE] += (rows @ x[:, i : i + _TILE]).tril_()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import weigh
+from sst_kernels.ops.spans import held_tokens, weighted
 
 
 def sketch(
@@ -49,8 +49,9 @@ def sketch(
 )
 def _sketch(x, omega, spans, scale, out, precision):
     checks.span_values(spans, x.shape[0])
-    x, weighted, _ = weigh(x, spans, scale, power=2)
-    out += weighted.T @ (x @ omega.float())
+    held, weight = held_tokens(len(x), spans, scale, power=2)
+    x = x[held].float()
+    out += x.T @ weighted(x @ omega.float(), weight)
 
 
 @_sketch.register_kernel("cuda")
