@@ -55,9 +55,7 @@ def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
     return torch.stack([cu[:-1], cu[1:]], 1)
 
 
-def held_tokens(
-    S: int, spans: Tensor | None, scale: Tensor | None, power: int
-) -> tuple[Tensor | slice, Tensor | None]:
+def held_tokens(S: int, spans: Tensor | None, scale: Tensor | None, power: int) -> tuple[Tensor | slice, Tensor | None]:
     """CPU form of a sum over tokens: (which of the S tokens some span holds, Σ over the spans that hold it of scale^power).
 
     Both as short as they can be: `slice(None)` where the spans hold every token once and in order, weights None where all are

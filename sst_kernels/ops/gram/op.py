@@ -8,7 +8,7 @@ from torch import Tensor
 from sst_kernels.ops import checks
 from sst_kernels.ops.spans import held_tokens, weighted
 
-_TILE = 256
+_TILE = 128
 
 
 def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, precision: str = "ieee") -> Tensor:
