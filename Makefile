@@ -44,7 +44,7 @@ lint: $(VENV)/ready
 # What a CPU can measure; bench/on_gpu.sh is for a machine with a GPU.
 bench: $(VENV)/ready
 	mkdir -p bench-output
-	$(BIN)/python bench/ops.py --quick --csv bench-output/ops.csv
+	$(BIN)/python -m bench.ops --quick --out bench-output/ops.csv
 	$(BIN)/python bench/structures_cpu.py --quick --out bench-output/structures_cpu.csv
 
 # One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.

@@ -132,7 +132,7 @@ def measure(
     """Time `run` on the device: events on a GPU, `cpu_clock` on a CPU; stop early once `seconds` are spent (after one run)."""
     for _ in range(warmup):
         run()
-    clock = _events if device.startswith("cuda") else _on_cpu
+    clock = stopwatch(device)
     times: list[float] = []
     start = time.monotonic()
     with peak_memory(device) as peak:
@@ -141,6 +141,11 @@ def measure(
             if seconds is not None and time.monotonic() - start > seconds:
                 break
     return Measured(times, peak.mib)
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:
+    """What times one call in ms: device events on a GPU, `cpu_clock` on a CPU."""
+    return _events if device.startswith("cuda") else _on_cpu
 
 
 class Peak:
@@ -161,6 +166,24 @@ def peak_memory(device: str):
     yield peak
     torch.cuda.synchronize()
     peak.mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_mib(run: Callable[[], Any], device: str = "cpu") -> float | None:
+    """Most MiB held above the start while `run` runs; on a CPU by the allocator's own events."""
+    if device.startswith("cuda"):
+        with peak_memory(device) as peak:
+            run()
+        return peak.mib
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2**20
 
 
 def _events(run: Callable[[], Any]) -> float:

@@ -47,7 +47,7 @@ for name in "${STAGES[@]}"; do
             --maxfail 40 ${TESTS:-tests}
         grep -hE '^(FAILED|ERROR)|^E  |passed|failed' "$LOG" | tail -n 25 | cut -c1-220
         ;;
-    ops) stage ops "${OPS_LIMIT:-150}" python3 -m bench.ops ${OPS_ARGS:---quick} --csv "$OUT/ops.csv" ;;
+    ops) stage ops "${OPS_LIMIT:-150}" python3 -m bench.ops ${OPS_ARGS:---quick} --out "$OUT/ops.csv" ;;
     gevp) stage gevp "${GEVP_LIMIT:-170}" python3 -m bench.gevp_cuda ${GEVP_ARGS:---seconds 140} --out "$OUT/gevp_cuda.csv" ;;
     llm)
         minutes=${LLM_MINUTES:-5}

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common import ROOT, Measured, Recorder, measure
-from bench.structures_cpu import build, peak_mib
+from bench.common import ROOT, Measured, Recorder, measure, peak_mib
+from bench.structures_cpu import build
 from sst_kernels.fisher import fisher_accumulate
 from sst_kernels.fisher.loss import declared_loss
 

@@ -99,3 +99,5 @@ SHAPES = {
         Shape("llama-tiny", "llama", 256, 688, 4, 4, 4, 1000),
     )
 }
+# What the report draws its conclusions for.
+LARGE = ("llama-2-7b", "llama-3.1-8b", "qwen2.5-7b", "llama-2-13b")

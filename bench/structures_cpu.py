@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.common import ROOT, Measured, Recorder, measure
+from bench.common import ROOT, Measured, Recorder, measure, peak_mib
 from sst_kernels.fisher import fisher_accumulate, sequence_nll
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -68,18 +68,6 @@ def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
 def step(model: Any, batch: dict[str, torch.Tensor]) -> None:
     sequence_nll(model, batch).backward()
     model.zero_grad(set_to_none=True)
-
-
-def peak_mib(run: Callable[[], Any]) -> float:
-    """Most bytes held above the start while `run` runs, from the allocator's events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
 
 
 def accumulate(model: Any, space: str, structure: str, options: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sst_kernels as sst
-from bench import baselines, common, estimates, export, gates, llm, passes, scaling, workload
+from bench import baselines, common, estimates, export, gates, llm, op_cases, ops, passes, results, scaling, workload
 from bench.shapes import SHAPES, Shape
 from sst_kernels.testing import error_ratio
 
@@ -191,6 +191,28 @@ class TestCallsOfAPass:
         assert plain[0] > 0
         assert hooked[0] - plain[0] <= 3 * len(TINY.modules()) + 40
         assert hooked[1] - plain[1] <= 6
+
+
+class TestOpCases:
+    @pytest.mark.parametrize("op", op_cases.CASES)
+    def test_both_forms_are_right(self, op):
+        size = op_cases.Size(B=2, T=9, r=4, d=20, modules=3)
+        for case in op_cases.CASES[op](op_cases.Draw(size, "cpu", torch.float32)):
+            expected = [s.double() for s in case.state]
+            case.plain(*(x.double() for x in case.inputs), *expected)
+            assert all(e.any() for e in expected)
+            for call in (case.call, case.plain):
+                assert ops.error_of(case, call, expected) <= ops.ALLOWED
+            wrong = [e + 1e-3 * e.norm() for e in expected]
+            assert ops.error_of(case, case.call, wrong) > ops.ALLOWED
+
+    def test_rows_carry_the_floor_and_the_torch_form(self, tmp_path):
+        out = tmp_path / "ops_cpu.csv"
+        assert ops.main(["--quick", "--no-compile", "--ops", "sketch", "--out", str(out)]) == 0
+        rows = [r for r in results.Results(tmp_path).rows if r["stage"] == "sketch"]
+        assert [r["variant"] for r in rows] == ["sst", "torch"]
+        assert all(float(r["floor_ms"]) > 0 and float(r["error"]) <= ops.ALLOWED for r in rows)
+        assert float(rows[1]["ratio"]) == 1.0
 
 
 class TestEstimates:
