@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sst_kernels as sst
-from sst_kernels.fisher import Interrupted
+from sst_kernels.fisher import Interrupted, structures
 from sst_merge import passes
 from sst_merge.data import load_dataset
 from sst_merge.errors import MergeError, OutputError
@@ -75,16 +75,25 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batches_that_memory_does_not_hold_are_halved(session, data, monkeypatch, capsys):
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("during", ["forward", "backward"])
+def test_batches_that_memory_does_not_hold_are_halved(during, session, data, monkeypatch, capsys):
     options = OPTIONS | {"labels": "data", "draws": 1, "tokens_per_batch": 400}
     expected = fisher_pass(session, data, **options)
     nll, shapes = sst.sequence_nll, []
 
     def small_memory(model, batch, **rest):
         shapes.append(tuple(batch["input_ids"].shape))
-        if batch["input_ids"].numel() > 150:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return nll(model, batch, **rest)
+        small = batch["input_ids"].numel() <= 150
+        if during == "forward" and not small:
+            no_memory()
+        loss = nll(model, batch, **rest)
+        if not small:
+            loss.register_hook(no_memory)
+        return loss
 
     monkeypatch.setattr(sst, "sequence_nll", small_memory)
     session.reporter = Reporter()
@@ -98,11 +107,26 @@ def test_batches_that_memory_does_not_hold_are_halved(session, data, monkeypatch
     assert sum(n * t > 150 for n, t in shapes) <= 2  # later batches are cut before they fail
 
 
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"structure": "kronecker", "space": "factor"}, (structures.Kronecker, "_add_right")),
+        ({"structure": "lowrank", "structure_options": {"rank": 1}}, (torch.linalg, "eigh")),
+        ({}, (structures.RowBuffer, "reserve")),
+    ],
+    ids=["tokens of a module", "reducing a sketch", "room for rows"],
+)
+def test_a_batch_that_is_partly_in_is_never_added_again(options, place, session, data, monkeypatch):
+    monkeypatch.setattr(*place, no_memory)
+    with pytest.raises(MergeError, match="batch 0 failed halfway, and the Fisher may hold a part of it: go on from"):
+        fisher_pass(session, data, **OPTIONS, **options)
+
+
 def test_a_sequence_that_memory_does_not_hold_is_named(session, data, monkeypatch):
-    def no_memory(*_, **__):
+    def small_host(*_, **__):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(sst, "sequence_nll", no_memory)
+    monkeypatch.setattr(sst, "sequence_nll", small_host)
     with pytest.raises(MergeError, match=r"a single sequence of \d+ tokens \(line \d+ of .*data.jsonl\) does not fit"):
         fisher_pass(session, data, **OPTIONS)
 

@@ -67,8 +67,9 @@ def fisher_accumulate(
         modules: regular expression for, or names of, the modules to include; all that carry the adapter by default.
         group: torch.distributed group (`torch.distributed.group.WORLD`) over which the pass is shared: each rank runs its part of the
             data, possibly none, and on leaving the context every rank holds the total. An exception on one rank is raised on all.
-        state_device: where the state lives, "cpu" to leave device memory to the model; beside each module by default. The joint
-            structures of core space then only send rows; the streaming ones also do their sums there.
+        state_device: where the state lives, "cpu" to leave device memory to the model; beside each module by default. What a batch
+            adds is computed beside the module all the same and copied while the model goes on: rows for the joint structures of
+            core space, for others the state of one block and batch (see `docs/scaling.md`).
         sequences: how many this process will bring, if known: memory is estimated, and set aside where rows are kept, before the
             first batch. MemoryError, naming what would fit, when it is not there.
         resume: a checkpoint of `save_checkpoint` to go on from; `.progress` says how far it had come.

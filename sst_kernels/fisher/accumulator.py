@@ -23,19 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from sst_kernels.distributed import raise_together
-from sst_kernels.fisher.base import TokenBatch
+from sst_kernels.fisher.base import Joint, TokenBatch
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import current_declaration, named_inputs, read_layout
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
+from sst_kernels.fisher.transfer import HostCopies, crosses
 from sst_kernels.profiling import stage
 
 
 class Accumulator:
     """The open pass: `fisher` (mapping from block name to structure), `skipped` sample positions, `save(path)`.
 
-    `progress` is what the last checkpoint was given, {} in a pass that starts from nothing.
+    `progress` is what the last checkpoint was given, {} in a pass that starts from nothing. With the state on the host of a GPU the
+    last batches may be on their way: `fisher` and `skipped` wait for them when asked, what was kept of an earlier answer does not.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class Accumulator:
         nonfinite: str,
         group: Any = None,
     ):
-        self.model, self.sites, self.fisher = model, sites, fisher
-        self.skipped: list[tuple[int, int]] = []
+        self.model, self.sites, self._fisher = model, sites, fisher
+        self._skipped: list[tuple[int, int]] = []
         self.progress: dict[str, Any] = {}
         self._group = group
         self._cores = cores
@@ -63,7 +65,25 @@ class Accumulator:
         self._unread: list[tuple[int, Tensor]] = []
         self._batches = 0
         self._resumed = 0
+        self._copies = HostCopies()
+        self._entering: int | None = None  # the batch whose rows are being added
         self._lock = threading.Lock()
+
+    @property
+    def fisher(self) -> Fisher:
+        """What has been accumulated."""
+        self._drain()
+        return self._fisher
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """(batch, sample) of the samples that nonfinite="skip" left out."""
+        self._drain()
+        return self._skipped
+
+    def _drain(self) -> None:
+        with self._lock:
+            self._copies.drain()
 
     def __enter__(self) -> Self:
         hook = self._handles.append
@@ -92,9 +112,10 @@ class Accumulator:
         except Exception as own:
             error = own
         raise_together(error, self._group)
-        self.fisher.all_reduce(self._group)
+        self._fisher.all_reduce(self._group)
 
     def _complete(self) -> None:
+        self._drain()
         self._read_flags()
         for waiting in self._waiting:
             missing = [site.name for site in self.sites if site.name not in waiting.done]
@@ -126,11 +147,12 @@ class Accumulator:
         pass gives the same bits as an uninterrupted one when its remaining batches, and their label draws, are the same.
         Raises FloatingPointError for non-finite gradients not yet reported, RuntimeError inside a batch, and StorageError.
         """
+        self._drain()
         self._read_flags()
         if any(waiting.claimed for waiting in self._waiting):
             raise RuntimeError("a checkpoint is taken between batches: call backward() on the open forward pass first")
-        header, tensors = self.fisher.pack()
-        about = {"batches": self._resumed + self._batches, "skipped": self.skipped, "progress": dict(progress or {})}
+        header, tensors = self._fisher.pack()
+        about = {"batches": self._resumed + self._batches, "skipped": self._skipped, "progress": dict(progress or {})}
         write_tensors(path, tensors, {"kind": "checkpoint", **header, "accumulator": about})
 
     def load_checkpoint(self, path: str | os.PathLike) -> None:
@@ -143,21 +165,23 @@ class Accumulator:
             raise ValueError(
                 f"{path} holds a {header.get('kind')!r}, expected a checkpoint: load a Fisher with Fisher.load"
             )
-        self.fisher.unpack(header, tensors)
+        self._fisher.unpack(header, tensors)
         about = header["accumulator"]
-        self.skipped = [tuple(position) for position in about["skipped"]]
+        self._skipped = [tuple(position) for position in about["skipped"]]
         self.progress, self._resumed = about["progress"], about["batches"]
 
     def abandon(self) -> None:
         """Forget forward passes whose backward failed (out of memory), so that their batch can be run again in pieces.
 
-        RuntimeError when a streaming structure has already taken in a part of such a batch: resume from a checkpoint then.
+        MemoryError when the Fisher may have taken in a part of such a batch (a streaming structure, or a joint one that could not
+        grow or be reduced): resume from a checkpoint then.
         """
-        torn = [w.index for w in self._waiting if w.done and self.fisher.joint is None]
+        torn = [w.index for w in self._waiting if w.done and self._fisher.joint is None]
+        torn += [self._entering] if self._entering is not None else []
         if torn:
-            raise RuntimeError(
-                f"batch {torn[0]} failed halfway through its backward pass, and the Fisher holds a part of it: start again from the "
-                "last checkpoint with smaller batches"
+            raise MemoryError(
+                f"batch {torn[0]} failed halfway, and the Fisher may hold a part of it: go on from the last checkpoint, or start again, with "
+                'smaller batches or state_device="cpu"'
             )
         self._batches -= len(self._waiting)
         self._waiting.clear()
@@ -257,7 +281,7 @@ class Accumulator:
                     f"batch {current.index}: backward() ran twice through the same forward pass, which would count it twice"
                 )
             e, h = (current.flat(site, t) for t in (e.detach(), h))
-            if self.fisher.joint is not None:
+            if self._fisher.joint is not None:
                 current.done[site.name] = (e, h)
             else:
                 current.done[site.name] = e.sum(1, dtype=torch.float32)
@@ -275,37 +299,50 @@ class Accumulator:
                 f"{site.name}.lora_B": (current.flat(site, g), h),
             }
         for name, (left, right) in sides.items():
-            holder = self.fisher[name]
-            left, right = left.to(holder.device), right.to(holder.device)
-            holder.update(
-                TokenBatch(left, right, current.spans(left.device), current.scale(left.device), current.counts)
-            )
+            holder = self._fisher[name]
+            leaves = crosses(left.device, holder.device)
+            if not leaves:
+                left, right = left.to(holder.device), right.to(holder.device)
+            batch = TokenBatch(left, right, current.spans(left.device), current.scale(left.device), current.counts)
+            if leaves:
+                self._copies.add(holder, batch)
+            else:
+                holder.update(batch)
 
     @stage("fisher")
     def _finish(self, current: Pass) -> None:
         current.complete = True
         self._waiting.remove(current)
-        joint = self.fisher.joint
+        joint = self._fisher.joint
         if joint is None:
             tokens = torch.stack([t.to(self.sites[0].device) for t in current.done.values()])
             self._unread.append((current.index, ~current.samples_all(tokens.isfinite().all(0))))
             current.done = dict.fromkeys(current.done)
-            self.fisher.note(current.source, current.layout.samples, current.groups)
+            self._fisher.note(current.source, current.layout.samples, current.groups)
             return
-        rows = current.core_rows(self.sites, joint.device)
+        rows = current.core_rows(self.sites)
+        current.done = dict.fromkeys(current.done)
+        if crosses(rows.device, joint.device):
+            self._copies.send([rows], partial(self._take, joint, current))
+        else:
+            self._take(joint, current, rows.to(joint.device))
+
+    def _take(self, joint: Joint, current: Pass, rows: Tensor) -> None:
+        """Add the rows of a batch, on the device of `joint`."""
         finite = rows.isfinite().all(1)
         counts, groups = current.counts, current.groups
         if self._nonfinite == "raise":
             self._unread.append((current.index, ~finite))
         elif not (kept := finite.cpu()).all():
-            self.skipped += [(current.index, i) for i in (~kept).nonzero().flatten().tolist()]
+            self._skipped += [(current.index, i) for i in (~kept).nonzero().flatten().tolist()]
             rows, counts = rows[finite], current.counts_of(kept)
             groups = None if groups is None else [g for g, keep in zip(groups, kept.tolist()) if keep]
-        current.done = dict.fromkeys(current.done)
         n = len(rows)
         empty, spans = rows.new_empty(0, 1), torch.zeros(n, 2, dtype=torch.int64, device=rows.device)
+        self._entering = current.index
         joint.update(TokenBatch(empty, empty, spans, rows.new_ones(n), counts, rows))
-        self.fisher.note(current.source, n, groups)
+        self._entering = None
+        self._fisher.note(current.source, n, groups)
 
     def _read_flags(self) -> None:
         """Look at the finished batches' finite flags, one batch behind, so that the device is never waited for in mid-pass."""

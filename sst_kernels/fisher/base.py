@@ -156,6 +156,10 @@ class Structure(ABC):
         """The constructor's keyword options (JSON-able), without `device`; subclasses add theirs."""
         return {"sample": self.sample, "count": self.count}
 
+    def share(self, device: torch.device) -> Self:
+        """An empty structure of the same options on `device`; what it takes in, merging adds to this one."""
+        return type(self)(self.shape, device=device, **self.options())
+
     @abstractmethod
     def _update(self, batch: TokenBatch) -> None: ...
 

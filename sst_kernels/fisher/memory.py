@@ -17,6 +17,7 @@ from sst_kernels.fisher.base import Block
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.structures.algebra import CHUNK
 from sst_kernels.fisher.structures.full import Full
+from sst_kernels.ops.gram.op import _TILE as GRAM_TILE
 
 SINGLE, DOUBLE = 4, 8
 
@@ -141,8 +142,9 @@ def _vila(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str
 
 
 def _kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    state = SINGLE * sum(d * d for d in shape) + DOUBLE
-    return Estimate(state, state + SINGLE * max(d * d for d in shape))
+    state, d = SINGLE * sum(d * d for d in shape) + DOUBLE, max(shape)
+    tile = min(d, GRAM_TILE)  # products are added a band of rows at a time
+    return Estimate(state, state + SINGLE * tile * max(tile, d - tile))
 
 
 def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:

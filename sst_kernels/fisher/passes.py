@@ -56,8 +56,8 @@ class Pass:
             )
         return flat.float() if flat.dtype == torch.float64 else flat
 
-    def core_rows(self, sites: Sequence[LoraSite], device: torch.device) -> Tensor:
-        """∂L/∂S of all samples and modules, [N, Σ r²] float32 on `device`: one `core_outer` per device that holds modules."""
+    def core_rows(self, sites: Sequence[LoraSite]) -> Tensor:
+        """∂L/∂S of all samples and modules, [N, Σ r²] float32 where the first module computes: one `core_outer` per device."""
         by_device: dict[torch.device, list[LoraSite]] = {}
         for site in sites:
             by_device.setdefault(self.done[site.name][0].device, []).append(site)
@@ -66,14 +66,15 @@ class Pass:
             es, hs = zip(*(self.done[site.name] for site in members))
             out = torch.empty(self.layout.samples, sum(s.rank**2 for s in members), device=where)
             parts[where] = core_outer(es, hs, self.spans(where), self.scale(where), out)
+        first = next(iter(parts))
         if len(parts) == 1:
-            return next(iter(parts.values())).to(device)
+            return parts[first]
         pieces = {
             s.name: p
             for where, members in by_device.items()
             for s, p in zip(members, parts[where].split([s.rank**2 for s in members], 1))
         }
-        return torch.cat([pieces[site.name].to(device) for site in sites], 1)
+        return torch.cat([pieces[site.name].to(first) for site in sites], 1)
 
     def spans(self, device: torch.device) -> Tensor:
         return self._on(device)[0]

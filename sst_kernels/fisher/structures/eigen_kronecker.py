@@ -40,6 +40,11 @@ class EigenKronecker(Structure):
         self._u_right = right.to(self.device, torch.float32).contiguous()
         self._moments = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=self.device)
 
+    def share(self, device: torch.device) -> Self:
+        share = super().share(device)
+        share._set_basis(self._u_left, self._u_right)
+        return share
+
     def _require_basis(self) -> None:
         if not self._moments.numel():
             raise RuntimeError(
