@@ -125,16 +125,17 @@ void wrong_pairs_are_not_believed() {
     cpu::lapack().dstemr = good;
 }
 
-/// Jacobi-Davidson with one problem and one arena a thread, as the binding spreads a batch.
-void threads_share_nothing() {
+/// One problem and one arena a thread, as the binding spreads a batch.
+template <class Solve>
+void threads_share_nothing(const Solve& solve) {
     std::vector<double> a, b;
     for (int problem = 0; problem < 6; ++problem) append(a, b, {10.0 + problem, 8, 6}, 0.4, 1.0);
-    const Solution together = solve(a, b, Preconditioner::cholesky);
+    const Solution together = solve(a, b);
     std::vector<Solution> alone(6);
     cpu::parallel_for(6, 3, [&](int64_t p, int64_t) {
         const std::vector<double> own_a(a.begin() + p * n * n, a.begin() + (p + 1) * n * n);
         const std::vector<double> own_b(b.begin() + p * n * n, b.begin() + (p + 1) * n * n);
-        alone[p] = solve(own_a, own_b, Preconditioner::cholesky);
+        alone[p] = solve(own_a, own_b);
     });
     for (int64_t p = 0; p < 6; ++p) {
         for (int64_t j = 0; j < k; ++j) REQUIRE(alone[p].values[j] == together.values[p * k + j]);
@@ -192,6 +193,7 @@ int main() {
     known_spectra_and_bad_neighbours<double>(solve_direct<double>);
     known_spectra_and_bad_neighbours<float>(solve_direct<float>);
     wrong_pairs_are_not_believed();
-    threads_share_nothing();
+    threads_share_nothing([](const auto& a, const auto& b) { return solve(a, b, Preconditioner::cholesky); });
+    threads_share_nothing(solve_direct<double>);
     std::printf("all C++ tests passed\n");
 }
