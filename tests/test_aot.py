@@ -141,6 +141,7 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
                 HAS_SPANS=spans,
                 HAS_SCALE=scaled,
                 HAS_WEIGHTS=weighted,
+                SPLIT=False,
                 PRECISION=precision,
             )
         for d, l, mixed in itertools.product(widths, (16, 64, 128) if everything else (64,), (False, True)):
@@ -149,9 +150,16 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
             add(
                 f"project {short}{' x fp32' if mixed else ''}",
                 sketch.project_kernel,
-                {"x": dtype, "u": "float32" if mixed or wide else dtype, "weights": "float32", "z": "float32"},
+                {
+                    "x": dtype,
+                    "u": "float32" if mixed or wide else dtype,
+                    "weights": "float32",
+                    "z": "float32",
+                    "squares": "float32",
+                },
                 sketch.plan_project(4096, d, l, wide, chip),
                 HAS_WEIGHTS=True,
+                HAS_SQUARES=True,
                 PRECISION=precision,
             )
             if short == "fp16":
@@ -176,6 +184,7 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
         tiles.add_partials_kernel,
         {"partials": "float32", "out": "float32"},
         {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
+        LOWER=False,
     )
     return out
 

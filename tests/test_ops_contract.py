@@ -40,6 +40,9 @@ OPS = tuple(arguments())
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
     torch.library.opcheck(getattr(torch.ops.sst_kernels, op).default, (*arguments(device)[op], "ieee"))
+    if op == "sketch":
+        trace = torch.zeros((), dtype=torch.float64, device=device)
+        torch.library.opcheck(torch.ops.sst_kernels.sketch.default, (*arguments(device)[op], "ieee", trace))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -95,6 +98,12 @@ REFUSALS = {
     "rows of another width": ("core_outer", 4, lambda o: o[:, 1:], r"out: expected \[3, 120\]"),
     "spans past the tokens": ("factor_moments", 2, lambda s: s + 1, r"inside \[0, 23\], got 1..24"),
     "a basis of another side": ("eigen_moments", 4, lambda u: u[1:], r"u_left: expected \[5, ·\] float32"),
+    "a trace in float32": (
+        "sketch",
+        "trace",
+        lambda _: torch.zeros(()),
+        r"trace: expected \[\] float64, got \[\] torch.float32",
+    ),
     "a test matrix of another side": ("sketch", 1, lambda o: o[1:], r"omega: expected \[12, l\]"),
 }
 
@@ -102,10 +111,13 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_say_what_was_expected(name):
     op, position, change, message = REFUSALS[name]
-    args = list(arguments()[op])
-    args[position] = change(args[position])
+    args, options = list(arguments()[op]), {}
+    if isinstance(position, str):
+        options[position] = change(None)
+    else:
+        args[position] = change(args[position])
     with pytest.raises(ValueError, match=message):
-        getattr(ops, op)(*args)
+        getattr(ops, op)(*args, **options)
 
 
 def test_refuses_scale_without_spans_and_unknown_precision():

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import os
 
 import pytest
@@ -19,20 +20,20 @@ CASES += [("packed", torch.float32), ("packed", torch.float16)]
 reference = {op: getattr(importlib.import_module(f"sst_kernels.ops.{op}.reference"), op) for op in OPS}
 
 
-def run(op, form, *args):
+def run(op, form, *args, **options):
     """The op on its arguments, results on the CPU in place; `interpreter` calls the launcher on CPU tensors."""
     if form == "interpreter":
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("triton was imported to compile; set TRITON_INTERPRET=1")
         launcher = getattr(importlib.import_module(f"sst_kernels.ops.{op}.kernel"), op)
-        launcher(*args, "ieee")
+        launcher(*args, "ieee", **options)
     elif form == "cpu":
-        getattr(ops, op)(*args)
+        getattr(ops, op)(*args, **options)
     else:
         move = lambda a: [t.cuda() for t in a] if isinstance(a, list) else a.cuda() if torch.is_tensor(a) else a  # noqa: E731
-        moved = [move(a) for a in args]
-        getattr(ops, op)(*moved, precision="ieee")
-        for a, b in zip(args, moved):
+        moved, named = [move(a) for a in args], {name: move(a) for name, a in options.items()}
+        getattr(ops, op)(*moved, precision="ieee", **named)
+        for a, b in zip((*args, *options.values()), (*moved, *named.values())):
             if torch.is_tensor(a):
                 a.copy_(b)
 
@@ -136,9 +137,13 @@ class TestAgainstDefinition:
         omega = torch.randn(141, 11, generator=torch.Generator().manual_seed(8))
         scale = scales(len(spans)) if scaled else None
         for test in (omega, omega.to(dtype)):
-            out = torch.ones(141, 11)
-            run("sketch", form, x, test, spans, scale, out)
+            out, trace = torch.ones(141, 11), torch.ones((), dtype=torch.float64)
+            run("sketch", form, x, test, spans, scale, out, trace=trace)
             assert_close("sketch", out, 1 + reference["sketch"](x, test, spans, scale), tolerance(S + 141))
+            assert_close("trace", trace, 1 + reference["gram"](x, spans, scale).trace(), tolerance(S + 141))
+            alone = torch.ones(141, 11)
+            run("sketch", form, x, test, spans, scale, alone)
+            assert torch.equal(alone, out)
 
     @pytest.mark.parametrize("shape", [(6, 37), (37, 6)])
     def test_eigen_moments(self, form, layout, dtype, shape):
@@ -161,6 +166,38 @@ def test_spans_none_means_every_token(form):
     omega, y = torch.randn(45, 4, generator=torch.Generator().manual_seed(12)), torch.zeros(45, 4)
     run("sketch", form, x, omega, None, None, y)
     assert_close("sketch of all tokens", y, reference["sketch"](x, omega), tolerance(77))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("samples", ["all", "long", "tokens"])
+def test_gram_of_few_tiles_splits_its_tokens(form, samples):
+    """600 tokens of 20 numbers: one tile, so its tokens, or whole samples, are spread over parts."""
+    (x,) = data(16, 600, 20, dtype=torch.bfloat16)
+    cuts = {"all": None, "long": torch.tensor([0, 90, 90, 300, 590, 600]), "tokens": torch.arange(601)}[samples]
+    spans = None if cuts is None else ops.spans_from_cu_seqlens(cuts)
+    for scale in (None, *([] if cuts is None else [scales(len(spans))])):
+        start = torch.randn(20, 20, generator=torch.Generator().manual_seed(17))
+        out = start.tril() + poisoned(20, 20).triu(1)
+        run("gram", form, x, spans, scale, out)
+        assert_close("split gram", out.tril(), start.tril() + reference["gram"](x, spans, scale), tolerance(600))
+        assert out[torch.ones(20, 20, dtype=torch.bool).triu(1)].isnan().all()
+
+
+def test_plans_fill_the_processors():
+    """Parts cover what they split exactly, and there are as many programs as processors where the tokens allow."""
+    from sst_kernels.ops.gram.kernel import plan, plan_parts
+    from sst_kernels.ops.tiles import Chip
+
+    chip = Chip()
+    for d, S, N in itertools.product((16, 128, 256, 576, 4096), (1, 300, 4096), (None, 1, 8)):
+        meta = plan(d, False, False, chip)
+        part, parts = plan_parts(d, S, N, meta, chip)
+        whole = S if N is None else N
+        assert (parts - 1) * part < whole <= parts * part
+        tiles = -(-d // meta["BD"]) * (-(-d // meta["BD"]) + 1) // 2
+        assert parts == 1 or tiles * parts <= chip.processors
+        if N is None and S == 4096:
+            assert tiles * parts > min(chip.processors // 2, 15)
 
 
 @pytest.mark.parametrize("form", FORMS)

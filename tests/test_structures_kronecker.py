@@ -117,7 +117,7 @@ def test_nothing_square_is_kept_or_needed():
 def test_modules_that_read_one_input_sketch_it_once(monkeypatch):
     """…and an input that was overwritten, or another one at the same address, is sketched anew."""
     calls, sketch = [], ops.sketch
-    monkeypatch.setattr(ops, "sketch", lambda *a: calls.append(1) or sketch(*a))
+    monkeypatch.setattr(ops, "sketch", lambda *a, **k: calls.append(1) or sketch(*a, **k))
     shared = batch(wide(9, 0.9))
     structures = [make_structure("kronecker_lowrank", (3, 40), rank=4) for _ in range(3)]
     for i, structure in enumerate(structures):

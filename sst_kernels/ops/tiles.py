@@ -135,10 +135,12 @@ def short(S: int, N: int, BT: int) -> bool:
 
 
 @triton.jit
-def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.constexpr):
+def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.constexpr, LOWER: tl.constexpr):
     """out[i] += Σ_k partials[k, i], k ascending: the fixed-order second stage of every split sum."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
+    if LOWER:
+        mask &= o // width >= o % width
     total = tl.zeros([BLOCK], tl.float32)
     p_part = partials + o
     for _ in range(parts):
@@ -148,11 +150,11 @@ def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.con
     tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + total, mask=mask)
 
 
-def add_partials(partials: Tensor, out: Tensor) -> None:
-    """out [m, width] += partials [k, m, width] summed over k in ascending order."""
+def add_partials(partials: Tensor, out: Tensor, *, lower: bool = False) -> None:
+    """out [m, width] += partials [k, m, width] summed over k in ascending order; `lower`: nothing above the diagonal is touched."""
     size = out.numel()
     args = (partials, out, size, out.shape[1], out.stride(0), len(partials))
-    launch(add_partials_kernel, (triton.cdiv(size, 1024),), *args, BLOCK=1024, num_warps=4)
+    launch(add_partials_kernel, (triton.cdiv(size, 1024),), *args, BLOCK=1024, LOWER=lower, num_warps=4)
 
 
 def launch(kernel, grid, *args, **meta) -> None:
@@ -180,6 +182,12 @@ def chip(device: torch.device) -> Chip:
         return Chip()
     properties = torch.cuda.get_device_properties(device)
     return Chip(properties.multi_processor_count, properties.major >= 9)
+
+
+def split(whole: int, parts: int, unit: int) -> tuple[int, int]:
+    """(how much a part holds, how many parts): `whole` in about `parts` parts, each but the last a multiple of `unit`."""
+    part = triton.cdiv(triton.cdiv(whole, parts), unit) * unit
+    return part, triton.cdiv(whole, part)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -48,23 +48,6 @@ class LowRankFactor:
         return self.values.sum() + self.rest * len(self.vectors)
 
 
-def _trace(x: Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Σ scale² ‖x_t‖² over the tokens of the spans."""
-    from sst_kernels.ops import gram
-
-    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-    return gram(norms, spans, scale, norms.new_zeros(1, 1))[0, 0].double()
-
-
-def _product(x: Tensor, spans: Tensor | None, scale: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(Xᵀ D X Ω [d, ℓ] float32, tr Xᵀ D X), D = diag(scale²) over the tokens of the spans."""
-    from sst_kernels.ops import sketch
-
-    omega = sign_matrix(x.shape[1], rank, seed, x.device, x.dtype)
-    out = torch.zeros(omega.shape, dtype=torch.float32, device=x.device)
-    return sketch(x, omega, spans, scale, out), _trace(x, spans, scale)
-
-
 class _SharedInput(threading.local):
     """The product of the last unscaled input of this thread: modules that read one tensor (q, k, v; gate, up) come one
     after another. A hit is the same live storage, unwritten since, under the same spans."""
@@ -75,9 +58,14 @@ class _SharedInput(threading.local):
     value: tuple[Tensor, Tensor]
 
     def product(self, x: Tensor, spans: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        from sst_kernels.ops import sketch
+
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, rank, seed)
         if self.key != key or self.spans is not spans or self.storage.expired():
-            self.value = _product(x, spans, None, rank, seed)
+            omega = sign_matrix(x.shape[1], rank, seed, x.device, x.dtype)
+            product = torch.zeros(omega.shape, dtype=torch.float32, device=x.device)
+            trace = torch.zeros((), dtype=torch.float64, device=x.device)
+            self.value = sketch(x, omega, spans, None, product, trace=trace), trace
             self.key, self.spans, self.storage = key, spans, StorageWeakRef(x.untyped_storage())
         return self.value
 
@@ -86,7 +74,7 @@ _shared_input = _SharedInput()
 
 
 class _Side:
-    """The running second moment M = Σ x xᵀ of one side: dense while d ≤ ℓ, else Y = M Ω with the exact trace of M."""
+    """The running second moment M = Σ x xᵀ of one side: dense while d ≤ ℓ, else Y = M Ω with the exact trace of M (else 0)."""
 
     def __init__(self, d: int, rank: int, seed: int, device: torch.device):
         self.dense = d <= rank
@@ -95,19 +83,18 @@ class _Side:
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        if self.dense:
-            from sst_kernels.ops import gram
+        from sst_kernels.ops import gram, sketch
 
-            gram(x, spans, scale, self.sum)
-            self.trace += _trace(x, spans, scale)
-            return
         rank = self.sum.shape[1]
-        if scale is None:
+        if self.dense:
+            gram(x, spans, scale, self.sum)
+        elif scale is None:
             product, trace = _shared_input.product(x, spans, rank, self.seed)
+            self.sum += product
+            self.trace += trace
         else:
-            product, trace = _product(x, spans, scale, rank, self.seed)
-        self.sum += product
-        self.trace += trace
+            omega = sign_matrix(x.shape[1], rank, self.seed, x.device, x.dtype)
+            sketch(x, omega, spans, scale, self.sum, trace=self.trace)
 
     def factor(self, count: float | Tensor) -> LowRankFactor:
         """M / count, reconstructed."""
@@ -147,7 +134,8 @@ class KroneckerLowRank(TwoSided):
     M̃ = M_nys + (tr M − tr M_nys)/d · I: PSD by construction, tr M̃ = tr M exactly, and since 0 ⪯ M − M_nys,
     ‖M − M̃‖₂ ≤ tr M − tr M_nys. Sketches over other data add, so merging is exact.
 
-    State: `left`, `right` float32 (dense [d, d] where d ≤ ℓ, else [d, ℓ]), their traces (float64), `terms` int64.
+    State: `left`, `right` float32 (dense [d, d] where d ≤ ℓ, else [d, ℓ]), their traces (float64; 0 of a dense one, which
+    has its own), `terms` int64.
     """
 
     kind = "kronecker_lowrank"

@@ -20,6 +20,7 @@ from sst_kernels.ops.tiles import (
     launch,
     load_tile,
     rows_contiguous,
+    split,
     token_weights,
 )
 
@@ -33,6 +34,7 @@ def project_kernel(
     u,
     weights,
     z,
+    squares,
     S,
     d,
     l,
@@ -43,22 +45,38 @@ def project_kernel(
     BD: tl.constexpr,
     BL: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z[k] = diag(weights) x[:, slice k] u[slice k, :], slices of `part` columns; zero where the weight is zero."""
+    """z[k] = diag(weights) x[:, slice k] u[slice k, :], slices of `part` columns; zero where the weight is zero.
+
+    squares[k, i] = Σ_t weights_t ‖x[t, slice k]‖² over the tokens of block i.
+    """
     o_t = (tl.program_id(0).to(tl.int64)) * BT + tl.arange(0, BT)
     o_l = tl.program_id(1) * BL + tl.arange(0, BL)
     k = tl.program_id(2)
     last = tl.minimum((k + 1) * part, d)
     acc = tl.zeros([BT, BL], tl.float32)
+    if HAS_SQUARES:
+        VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # what a thread holds side by side
+        square = tl.zeros([BT, BD // VECTOR], tl.float32)
     for c in range(k * part, last, BD):
         o_d = c + tl.arange(0, BD)
         b_x = load_tile(x, o_t, o_d, x_stride, S, last)
         b_u = load_tile(u, o_d.to(tl.int64), o_l, u_stride, last, l)
         acc = dot(b_x, b_u, acc, PRECISION)
+        if HAS_SQUARES:
+            wide = b_x.to(tl.float32)
+            square += tl.sum(tl.reshape(wide * wide, [BT, BD // VECTOR, VECTOR]), 2)
     if HAS_WEIGHTS:
-        w = tl.load(weights + o_t, mask=o_t < S, other=0.0)[:, None]
-        acc = tl.where(w != 0.0, acc * w, 0.0)
+        w = tl.load(weights + o_t, mask=o_t < S, other=0.0)
+        acc = tl.where((w != 0.0)[:, None], acc * w[:, None], 0.0)
+    if HAS_SQUARES:
+        norm = tl.sum(square, 1)
+        if HAS_WEIGHTS:
+            norm = tl.where(w != 0.0, norm * w, 0.0)
+        if tl.program_id(1) == 0:
+            tl.store(squares + k * tl.num_programs(0) + tl.program_id(0), tl.sum(norm, 0))
     p_z = z + (k.to(tl.int64) * S + o_t[:, None]) * l + o_l[None, :]
     tl.store(p_z, acc, mask=(o_t < S)[:, None] & (o_l < l)[None, :])
 
@@ -129,16 +147,15 @@ def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
     }
 
 
-def project(x, u, precision, weights=None, **override):
-    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
+def project(x, u, precision, weights=None, trace=None, **override):
+    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded; adds Σ_t weights_t ‖x_t‖² to `trace`."""
     x, u = rows_contiguous(x), rows_contiguous(u)
     (S, d), l = x.shape, u.shape[1]
     meta = plan_project(S, d, l, x.element_size() == 4, chip(x.device)) | override
-    parts = meta.pop("parts")
-    part = triton.cdiv(triton.cdiv(d, parts), meta["BD"]) * meta["BD"]
-    parts = triton.cdiv(d, part)
+    part, parts = split(d, meta.pop("parts"), meta["BD"])
     z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
+    squares = None if trace is None else torch.empty(parts, grid[0], dtype=torch.float32, device=x.device)
     launch(
         project_kernel,
         grid,
@@ -146,6 +163,7 @@ def project(x, u, precision, weights=None, **override):
         u,
         weights,
         z,
+        squares,
         S,
         d,
         l,
@@ -153,9 +171,12 @@ def project(x, u, precision, weights=None, **override):
         x.stride(0),
         u.stride(0),
         HAS_WEIGHTS=weights is not None,
+        HAS_SQUARES=squares is not None,
         PRECISION=precision,
         **meta,
     )
+    if squares is not None:
+        trace += squares.sum(dtype=torch.float64)
     return z[0] if parts == 1 else _reduced(z)
 
 
@@ -164,22 +185,22 @@ def _reduced(parts):
     return parts[0]
 
 
-def sketch(x, omega, spans, scale, out, precision, **override):
+def sketch(x, omega, spans, scale, out, precision, trace=None, **override):
     x = rows_contiguous(x)
     (S, d), l, device = x.shape, omega.shape[1], x.device
     weights = None if spans is None else token_weights(S, spans, scale)
-    step = min(S, max(512, CHUNK_BYTES // (d * x.element_size())))
+    chunks = min(triton.cdiv(S, 512), triton.cdiv(S * d * x.element_size(), CHUNK_BYTES))
+    step, _ = split(S, chunks, 128)
     meta = plan_back(step, d, l, x.element_size() == 4, chip(device)) | override
-    parts = meta.pop("parts")
-    part = triton.cdiv(triton.cdiv(step, parts), meta["BT"]) * meta["BT"]
-    y = torch.zeros(triton.cdiv(step, part), d, l, dtype=torch.float32, device=device)
+    part, parts = split(step, meta.pop("parts"), meta["BT"])
+    y = torch.zeros(parts, d, l, dtype=torch.float32, device=device)
     for t in range(0, S, step):
         rows, w = x[t : t + step], None if weights is None else weights[t : t + step]
         launch(
             back_kernel,
             (triton.cdiv(d, meta["BD"]), triton.cdiv(l, meta["BL"]), triton.cdiv(len(rows), part)),
             rows,
-            project(rows, omega, precision, w),
+            project(rows, omega, precision, w, trace),
             w,
             y,
             len(rows),

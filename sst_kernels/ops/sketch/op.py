@@ -16,9 +16,12 @@ def sketch(
     scale: Tensor | None,
     out: Tensor,
     *,
+    trace: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
     """Add Xᵀ D (X Ω) to `out` in place, D = diag(scale²) over the tokens of the spans: Y += F Ω without F.
+
+    `trace` [] float64, or None: tr F = Σ scale² ‖x_t‖² is added to it, from the same read of X.
 
     x [S, d]: float32, bfloat16 or float16; omega [d, l] float32 or the dtype of x; spans [N, 2] int64, or None for
     all tokens; scale [N] float32 or None; out [d, l] float32. The inner product Z = XΩ is never rounded below
@@ -35,32 +38,36 @@ def sketch(
             f"omega: expected [{x.shape[1]}, l] float32 or {x.dtype}, got {list(omega.shape)} {omega.dtype}"
         )
     checks.accumulator("out", out, tuple(omega.shape), x)
+    if trace is not None:
+        checks.accumulator("trace", trace, (), x, (torch.float64,))
     checks.precision(precision)
     if x.numel() and omega.numel() and (spans is None or len(spans)):
-        _sketch(x, omega, spans, scale, out, precision)
+        _sketch(x, omega, spans, scale, out, precision, trace)
     return out
 
 
 @torch.library.custom_op(
     "sst_kernels::sketch",
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
+    mutates_args=("out", "trace"),
+    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace=None) -> ()",
     device_types="cpu",
 )
-def _sketch(x, omega, spans, scale, out, precision):
+def _sketch(x, omega, spans, scale, out, precision, trace=None):
     checks.span_values(spans, x.shape[0])
     held, weight = held_tokens(len(x), spans, scale, power=2)
     x = x[held].float()
+    if trace is not None:
+        trace += weighted(torch.linalg.vector_norm(x, dim=1, keepdim=True).square(), weight).sum(dtype=torch.float64)
     out += x.T @ weighted(x @ omega.float(), weight)
 
 
 @_sketch.register_kernel("cuda")
-def _(x, omega, spans, scale, out, precision):
+def _(x, omega, spans, scale, out, precision, trace=None):
     from sst_kernels.ops.sketch.kernel import sketch
 
-    sketch(x, omega, spans, scale, out, precision)
+    sketch(x, omega, spans, scale, out, precision, trace)
 
 
 @_sketch.register_fake
-def _(x, omega, spans, scale, out, precision):
+def _(x, omega, spans, scale, out, precision, trace=None):
     return None
