@@ -136,6 +136,29 @@ def test_modules_that_read_one_input_sketch_it_once(monkeypatch):
     assert len(calls) == 7
 
 
+def test_modules_that_read_one_input_multiply_it_once(monkeypatch):
+    """From the second batch on, which knows who reads what; to the same bits as modules that share nothing."""
+    calls, gram = [], ops.gram
+    monkeypatch.setattr(ops, "gram", lambda x, *a: calls.append(x.shape[1]) or gram(x, *a))
+    together, alone = ([make_structure("kronecker", (3, 40)) for _ in range(3)] for _ in range(2))
+    other = make_structure("kronecker", (3, 40))
+    for seed, expected in ((1, 3), (2, 1), (3, 1)):
+        shared = batch(wide(9, 0.9, seed=seed))
+        for structure in alone:
+            structure.update(replace(shared, right=shared.right.clone()))
+        calls.clear()
+        for structure in together:
+            structure.update(shared)
+        assert calls.count(40) == expected
+        other.update(batch(wide(9, 0.9, seed=seed + 10)))
+        assert calls.count(40) == expected + 1
+    for a, b in zip(together, alone):
+        assert torch.equal(a.state_dict()["right"], b.state_dict()["right"])
+    shared.right.mul_(2)
+    together[1].update(shared)
+    assert calls.count(40) == 3
+
+
 def test_lowrank_sketch_depends_on_its_seed_only():
     one, same, other = (make_structure("kronecker_lowrank", (3, 40), rank=4, seed=s) for s in (1, 1, 2))
     for s in (one, same, other):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh, symmetric
+from sst_kernels.fisher.structures.inputs import LastInput
 
 
 def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, Tensor]:
@@ -89,6 +91,9 @@ class TwoSided(Structure):
             tensor.copy_(state[name])
 
 
+_last_input = LastInput()  # (its product or None, who read it)
+
+
 class Kronecker(TwoSided):
     """K-FAC (Martens & Grosse 1503.05671) with both factors dense: 4·(p² + q²) bytes.
 
@@ -102,6 +107,7 @@ class Kronecker(TwoSided):
         p, q = self.shape
         self._left = torch.zeros(p, p, dtype=torch.float32, device=self.device)
         self._right = torch.zeros(q, q, dtype=torch.float32, device=self.device)
+        self._followed = False  # an earlier batch showed that the next module reads the same right side
 
     def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
         from sst_kernels.ops import gram
@@ -109,9 +115,22 @@ class Kronecker(TwoSided):
         gram(x, spans, scale, self._left)
 
     def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
+        """A product serves all modules that read x. Only where another follows is it formed apart from the sum, which costs d²
+        numbers written and read again: else it is added in place. Both give the same bits."""
         from sst_kernels.ops import gram
 
-        gram(x, spans, scale, self._right)
+        product = None
+        if _last_input.holds(x, spans):
+            product, reader = _last_input.value
+            if before := reader():
+                before._followed = True
+        if product is None and self._followed:
+            product = gram(x, spans, scale, torch.zeros_like(self._right))
+        if product is None:
+            gram(x, spans, scale, self._right)
+        else:
+            self._right += product
+        _last_input.keep((product if self._followed else None, weakref.ref(self)), x, spans)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """G [p, p] and A [q, q], float64 and PSD, with F = G ⊗ A. One eigendecomposition each."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from sst_kernels.fisher.structures.algebra import psd_eigh, symmetric
+from sst_kernels.fisher.structures.inputs import LastInput
 from sst_kernels.fisher.structures.kronecker import TwoSided
 
 
@@ -48,29 +47,7 @@ class LowRankFactor:
         return self.values.sum() + self.rest * len(self.vectors)
 
 
-class _SharedInput(threading.local):
-    """The product of the last unscaled input of this thread: modules that read one tensor (q, k, v; gate, up) come one
-    after another. A hit is the same live storage, unwritten since, under the same spans."""
-
-    key: tuple | None = None
-    spans: Tensor | None = None
-    storage: StorageWeakRef
-    value: tuple[Tensor, Tensor]
-
-    def product(self, x: Tensor, spans: Tensor | None, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-        from sst_kernels.ops import sketch
-
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, rank, seed)
-        if self.key != key or self.spans is not spans or self.storage.expired():
-            omega = sign_matrix(x.shape[1], rank, seed, x.device, x.dtype)
-            product = torch.zeros(omega.shape, dtype=torch.float32, device=x.device)
-            trace = torch.zeros((), dtype=torch.float64, device=x.device)
-            self.value = sketch(x, omega, spans, None, product, trace=trace), trace
-            self.key, self.spans, self.storage = key, spans, StorageWeakRef(x.untyped_storage())
-        return self.value
-
-
-_shared_input = _SharedInput()
+_last_input = LastInput()
 
 
 class _Side:
@@ -85,16 +62,21 @@ class _Side:
     def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
         from sst_kernels.ops import gram, sketch
 
-        rank = self.sum.shape[1]
         if self.dense:
             gram(x, spans, scale, self.sum)
-        elif scale is None:
-            product, trace = _shared_input.product(x, spans, rank, self.seed)
-            self.sum += product
-            self.trace += trace
-        else:
-            omega = sign_matrix(x.shape[1], rank, self.seed, x.device, x.dtype)
+            return
+        rank = self.sum.shape[1]
+        omega = sign_matrix(x.shape[1], rank, self.seed, x.device, x.dtype)
+        if scale is not None:
             sketch(x, omega, spans, scale, self.sum, trace=self.trace)
+            return
+        if not _last_input.holds(x, spans, rank, self.seed):
+            product, trace = torch.zeros_like(self.sum), torch.zeros_like(self.trace)
+            sketch(x, omega, spans, None, product, trace=trace)
+            _last_input.keep((product, trace), x, spans, rank, self.seed)
+        product, trace = _last_input.value
+        self.sum += product
+        self.trace += trace
 
     def factor(self, count: float | Tensor) -> LowRankFactor:
         """M / count, reconstructed."""
