@@ -15,6 +15,7 @@ import sst_kernels as sst
 from sst_merge import cli
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
+from sst_merge.progress import Reporter
 from tests import merge_cases as cases
 
 
@@ -149,3 +150,16 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
 def test_table_shows_missing_numbers(capsys):
     cli.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].split() == ["only", "benign", "–", "–", "0.5000", "1.000"]
+
+
+def test_brackets_in_paths_and_prompts_stay(capsys):
+    text = "[/][red]a[b] :smile:"
+    reporter = Reporter()
+    reporter.say(text)
+    reporter.warn(text)
+    assert list(reporter.track([1], text)) == [1]
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [text, text]
+    assert told[2].startswith(text)
+    cli.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    assert capsys.readouterr().out.splitlines()[1].startswith(text)

@@ -126,6 +126,8 @@ def test_page_embeds_everything_and_loads_nothing(first):
         ("strengths: {no patch: [1]}", "has none"),
         ("eval_harm_data: null", "eval_harm_data"),
         ("eval_safe_data: 1", "eval_safe_data"),
+        ("kl_budget: 0.05", "kl_budget: which patches are compared is said by `methods` and `strengths`"),
+        ("filter: top_k", "filter: which patches"),
     ],
 )
 def test_wrong_recipes_are_refused(world, line, text):

@@ -179,7 +179,7 @@ def fisher(
             return
         result.save(partial)
         if dataset.skipped:
-            reporter.say(f"[yellow]{len(dataset.skipped)} lines left out: {list(dataset.skipped[:10])}")
+            reporter.warn(f"{len(dataset.skipped)} lines left out: {list(dataset.skipped[:10])}")
     if continuity is not None:
         continuity.remove()
     counts = result.counts
@@ -269,7 +269,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
         shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
     for row in body:
         shown.add_row(*row)
-    Console(highlight=False, width=max(88, Console().width)).print(shown)
+    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
 
 
 def main() -> None:

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 
 import sst_kernels
 
 from .adapters import Adapter
-from .compare_plan import ALWAYS, Comparison
+from .compare_plan import ALWAYS, OF_METHODS, Comparison
 from .data import Dataset, load_dataset
 from .errors import MergeError, OutputError, headlined
 from .evaluate import Evaluator
@@ -107,14 +106,12 @@ def compare(recipe: Comparison, *, reporter: Reporter | None = None) -> dict[str
 
     reporter = reporter or Reporter()
     folder = _claim(recipe.output)
-    if recipe.unused:
-        reporter.say(f"[yellow]{', '.join(recipe.unused)}: not used, the methods of a comparison decide these")
     bench = _open(recipe, folder / "rows", reporter)
     rows: list[dict[str, Any]] = []
     for method, strengths in recipe.sweeps:
         for strength in strengths:
             rows.append(bench.row(method, strength))
-            reporter.say(escape(_line(rows[-1])))
+            reporter.say(_line(rows[-1]))
         if method.name in ALWAYS and all("error" in r for r in rows[-len(strengths) :]):
             raise MergeError(f"nothing can be compared without {method.name!r}: {rows[-1]['error']}")
     report = summarise(recipe, rows, bench.data)
@@ -155,7 +152,7 @@ def summarise(
         "context": {
             "corner": list(corner),
             "bootstrap": draws,
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json", exclude=OF_METHODS),
             "data": {name: d.summary() for name, d in data.items()},
             "versions": {"sst_kernels": sst_kernels.__version__, "torch": torch.__version__},
         },
@@ -182,7 +179,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
         if seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}:
-            reporter.say(f"[yellow]{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
+            reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
     common: dict[str, Any] = {
         "reference": session.reference,
         "tokens_per_batch": recipe.tokens_per_batch,
@@ -237,7 +234,7 @@ def _read(file: Path, reporter: Reporter) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
-    reporter.say(f"[yellow]{file}: damaged, so it is measured again")
+    reporter.warn(f"{file}: damaged, so it is measured again")
     return None
 
 

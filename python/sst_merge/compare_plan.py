@@ -29,8 +29,8 @@ DEFAULT = (
     "random-subspace",
 )
 # Entries of a merge recipe that say which patch to make: here the methods and their strengths do.
-_OF_METHODS = {
-    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "benign_labels", "filter", "mu", "k",
+OF_METHODS = {
+    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "benign_labels", "filter", "kl_budget", "mu", "k",
 }  # fmt: skip
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -46,6 +46,16 @@ class Comparison(Recipe):
     strengths: dict[str, Annotated[list[Strength], Field(min_length=1)]] = Field(
         default_factory=dict, description="a method's strengths"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patches_are_made_by_methods(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (given := sorted(values.keys() & OF_METHODS)):
+            raise ValueError(
+                f"{', '.join(given)}: which patches are compared is said by `methods` and `strengths` (such as {{sst: [0.02]}}, a KL "
+                "budget); remove what belongs to a merge"
+            )
+        return values
 
     @field_validator("methods")
     @classmethod
@@ -74,8 +84,3 @@ class Comparison(Recipe):
     def sweeps(self) -> list[tuple[Method, list[float]]]:
         """The methods in order, each with its strengths."""
         return [(m, self.strengths.get(m.name, list(m.strengths))) for m in map(find, self.methods)]
-
-    @property
-    def unused(self) -> list[str]:
-        """Entries that were given although the methods decide them."""
-        return sorted(self.model_fields_set & _OF_METHODS)

@@ -69,7 +69,7 @@ def run(
 
 
 def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
-    reporter.say("[bold]SST-Merge demo[/bold]: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter")
+    reporter.say("SST-Merge demo: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter", "bold")
     session = open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
     )

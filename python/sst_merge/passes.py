@@ -207,8 +207,8 @@ class _BatchRunner:
                 "memory: lower max_length, or use a smaller dtype or another device"
             )
         self.most = min(self.most, tokens / 2)
-        self.session.reporter.say(
-            f"[yellow]out of memory at {rows} sequences, {tokens} tokens: going on with batches half as large"
+        self.session.reporter.warn(
+            f"out of memory at {rows} sequences, {tokens} tokens: going on with batches half as large"
         )
 
     def _halves(self, batch: Batch) -> list[Batch]:

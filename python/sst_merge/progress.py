@@ -26,11 +26,15 @@ class Reporter:
     """Prints to stderr, so that stdout holds results only. `quiet=True` prints nothing."""
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
 
-    def say(self, text: str) -> None:
-        """One line of news; rich markup is understood."""
-        self.console.print(text)
+    def say(self, text: str, style: str | None = None) -> None:
+        """One line of news as it is, brackets of paths and prompts included; `style` as rich names them."""
+        self.console.print(text, style=style)
+
+    def warn(self, text: str) -> None:
+        """News that somebody should read."""
+        self.say(text, "yellow")
 
     def track(
         self, items: Iterable[T], label: str, *, size: Callable[[T], int] = lambda _: 1, unit: str = "tokens"
@@ -38,7 +42,7 @@ class Reporter:
         """Iterate over `items` under a bar; `size(item)` is how much work an item is, in `unit`."""
         items = list(items)
         columns = (
-            TextColumn("{task.description:<30}"),
+            TextColumn("{task.description:<30}", markup=False),
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(unit),

@@ -125,4 +125,4 @@ def evaluate_folders(
 def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
     for adapter in filter(None, adapters):
         for warning in check_fit(model, adapter):
-            reporter.say(f"[yellow]{adapter.path}: {warning}")
+            reporter.warn(f"{adapter.path}: {warning}")
