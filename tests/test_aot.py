@@ -170,6 +170,7 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
                 {"x": dtype, "z": "float32", "weights": "float32", "y": "float32"},
                 sketch.plan_back(4096, d, l, wide, chip),
                 HAS_WEIGHTS=True,
+                OVERWRITE=False,
                 PRECISION=precision,
             )
     add(

@@ -168,6 +168,20 @@ def test_spans_none_means_every_token(form):
     assert_close("sketch of all tokens", y, reference["sketch"](x, omega), tolerance(77))
 
 
+def test_sketch_in_chunks(monkeypatch):
+    """1300 tokens in three chunks, the last one shorter: what a second level cache holds, read twice."""
+    from sst_kernels.ops.sketch import kernel
+
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 500 * 24 * 2)
+    spans = ops.spans_from_cu_seqlens(torch.tensor([0, 200, 1000, 1200]))
+    (x,) = data(18, 1300, 24, dtype=torch.bfloat16, spans=spans)
+    omega = torch.randn(24, 5, generator=torch.Generator().manual_seed(19))
+    out, trace = torch.ones(24, 5), torch.zeros((), dtype=torch.float64)
+    run("sketch", "interpreter", x, omega, spans, scales(3), out, trace=trace)
+    assert_close("sketch", out, 1 + reference["sketch"](x, omega, spans, scales(3)), tolerance(1324))
+    assert_close("trace", trace, reference["gram"](x, spans, scales(3)).trace(), tolerance(1324))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("samples", ["all", "long", "tokens"])
 def test_gram_of_few_tiles_splits_its_tokens(form, samples):

@@ -141,7 +141,7 @@ def test_modules_that_read_one_input_multiply_it_once(monkeypatch):
     calls, gram = [], ops.gram
     monkeypatch.setattr(ops, "gram", lambda x, *a: calls.append(x.shape[1]) or gram(x, *a))
     together, alone = ([make_structure("kronecker", (3, 40)) for _ in range(3)] for _ in range(2))
-    other = make_structure("kronecker", (3, 40))
+    other, narrow = make_structure("kronecker", (3, 40)), make_structure("kronecker", (40, 3))
     for seed, expected in ((1, 3), (2, 1), (3, 1)):
         shared = batch(wide(9, 0.9, seed=seed))
         for structure in alone:
@@ -149,14 +149,16 @@ def test_modules_that_read_one_input_multiply_it_once(monkeypatch):
         calls.clear()
         for structure in together:
             structure.update(shared)
-        assert calls.count(40) == expected
+            narrow.update(replace(shared, left=torch.randn(len(shared.right), 40), right=shared.left))
+        assert calls.count(40) == expected + 3
         other.update(batch(wide(9, 0.9, seed=seed + 10)))
-        assert calls.count(40) == expected + 1
+        assert calls.count(40) == expected + 4
     for a, b in zip(together, alone):
         assert torch.equal(a.state_dict()["right"], b.state_dict()["right"])
     shared.right.mul_(2)
+    calls.clear()
     together[1].update(shared)
-    assert calls.count(40) == 3
+    assert calls.count(40) == 1
 
 
 def test_lowrank_sketch_depends_on_its_seed_only():

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sst_kernels.memo import Memo
+
 
 @triton.jit
 def _probe():
@@ -121,12 +123,18 @@ def token_weights_kernel(weights, spans, scale, S, N, BT: tl.constexpr, BN: tl.c
     tl.store(weights + o_t, total, mask=o_t < S)
 
 
+_last_weights = {False: Memo(), True: Memo()}  # one for scaled sides, one for unscaled: modules ask for them in turn
+
+
 def token_weights(S: int, spans: Tensor, scale: Tensor | None) -> Tensor:
-    """Weight [S] of every token in a second moment: Σ over the spans that hold it of scale²; zero for padding."""
+    """Weight [S] of every token in a second moment: Σ over the spans that hold it of scale²; zero for padding. Not to be written."""
+    last = _last_weights[scale is not None]
+    if last.holds(S, spans, scale):
+        return last.value
     weights = torch.empty(S, dtype=torch.float32, device=spans.device)
     args = (weights, spans.contiguous(), scale, S, len(spans))
     launch(token_weights_kernel, (triton.cdiv(S, 64),), *args, BT=64, BN=32, HAS_SCALE=scale is not None, num_warps=4)
-    return weights
+    return last.keep(weights, S, spans, scale)
 
 
 def short(S: int, N: int, BT: int) -> bool:

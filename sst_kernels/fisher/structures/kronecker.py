@@ -12,21 +12,21 @@ from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh, symmetric
-from sst_kernels.fisher.structures.inputs import LastInput
+from sst_kernels.memo import Memo
 
 
-def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, Tensor]:
+def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, int]:
     """What the two second moments are summed over: `(x, spans, scale)` of the left and the right side, and the number
-    of terms of the right sum (int64 scalar).
+    of terms of the right sum.
 
     expand: all tokens of all spans. reduce: per sample Σ_t left_t (scaled) and the mean of right_t.
     """
-    lengths = batch.spans[:, 1] - batch.spans[:, 0]
     if approx == "expand":
-        return (batch.left, batch.spans, batch.scale), (batch.right, batch.spans, None), lengths.sum()
+        return (batch.left, batch.spans, batch.scale), (batch.right, batch.spans, None), batch.counts.tokens
+    lengths = batch.spans[:, 1] - batch.spans[:, 0]
     left = _span_sums(batch.left, batch.spans, batch.scale)
     right = _span_sums(batch.right, batch.spans, 1.0 / lengths.clamp_min(1).float())
-    return (left, None, None), (right, None, None), (lengths > 0).sum()
+    return (left, None, None), (right, None, None), len(batch.spans)
 
 
 def _span_sums(x: Tensor, spans: Tensor, scale: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class TwoSided(Structure):
         if approx not in ("expand", "reduce"):
             raise ValueError(f'approx: expected "expand" or "reduce", got {approx!r}')
         self.approx = approx
-        self._terms = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._terms = torch.zeros((), dtype=torch.int64)  # on the host: counted without a launch
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "approx": self.approx}
@@ -84,14 +84,16 @@ class TwoSided(Structure):
 
     def _merge(self, other: Self) -> None:
         for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
-            mine += theirs.to(self.device)
+            mine += theirs.to(mine.device)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
 
-_last_input = LastInput()  # (its product or None, who read it)
+_last_input = (
+    Memo()
+)  # (its product or None, who read it): modules that read one tensor (q, k, v; gate, up) come one after another
 
 
 class Kronecker(TwoSided):
@@ -115,19 +117,22 @@ class Kronecker(TwoSided):
         gram(x, spans, scale, self._left)
 
     def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        """A product serves all modules that read x. Only where another follows is it formed apart from the sum, which costs d²
-        numbers written and read again: else it is added in place. Both give the same bits."""
+        """The product of a wide side serves all modules that read it. Only where another follows is it formed apart from the
+        sum, which costs d² numbers written and read again: else it is added in place. Both give the same bits."""
         from sst_kernels.ops import gram
 
+        if self.shape[1] <= self.shape[0]:
+            gram(x, spans, scale, self._right)
+            return
         product = None
         if _last_input.holds(x, spans):
             product, reader = _last_input.value
             if before := reader():
                 before._followed = True
         if product is None and self._followed:
-            product = gram(x, spans, scale, torch.zeros_like(self._right))
+            product = gram(x, spans, None, torch.zeros_like(self._right))
         if product is None:
-            gram(x, spans, scale, self._right)
+            gram(x, spans, None, self._right)
         else:
             self._right += product
         _last_input.keep((product if self._followed else None, weakref.ref(self)), x, spans)
@@ -135,7 +140,7 @@ class Kronecker(TwoSided):
     def factors(self) -> tuple[Tensor, Tensor]:
         """G [p, p] and A [q, q], float64 and PSD, with F = G ⊗ A. One eigendecomposition each."""
         left, right = nearest_psd(symmetric(self._left)), nearest_psd(symmetric(self._right))
-        return left / self.normaliser, right / self._terms.clamp_min(1)
+        return left / self.normaliser, right / max(1, int(self._terms))
 
     def eigenbases(self) -> tuple[Tensor, Tensor]:
         return psd_eigh(symmetric(self._left))[1], psd_eigh(symmetric(self._right))[1]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.structures.algebra import psd_eigh, symmetric
-from sst_kernels.fisher.structures.inputs import LastInput
 from sst_kernels.fisher.structures.kronecker import TwoSided
+from sst_kernels.memo import Memo
 
 
 @lru_cache(maxsize=32)
@@ -47,7 +47,7 @@ class LowRankFactor:
         return self.values.sum() + self.rest * len(self.vectors)
 
 
-_last_input = LastInput()
+_last_input = Memo()  # (its sketch, its trace): modules that read one tensor (q, k, v; gate, up) come one after another
 
 
 class _Side:
@@ -78,7 +78,7 @@ class _Side:
         self.sum += product
         self.trace += trace
 
-    def factor(self, count: float | Tensor) -> LowRankFactor:
+    def factor(self, count: float) -> LowRankFactor:
         """M / count, reconstructed."""
         zero = torch.zeros((), dtype=torch.float64, device=self.sum.device)
         if self.dense:
@@ -141,7 +141,7 @@ class KroneckerLowRank(TwoSided):
 
     def factors(self) -> tuple[LowRankFactor, LowRankFactor]:
         """G̃ and Ã with F̃ = G̃ ⊗ Ã."""
-        return self._left.factor(self.normaliser), self._right.factor(self._terms.clamp_min(1))
+        return self._left.factor(self.normaliser), self._right.factor(max(1, int(self._terms)))
 
     @property
     def error_bound(self) -> float:

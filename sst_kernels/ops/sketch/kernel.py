@@ -96,9 +96,10 @@ def back_kernel(
     BD: tl.constexpr,
     BL: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    OVERWRITE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y[k] += x[slice k, :]ᵀ z[slice k, :], slices of `part` tokens; padding may hold NaN in x and is not read."""
+    """y[k] += x[slice k, :]ᵀ z[slice k, :] (= with OVERWRITE), slices of `part` tokens; padding may hold NaN in x and is not read."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_l = tl.program_id(1) * BL + tl.arange(0, BL)
     k = tl.program_id(2)
@@ -114,7 +115,9 @@ def back_kernel(
         acc = dot(b_x, b_z, acc, PRECISION)
     p_y = y + (k.to(tl.int64) * d + o_d[:, None]) * l + o_l[None, :]
     mask = (o_d < d)[:, None] & (o_l < l)[None, :]
-    tl.store(p_y, tl.load(p_y, mask=mask, other=0.0) + acc, mask=mask)
+    if not OVERWRITE:
+        acc += tl.load(p_y, mask=mask, other=0.0)
+    tl.store(p_y, acc, mask=mask)
 
 
 def plan_project(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
@@ -147,15 +150,17 @@ def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
     }
 
 
-def project(x, u, precision, weights=None, trace=None, **override):
-    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded; adds Σ_t weights_t ‖x_t‖² to `trace`."""
+def project(x, u, precision, weights=None, squares=None, **override):
+    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded; Σ_t weights_t ‖x_t‖² goes in parts
+    to the list `squares`."""
     x, u = rows_contiguous(x), rows_contiguous(u)
     (S, d), l = x.shape, u.shape[1]
     meta = plan_project(S, d, l, x.element_size() == 4, chip(x.device)) | override
     part, parts = split(d, meta.pop("parts"), meta["BD"])
     z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
-    squares = None if trace is None else torch.empty(parts, grid[0], dtype=torch.float32, device=x.device)
+    if squares is not None:
+        squares.append(torch.empty(parts * grid[0], dtype=torch.float32, device=x.device))
     launch(
         project_kernel,
         grid,
@@ -163,7 +168,7 @@ def project(x, u, precision, weights=None, trace=None, **override):
         u,
         weights,
         z,
-        squares,
+        squares[-1] if squares else None,
         S,
         d,
         l,
@@ -175,8 +180,6 @@ def project(x, u, precision, weights=None, trace=None, **override):
         PRECISION=precision,
         **meta,
     )
-    if squares is not None:
-        trace += squares.sum(dtype=torch.float64)
     return z[0] if parts == 1 else _reduced(z)
 
 
@@ -190,17 +193,18 @@ def sketch(x, omega, spans, scale, out, precision, trace=None, **override):
     (S, d), l, device = x.shape, omega.shape[1], x.device
     weights = None if spans is None else token_weights(S, spans, scale)
     chunks = min(triton.cdiv(S, 512), triton.cdiv(S * d * x.element_size(), CHUNK_BYTES))
-    step, _ = split(S, chunks, 128)
+    step = min(S, split(S, chunks, 128)[0])
     meta = plan_back(step, d, l, x.element_size() == 4, chip(device)) | override
     part, parts = split(step, meta.pop("parts"), meta["BT"])
-    y = torch.zeros(parts, d, l, dtype=torch.float32, device=device)
+    y = torch.empty(parts, d, l, dtype=torch.float32, device=device)
+    squares = None if trace is None else []
     for t in range(0, S, step):
         rows, w = x[t : t + step], None if weights is None else weights[t : t + step]
         launch(
             back_kernel,
             (triton.cdiv(d, meta["BD"]), triton.cdiv(l, meta["BL"]), triton.cdiv(len(rows), part)),
             rows,
-            project(rows, omega, precision, w, trace),
+            project(rows, omega, precision, w, squares),
             w,
             y,
             len(rows),
@@ -209,7 +213,10 @@ def sketch(x, omega, spans, scale, out, precision, trace=None, **override):
             part,
             x.stride(0),
             HAS_WEIGHTS=weights is not None,
+            OVERWRITE=t == 0,
             PRECISION=precision,
             **meta,
         )
     add_partials(y, out)
+    if squares:
+        trace += torch.cat(squares).sum(dtype=torch.float64)
