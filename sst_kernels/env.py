@@ -59,6 +59,13 @@ def report() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """What a result was made with: Python, this package, its commit ("+" where files differ from it), and the packages that are there."""
+    commit = _or_reason(_commit) or "none: an installed package"
+    own = {"python": platform.python_version(), "sst-kernels": _own_version(), "commit": commit}
+    return own | {name: version for name in PACKAGES if (version := _version(name)) is not None}
+
+
 def lines(facts: dict[str, Any]) -> list[str]:
     """The report as one page of text."""
     page: list[str] = []

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from typer.testing import CliRunner
@@ -98,6 +99,34 @@ def test_evaluate_prints_a_table_and_writes_prompts(world, tmp_path):
     assert len(records["reference"]["prompts"]) == 16
     with pytest.raises(MergeError, match="nothing to measure on"):
         call("evaluate", "--model", world / "model")
+
+
+def test_nothing_but_the_output_is_written(world, tmp_path, monkeypatch):
+    """Not into the inputs, the working folder or the folder of temporary files; checkpoints are gone in the end."""
+    for name in ("cwd", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    watched = [world, tmp_path / "cwd", tmp_path / "tmp"]
+
+    def contents() -> dict:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for root in watched for path in root.rglob("*")}
+
+    before = contents()
+    call("merge", *inputs(world), "-o", tmp_path / "merged", "--label-draws", "1", "--checkpoint-every", "1")
+    given = [
+        "--model",
+        world / "model",
+        "--safety",
+        world / "safety",
+        "--data",
+        world / "harm.jsonl",
+        "--device",
+        "cpu",
+    ]
+    call("fisher", *given, "-o", tmp_path / "harm.fisher", "--checkpoint-every", "1", "-q")
+    assert contents() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "harm.fisher", "merged", "tmp"]
 
 
 def test_env_reports(capsys):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 
 import sst_kernels as sst
+from sst_kernels.env import versions
+from sst_kernels.fisher import memory
 from sst_merge import pipeline
 from sst_merge.adapters import load_adapter
 from sst_merge.errors import MergeError, OutputError, RecipeError
@@ -71,6 +75,13 @@ def test_output_is_what_the_report_says(merged, world):
     assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == ("reference", "reference")
     assert report["fisher"]["benign"]["label_source"] == "model"
     assert sorted(p.name for p in world.iterdir() if p.name.startswith(".")) == []
+    assert report["versions"] == versions()
+    assert {"python", "sst-kernels", "commit", "torch", "transformers", "peft", "triton"} <= report["versions"].keys()
+    for name, facts in report["inputs"]["data"].items():
+        assert facts["sha256"] == hashlib.sha256((world / f"{name}.jsonl").read_bytes()).hexdigest()
+    for name in ("safety", "task"):
+        files = [(world / name / file).read_bytes() for file in ("adapter_model.safetensors", "adapter_config.json")]
+        assert report["inputs"][name]["sha256"] == hashlib.sha256(b"".join(files)).hexdigest()
 
 
 def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
@@ -136,6 +147,39 @@ def test_benign_labels_are_drawn_anew_and_repeatably(world):
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert not torch.equal(first[: len(data)], first[len(data) :])
+
+
+def test_the_seed_of_a_recipe_reaches_its_sketches(world):
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
+    data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
+    options = {"name": "x", "point": "reference", "space": "factor", "structure": "kronecker_lowrank"}
+    rank = {"rank": 8}
+    first, same, other, own = (
+        next(iter(pipeline.fisher_pass(session, data, seed=s, structure_options=o, **options).values())).state_dict()
+        for s, o in ((0, rank), (0, rank), (1, rank), (0, {**rank, "seed": 1}))
+    )
+    assert torch.equal(first["right"], same["right"])
+    assert not torch.equal(first["right"], other["right"])
+    assert torch.equal(own["right"], other["right"])
+
+
+def test_fishers_that_memory_does_not_hold_are_refused_before_the_first_batch(world, monkeypatch):
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
+    data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    monkeypatch.setattr(sst, "sequence_nll", lambda *_, **__: pytest.fail("must not begin"))
+    with pytest.raises(MergeError, match=r"would take .* and 0\.00 MiB are free"):
+        pipeline.fisher_pass(session, data, name="x", point="reference")
+
+
+def test_adapters_that_name_different_base_models_are_warned_about(world, tmp_path, capsys):
+    for name in ("task", "safety"):
+        shutil.copytree(world / name, tmp_path / name)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": f"hub/of-{name}"}))
+    open_session(str(world / "model"), tmp_path / "safety", tmp_path / "task", device="cpu", reporter=Reporter())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the adapters name different base models, hub/of-safety and hub/of-task" in told
 
 
 def test_the_first_words_of_refusals_weigh_more_along_any_path(world):

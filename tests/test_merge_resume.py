@@ -112,7 +112,7 @@ def test_batches_that_memory_does_not_hold_are_halved(during, session, data, mon
     [
         ({"structure": "kronecker", "space": "factor"}, (structures.Kronecker, "_add_right")),
         ({"structure": "lowrank", "structure_options": {"rank": 1}}, (torch.linalg, "eigh")),
-        ({}, (structures.RowBuffer, "reserve")),
+        ({}, (structures.RowBuffer, "extend")),
     ],
     ids=["tokens of a module", "reducing a sketch", "room for rows"],
 )

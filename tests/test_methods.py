@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -94,6 +95,13 @@ def test_methods_depend_on_their_strength_and_repeat_bit_for_bit(world, name):
         n for n in high.terms if n not in low.terms or not torch.equal(low.terms[n].delta(), high.terms[n].delta())
     ]
     assert changed
+
+
+@pytest.mark.parametrize("name", ["dare-linear", "dare-ties", "random-subspace"])
+def test_masks_and_random_directions_follow_the_seed(world, name):
+    first, same, other = (find(name).merge(replace(world, seed=seed), 0.5).terms for seed in (0, 0, 1))
+    assert all(torch.equal(first[n].delta(), same[n].delta()) for n in first)
+    assert not all(torch.equal(first[n].delta(), other[n].delta()) for n in first)
 
 
 def test_data_aware_methods_ask_for_data(inputs):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import sst_kernels
+from sst_kernels.env import versions
 
 from .adapters import Adapter
 from .compare_plan import ALWAYS, OF_METHODS, Comparison
@@ -154,7 +155,7 @@ def summarise(
             "bootstrap": draws,
             "recipe": recipe.model_dump(mode="json", exclude=OF_METHODS),
             "data": {name: d.summary() for name, d in data.items()},
-            "versions": {"sst_kernels": sst_kernels.__version__, "torch": torch.__version__},
+            "versions": versions(),
         },
     }
 

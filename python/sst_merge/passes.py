@@ -22,6 +22,7 @@ from .data import Batch, Dataset, batches, collate
 from .errors import MergeError, OutputError, headlined
 from .paths import expanded
 from .progress import batch_tokens
+from .recipe import options_of
 from .session import SAFETY, TASK, Session
 
 
@@ -106,7 +107,8 @@ def fisher_pass(
 
     `opening`: how many first tokens of every answer count how many times as much (`sst_kernels.opening_weights`).
     The draws of one prompt share a group, so that cross-fitting never predicts a prompt from itself. Ranks share the
-    batches, and all end with the total. Labels depend on `seed`, the draw and the batch, not on where a run stopped.
+    batches, and all end with the total. Labels depend on `seed`, the draw and the batch, not on where a run stopped; the test
+    matrices of sketches on `seed`. What memory would not hold is refused before the first batch.
     """
     model, start, group = session.model, time.monotonic(), world()
     model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
@@ -115,11 +117,16 @@ def fisher_pass(
     if group is not None:
         steps = steps[dist.get_rank() :: dist.get_world_size()]
     options = {"space": space, "structure": structure, "scope": scope, "point": point, **(structure_options or {})}
+    if "seed" in options_of(structure):
+        options.setdefault("seed", seed)
+    sequences = sum(len(batch.rows) for _, batch in steps)
     path = continuity.path(name) if continuity is not None else None
     resume = path if continuity is not None and continuity.resume and path is not None and path.exists() else None
     with (
         headlined(f"the Fisher pass over {data.path or name} failed"),
-        sst.fisher_accumulate(model, adapter=SAFETY, group=group, resume=resume, **options) as accumulator,
+        sst.fisher_accumulate(
+            model, adapter=SAFETY, group=group, resume=resume, sequences=sequences, **options
+        ) as accumulator,
     ):
         run = _BatchRunner(session, accumulator, data, labels, opening)
         items = session.reporter.track(steps, f"Fisher: {name}", size=lambda step: batch_tokens(step[1]))

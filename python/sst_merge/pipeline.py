@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import sst_kernels as sst
+from sst_kernels.env import versions
 
 from .adapters import Adapter, write_adapter
 from .algebra import recompress
@@ -198,7 +199,7 @@ def describe(
         },
         "adapter": adapter.summary(),
         "seconds": {name: round(value, 2) for name, value in session.seconds.items()},
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -242,12 +243,3 @@ def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:
 
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-    import platform
-
-    names = ("sst-kernels", "torch", "transformers", "peft", "safetensors", "numpy", "scipy")
-    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {"python": platform.python_version(), **{n: found.get(n, "not installed") for n in names}}

@@ -153,15 +153,19 @@ def check_structure(structure: str, options: Mapping[str, Any] | None = None) ->
     """RecipeError for a structure that one pass cannot fill, and for options that it does not have."""
     from sst_kernels.fisher import STRUCTURES
 
-    known = [name for name, kind in STRUCTURES.items() if "basis" not in _options(kind)]
+    known = [name for name in STRUCTURES if "basis" not in options_of(name)]
     if structure not in known:
         raise RecipeError(f"structure: expected one of {', '.join(known)}, got {structure!r}")
-    taken = _options(STRUCTURES[structure]) - {"device", "sample"}
+    taken = options_of(structure) - {"device", "sample"}
     if unknown := sorted(set(options or {}) - taken):
         raise RecipeError(f"structure_options: {structure} takes {', '.join(sorted(taken))}, not {', '.join(unknown)}")
 
 
-def _options(kind: type) -> set[str]:
+def options_of(structure: str) -> set[str]:
+    """The names of a structure's options."""
+    from sst_kernels.fisher import STRUCTURES
+
+    kind = STRUCTURES[structure]
     makers = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
     return {p.name for make in makers for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
 

@@ -123,6 +123,13 @@ def evaluate_folders(
 
 
 def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
-    for adapter in filter(None, adapters):
+    given = [adapter for adapter in adapters if adapter is not None]
+    bases = {adapter.base_model.rstrip("/").rsplit("/", 1)[-1]: adapter.base_model for adapter in given}
+    bases.pop("", None)
+    if len(bases) > 1:
+        reporter.warn(
+            f"the adapters name different base models, {' and '.join(bases.values())}: where the shapes agree, nothing else tells"
+        )
+    for adapter in given:
         for warning in check_fit(model, adapter):
             reporter.warn(f"{adapter.path}: {warning}")

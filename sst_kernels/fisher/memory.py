@@ -105,9 +105,13 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any]) -> None:
         for what, (kind, given) in others.items()
         if meta["space"] == "core"
     }
-    require(needed, next(iter(fisher.values())).device, alternatives)
+    device = next(iter(fisher.values())).device
+    require(needed, device, alternatives)
     if isinstance(joint, Full):
-        joint.reserve(sequences)
+        try:
+            joint.reserve(sequences)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{_gib(needed.state)} in one piece are not free on {device}: {error}") from error
 
 
 def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
