@@ -6,9 +6,10 @@ import multiprocessing
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sst_kernels.distributed import share_by_cost
+from sst_kernels.distributed import share_by_cost, sum_over_ranks
 from tests.distributed_cases import CASES, SAMPLES, SHARES, accumulate, answers, on_rank
 
 SKETCHED = "lowrank-small"  # the one case that loses something
@@ -111,6 +112,24 @@ def test_an_error_on_one_rank_is_raised_on_all(ranks):
 def test_ranks_with_other_adapters_are_refused(ranks):
     for rank in range(4):
         assert "accumulates with other ['fingerprint']" in ranks[rank]["mismatch"]
+
+
+def test_sums_of_all_blocks_share_a_bucket(tmp_path, monkeypatch):
+    """28 blocks of two factors: one all-reduce for each dtype of state and counts, more where buckets are small."""
+    sent, reduce = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: (sent.append(tensor), reduce(tensor, **options)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        fisher = accumulate(CASES["kronecker"], [0], dist.group.WORLD)
+        assert sorted(str(t.dtype) for t in sent) == ["torch.float32", "torch.int64"]
+        tensors = [torch.arange(6.0) for _ in range(5)]
+        sent.clear()
+        sum_over_ranks(tensors, bucket_bytes=2 * tensors[0].nbytes)
+    finally:
+        dist.destroy_process_group()
+    assert len(fisher) == 28
+    assert [t.numel() for t in sent] == [12, 12, 6]
+    assert all(torch.equal(t, torch.arange(6.0)) for t in tensors)
 
 
 def test_costs_are_dealt_evenly_and_completely():

@@ -131,37 +131,35 @@ def test_a_sequence_that_memory_does_not_hold_is_named(session, data, monkeypatc
         fisher_pass(session, data, **OPTIONS)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
+]
+
+
 @pytest.mark.slow
-def test_two_ranks_save_what_one_process_saves(root, tmp_path):
-    common = [
-        *(
-            "fisher",
-            "--model",
-            root / "model",
-            "--safety",
-            root / "safety",
-            "--data",
-            root / "data.jsonl",
-            "--labels",
-            "model",
-        ),
-        *("--tokens-per-batch", "200", "--device", "cpu", "-q"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_two_ranks_save_what_one_process_saves(launcher, root, tmp_path):
+    program = [
         "-m",
         "sst_merge.cli",
+        "fisher",
+        "--labels",
+        "model",
+        "--tokens-per-batch",
+        "200",
+        "--device",
+        "cpu",
+        "-q",
     ]
-    for launcher, name in (([sys.executable, "-m", "sst_merge.cli"], "one"), (launch, "two")):
-        call = [*map(str, [*launcher, *common, "-o", tmp_path / name])]
+    program += ["--model", root / "model", "--safety", root / "safety", "--data", root / "data.jsonl"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    for start, name in (([sys.executable], "one"), (launcher, "two")):
+        call = [*map(str, [*start, *program, "-o", tmp_path / name])]
         subprocess.run(call, check=True, env=environment, capture_output=True, timeout=300)
     one, two = (sst.Fisher.load(tmp_path / name) for name in ("one", "two"))
     assert one.counts == two.counts
+    assert one.groups != two.groups  # each rank's part stands by itself
     order = [two.groups.index(g) for g in one.groups]
     torch.testing.assert_close(rows(two)[order], rows(one), rtol=1e-6, atol=0)

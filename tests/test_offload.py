@@ -26,10 +26,11 @@ def _map(model: nn.Module, where: str, device: str) -> dict[str, str]:
     return {where: device} | {name: "cpu" for name in leaves if not name.startswith(f"{where}.")}
 
 
-def blocks(model: nn.Module, **options) -> list[torch.Tensor]:
+def blocks(model: nn.Module, device: str = "cpu", **options) -> list[torch.Tensor]:
     with fisher_accumulate(model, "safety", **options) as pass_:
         for seed in range(2):
-            sequence_nll(model, tiny_batch(3, seed=seed)).backward()
+            batch = {name: tensor.to(device) for name, tensor in tiny_batch(3, seed=seed).items()}
+            sequence_nll(model, batch).backward()
     return [pass_.fisher[name].dense() for name in pass_.fisher]
 
 
@@ -46,3 +47,15 @@ def test_offloaded_models_give_the_same_bits(place, options, checkpointing, tmp_
     assert any(parameter.is_meta for parameter in moved.parameters())
     for actual, expected in zip(blocks(moved, **options), blocks(model, **options), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"structure": "kronecker", "space": "factor"}], ids=str)
+def test_a_layer_in_main_memory_beside_a_gpu(options, tmp_path):
+    """A device map over places: one layer rests on the host, and all compute on the GPU."""
+    model, moved = tiny_lora().to("cuda"), tiny_lora()
+    leaves = {name: 0 for name in _map(moved, f"{LAYERS}.1", "cpu")}
+    dispatch_model(moved, leaves | {f"{LAYERS}.1": "cpu"}, main_device=0, offload_dir=tmp_path)
+    assert any(parameter.is_meta for parameter in moved.parameters())
+    for actual, expected in zip(blocks(moved, "cuda", **options), blocks(model, "cuda", **options), strict=True):
+        assert (actual.cpu() - expected.cpu()).norm() <= 1e-6 * expected.norm()
