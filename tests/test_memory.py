@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sst_kernels import fisher_accumulate, subspace
+from sst_kernels import fisher_accumulate, sequence_nll, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
 from sst_kernels.fisher.memory import Estimate, estimate
 from sst_kernels.subspace.memory import estimate_solve
@@ -101,6 +101,17 @@ def test_passes_that_do_not_fit_are_refused_before_the_first_batch(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10)
     with pytest.raises(MemoryError, match="use fewer sequences"):
         fisher_accumulate(tiny_lora(), "safety", sequences=10**6)
+
+
+def test_ranks_need_room_for_the_total_beside_their_own_rows(monkeypatch):
+    """What one process brings fits, and what four of them gather does not."""
+    with fisher_accumulate(tiny_lora(), "safety", sequences=10) as pass_:
+        row = 4 * pass_.fisher.joint.size
+        monkeypatch.setattr(memory, "available", lambda device: 45 * row)
+        memory.reserve(pass_.fisher, 9, {}, ranks=4)
+        with pytest.raises(MemoryError, match="fit"):
+            memory.reserve(pass_.fisher, 10, {}, ranks=4)
+        sequence_nll(pass_.model, tiny_batch(2)).backward()
 
 
 def test_reserved_rows_are_never_copied():

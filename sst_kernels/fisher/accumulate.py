@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sst_kernels.fisher.accumulator import Accumulator
@@ -71,7 +72,8 @@ def fisher_accumulate(
             adds is computed beside the module all the same and copied while the model goes on: rows for the joint structures of
             core space, for others the state of one block and batch (see `docs/scaling.md`).
         sequences: how many this process will bring, if known: memory is estimated, and set aside where rows are kept, before the
-            first batch. MemoryError, naming what would fit, when it is not there.
+            first batch. MemoryError, naming what would fit, when it is not there; over a group, room for the total of ranks that bring
+            as many.
         resume: a checkpoint of `save_checkpoint` to go on from; `.progress` says how far it had come.
 
     Raises ValueError for what would make the statistics wrong (see `find_sites`, `read_layout`) and RuntimeError on exit when no
@@ -104,7 +106,7 @@ def fisher_accumulate(
         },
     )
     if sequences is not None:
-        reserve(fisher, sequences, options)
+        reserve(fisher, sequences, options, ranks=1 if group is None else dist.get_world_size(group))
     if nonfinite == "skip" and fisher.joint is None:
         raise ValueError(
             f'nonfinite="skip" cannot take a sample back from the streaming structure {structure!r} in {space} space: '

@@ -87,21 +87,25 @@ def require(needed: Estimate, device: torch.device | str, alternatives: Mapping[
     )
 
 
-def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any]) -> None:
-    """Set memory aside for the rows of `sequences`. MemoryError, naming what would fit, when a pass over them would not."""
+def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: int = 1) -> None:
+    """Set memory aside for the rows of `sequences`. MemoryError, naming what would fit, when a pass over them would not.
+
+    Each of `ranks` processes brings about as many, and holds the total in the end.
+    """
     if sequences < 0:
         raise ValueError(f"sequences must not be negative, got {sequences}")
     meta, blocks, joint = fisher.meta, list(fisher.blocks.values()), fisher.joint
     about = {"space": meta["space"], "scope": meta["scope"], "sample": meta["sample"]}
-    needed = estimate(meta["structure"], blocks, sequences, options=options, **about)
-    if isinstance(joint, Full):
-        needed = Estimate(needed.state, needed.state)  # nothing has to double
+    total = sequences * ranks
+    needed = estimate(meta["structure"], blocks, total, options=options, **about)
+    if isinstance(joint, Full):  # nothing has to double; a rank's own rows stand beside the total while it arrives
+        needed = Estimate(needed.state, needed.state + (needed.state // ranks if ranks > 1 else 0))
     others: dict[str, tuple[str, dict[str, Any]]] = {
         f'structure="lowrank", rank={rank}': ("lowrank", {"rank": rank}) for rank in (1024, 256, 64)
     }
     others |= {'scope="module"': ("full", {"rows": "fold"}), 'structure="diagonal"': ("diagonal", {})}
     alternatives = {
-        what: estimate(kind, blocks, sequences, options=given, **about)
+        what: estimate(kind, blocks, total, options=given, **about)
         for what, (kind, given) in others.items()
         if meta["space"] == "core"
     }
