@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -373,3 +375,32 @@ def test_the_binding_refuses_what_would_leave_the_tensors(change, message):
     _native.cpu().solve_direct(**arguments)
     with pytest.raises(RuntimeError, match=message):
         _native.cpu().solve_direct(**(arguments | change))
+
+
+def test_the_binding_lets_other_threads_run():
+    """Threads are switched only where one gives way, so that this one runs during the solve if that does."""
+    n, batch = 160, 100
+    a = torch.randn(batch, n, n, dtype=torch.float64)
+    a, b = a @ a.mT, torch.eye(n, dtype=torch.float64).expand(batch, n, n).contiguous()
+    outputs = dict(zip(("values", "vectors", "bounds", "status", "cycles"), empty_outputs(batch, n, 2, a.device)))
+    addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
+    sizes = {"a_stride": n * n, "b_stride": n * n, "batch": batch, "n": n, "k": 2, "threads": 1, "single": False}
+    begun, ended = threading.Event(), []
+
+    def solve() -> None:
+        begun.set()
+        _native.cpu().solve_direct(a=a.data_ptr(), b=b.data_ptr(), **sizes, **addresses)
+        ended.append(True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        worker = threading.Thread(target=solve)
+        worker.start()
+        begun.wait()
+        early = not ended
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert early
+    assert outputs["status"].eq(0).all()
