@@ -1,7 +1,7 @@
 """The laboratory of the quality study: one model, a task and a safety adapter, and what can be asked of them.
 
-A candidate patch is its core coordinates S [r, r] per module (ΔW' = scaling · B S A), so candidates are measured by hooks on
-`lora_A`, without building adapters.
+A candidate patch is its core coordinates S [r, r] per module (ΔW' = scaling · B S A'), where A' is A or what `Lab.reading` puts in its
+place, so candidates are measured by hooks on `lora_A`, without building adapters.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Lab:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.activate(task, safety)
         self.sites = find_sites(model, safety)
+        self._moments: dict[int | None, list[sst.InputMoments]] = {}
 
     def activate(self, *adapters: str) -> None:
         self.model.base_model.set_adapter(list(adapters))
@@ -60,6 +61,33 @@ class Lab:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def reads(self, harm: Sequence[Row], benign: Sequence[Row], mu: float, rank: int | None) -> dict[str, Tensor]:
+        """A' of every module, closed to benign inputs at the price mu."""
+        if rank not in self._moments:
+            self._moments[rank] = [self._inputs(rows, rank) for rows in (harm, benign)]
+        return sst.filter_inputs(*self._moments[rank], mu)
+
+    @torch.no_grad()
+    def _inputs(self, rows: Sequence[Row], rank: int | None) -> sst.InputMoments:
+        self.activate(self.task, self.safety)
+        with sst.input_moments(self.model, self.safety, rank=rank) as moments:
+            for _, batch in self.batches(rows):
+                batch.pop("labels")
+                self.model(**batch, use_cache=False, logits_to_keep=1)
+        return moments
+
+    @contextmanager
+    def reading(self, reads: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Let the safety adapter read by A' = reads[module] for the block; None leaves it."""
+        weights = {site.name: site.lora_a.weight.data for site in self.sites}
+        try:
+            for site in self.sites if reads is not None else ():
+                site.lora_a.weight.data = reads[site.name].to(weights[site.name])
+            yield
+        finally:
+            for site in self.sites:
+                site.lora_a.weight.data = weights[site.name]
 
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         for index in batches(rows, self.tokens):

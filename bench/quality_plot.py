@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 WORDS = {"pair", "stage", "method", "scope", "metric", "filter", "gain_point", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
-DEFAULTS = {"scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
+DEFAULTS = {"input_filter": 3.0, "input_rank": 128.0, "scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
 
 
 def read(path: Path) -> list[Row]:
@@ -37,11 +37,15 @@ def name(row: Row) -> str:
     if row["method"] != "sst":
         return str(row["method"])
     differs = [_differs(key, row[key]) for key, default in DEFAULTS.items() if row[key] != default]
+    if math.isnan(row["input_filter"]):
+        differs = ["reads as they are", *differs[2:]]
     return "SST" + (f", {', '.join(differs)}" if differs else "")
 
 
 def _differs(key: str, value: Any) -> str:
     words = {
+        "input_filter": "input filter",
+        "input_rank": "rank of inputs",
         "gain_point": "F_harm at",
         "opening": "first words x",
         "damping": "damping",
@@ -49,7 +53,7 @@ def _differs(key: str, value: Any) -> str:
         "scope": "scope",
         "metric": "",
     }
-    text = f"{value:g}" if isinstance(value, float) else f"{value}"
+    text = ("all" if math.isnan(value) else f"{value:g}") if isinstance(value, float) else f"{value}"
     return f"{words.get(key, '')} {text}{' metric' if key == 'metric' else ''}".strip()
 
 
@@ -62,7 +66,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     """Benign KL of whole curves against refusal NLL, and against the share of refused prompts."""
-    stages = ("plain", "main", "opening", "metric", "scope")
+    stages = ("plain", "main", "reads", "opening", "metric", "scope")
     chosen = [r for r in rows if r["pair"] == pair and r["stage"] in stages and r["kl"] > 0]
     figure = Figure(figsize=(10.4, 4.6), layout="constrained", dpi=110)
     panels = figure.subplots(1, 2, sharey=True)

@@ -33,10 +33,13 @@ POINTS = {"path": (0.0, 0.5, 1.0), "patched": (1.0,), "half": (0.5,), "reference
 class Config:
     """One way to filter the patch. Prompts: None means all there are. Refusals: two per harmful prompt and point.
 
+    `input_filter`: the price of benign inputs in the patch's reads (None: reads as they are); `input_rank`: columns of their sketch.
     `opening`: weight of a refusal's first tokens (1: all weigh the same).
     """
 
     method: str = "sst"
+    input_filter: float | None = 3.0
+    input_rank: int | None = 128
     scope: str = "global"
     metric: str = "kronecker"
     damping: float = 1.0
@@ -77,6 +80,7 @@ class Study:
             with open(self.path, newline="", encoding="utf-8") as file:
                 self.done = {_key(r) for r in csv.DictReader(file) if not r["error"]}
         self._cache: dict[Any, Any] = {}
+        self.whole = sum(float((left * right).sum()) for left, right in (site.metric() for site in lab.sites))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._cache:
@@ -141,14 +145,14 @@ class Study:
         """A Fisher pass, kept on disk."""
         path = self.kept / f"{self.pair} {name}.safetensors"
         if not path.exists():
-            self.once(name, lambda: self.lab.fisher(rows(), labels, point, draws, opening)).save(path)
-        return self.once(("read", name), lambda: sst.Fisher.load(path, self.lab.device))
+            self.once(path, lambda: self.lab.fisher(rows(), labels, point, draws, opening)).save(path)
+        return self.once(("read", path), lambda: sst.Fisher.load(path, self.lab.device))
 
     def gain(self, c: Config) -> sst.Fisher:
         """Two refusals for each harmful prompt, at each of the points."""
 
         def at(point: float) -> sst.Fisher:
-            name = f"gain {point} x {c.opening:g}"
+            name = f"gain {point} x {c.opening:g}{_inputs(c)}"
             whole = self.fisher(name, lambda: self.harm("fisher", 2), "data", point, opening=c.opening)
             return subset(whole, None if c.harm_prompts is None else 2 * c.harm_prompts)
 
@@ -157,13 +161,24 @@ class Study:
     def cost(self, c: Config) -> sst.Fisher:
         """The reference's own answers, with `draws` label samples each."""
         prompts, draws = self.args.prompts, self.args.draws
-        name = f"cost {c.cost_labels} {prompts} x {draws}"
+        name = f"cost {c.cost_labels} {prompts} x {draws}{_inputs(c)}"
         whole = self.fisher(name, lambda: self.own("fisher"), c.cost_labels, 0.0, draws)
         return subset(whole, c.benign_prompts, c.draws)
 
-    def unseen(self, cores: Mapping[str, Tensor]) -> dict[str, float]:
+    def reads(self, c: Config) -> dict[str, Tensor] | None:
+        """What the patch reads by, from the prompts of both Fishers."""
+        if c.input_filter is None:
+            return None
+        path = self.kept / f"{self.pair} reads{_inputs(c)}.pt"
+        if not path.exists():
+            harm, benign = self.harm("fisher", 2), self.own("fisher")
+            made = self.once(path, lambda: self.lab.reads(harm, benign, c.input_filter, c.input_rank))
+            torch.save(made, path)
+        return torch.load(path)
+
+    def unseen(self, c: Config, cores: Mapping[str, Tensor]) -> dict[str, float]:
         """½ sᵀFs per label over benign prompts that are in no pencil: all modules coupled, and module by module."""
-        fisher = self.fisher("unseen", lambda: self.own("select"), "probe", 0.0, 2)
+        fisher = self.fisher(f"unseen{_inputs(c)}", lambda: self.own("select"), "probe", 0.0, 2)
         labels, parts, rows = fisher.counts.labels / fisher.counts.sequences, [], fisher.rows().double()
         for own, name in zip(rows.split([b.size for b in fisher.blocks.values()], 1), fisher.blocks):
             parts.append(own @ cores[name].to(own).flatten())
@@ -178,27 +193,32 @@ class Study:
 
         def body() -> None:
             self.check_time()
-            start, gain, cost = time.monotonic(), self.gain(config), self.cost(config)
-            options = {name: getattr(config, name) for name in ("scope", "metric", "damping")}
-            space = sst.subspace(gain, cost, folds=4, mix_points=True, **options)
-            known = {
-                "harm_rows": len(gain.groups),
-                "benign_rows": len(cost.groups),
-                "seconds": time.monotonic() - start,
-            }
-            for strength in strengths:
-                if self.has(stage, config, strength):
-                    continue
-                self.check_time()
-                patch = getattr(space, config.filter)(kl_budget=strength)
-                values = {
-                    "parameter": patch.parameter,
-                    "predicted": patch.prediction.cost_per_label,
-                    "in_sample": patch.prediction.in_sample_cost_per_label,
-                }
-                self.record(stage, config, strength, patch.coordinates, full=full, **known, **values)
+            self.probes(), self.plain_curve(), self.plain_rates()  # of the patch as it is
+            with self.lab.reading(self.reads(config)):
+                self._along(stage, config, strengths, full)
 
         self.guard(stage, config, body)
+
+    def _along(self, stage: str, config: Config, strengths: Sequence[float], full: bool) -> None:
+        start, gain, cost = time.monotonic(), self.gain(config), self.cost(config)
+        options = {name: getattr(config, name) for name in ("scope", "metric", "damping")}
+        space = sst.subspace(gain, cost, folds=4, mix_points=True, **options)
+        known = {
+            "harm_rows": len(gain.groups),
+            "benign_rows": len(cost.groups),
+            "seconds": time.monotonic() - start,
+        }
+        for strength in strengths:
+            if self.has(stage, config, strength):
+                continue
+            self.check_time()
+            patch = getattr(space, config.filter)(kl_budget=strength)
+            values = {
+                "parameter": patch.parameter,
+                "predicted": patch.prediction.cost_per_label,
+                "in_sample": patch.prediction.in_sample_cost_per_label,
+            }
+            self.record(stage, config, strength, patch.coordinates, full=full, **known, **values)
 
     def record(
         self, stage: str, config: Config, strength: float, cores: Cores | None, *, full: bool = False, **values: Any
@@ -206,7 +226,7 @@ class Study:
         """Measure one patch on the final split and write its row. `full` adds generation and benign NLL."""
         row = {"pair": self.pair, "stage": stage, **asdict(config), "strength": strength, **values}
         if cores is not None:
-            row |= self._measured(row, cores, full)
+            row |= self._measured(row, config, cores, full)
         row |= machine(str(self.lab.device))
         new = not self.path.exists()
         with open(self.path, "a", newline="", encoding="utf-8") as file:
@@ -219,7 +239,7 @@ class Study:
         figures = "  ".join(f"{k} {_short(row[k])}" for k in shown if row.get(k) is not None)
         self.say(f"{stage} {' '.join(map(str, asdict(config).values()))} @ {strength} | {figures}")
 
-    def _measured(self, row: dict[str, Any], cores: Cores, full: bool) -> dict[str, Any]:
+    def _measured(self, row: dict[str, Any], config: Config, cores: Cores, full: bool) -> dict[str, Any]:
         name = " ".join(_text(row[k]) for k in KEYS)
         label = f"{self.pair} plain {cores}" if isinstance(cores, float) else name
         harm, benign = self._final(label, cores)
@@ -233,7 +253,7 @@ class Study:
             out[f"kl_{source}"] = benign[own, 0].sum() / max(benign[own, 1].sum(), 1)
         if isinstance(cores, float):
             cores = {s.name: cores * torch.eye(s.rank, dtype=torch.float64) for s in self.lab.sites}
-        out |= self.unseen(cores) | {"norm": self._norm(cores)}
+        out |= self.unseen(config, cores) | {"norm": self._norm(cores)}
         if full:
             answers = self.lab.measure(cores, Probe(self.benign("final"))).sum(0)
             out["benign_nll"] = float(answers[0] / answers[2])
@@ -247,13 +267,12 @@ class Study:
 
     def _norm(self, cores: Mapping[str, Tensor]) -> float:
         """‖ΔW'‖_F / ‖ΔW‖_F over all modules."""
-        kept = whole = 0.0
+        kept = 0.0
         for site in self.lab.sites:
             left, right = site.metric()
             core = cores[site.name].to(left)
             kept += float((core * (left @ core @ right)).sum())
-            whole += float((left * right).sum())
-        return (kept / whole) ** 0.5
+        return (kept / self.whole) ** 0.5
 
     def plain_curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Per-prompt sums of the α sweep: harm [alphas, N, 2] (NLL, labels), benign [alphas, M, 2] (KL, labels)."""
@@ -311,6 +330,10 @@ class Study:
         except Exception as error:
             traceback.print_exc()
             self.record(stage, config, float("nan"), None, error=f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _inputs(c: Config) -> str:
+    return "" if c.input_filter is None else f" inputs {c.input_filter:g} of {c.input_rank or 'all'}"
 
 
 def subset(fisher: sst.Fisher, groups: int | None = None, draws: int | None = None) -> sst.Fisher:

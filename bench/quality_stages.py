@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from quality_runner import ALPHAS, GENERATED, Config, Study
 
-PLAIN = Config("plain", "", "", 0.0, "", "", opening=1.0, cost_labels="", draws=0)
+PLAIN = Config("plain", None, None, "", "", 0.0, "", "", opening=1.0, cost_labels="", draws=0)
 BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.04, 0.06)
 WIDE = (0.004, 0.015, 0.04)
 FEW = (0.004, 0.015)
@@ -26,6 +26,15 @@ def main(s: Study) -> None:
     """The library's defaults along KL budgets."""
     s.run("main", Config(), WIDE, full=True)
     s.run("main", Config(), BUDGETS, full=True)
+
+
+def reads(s: Study) -> None:
+    """The price of benign inputs in what the patch reads, and the columns of the sketch that tells them."""
+    s.run("reads", Config(input_filter=10.0), WIDE, full=True)
+    s.run("reads", Config(input_filter=None, input_rank=None), BUDGETS, full=True)
+    s.run("reads", Config(input_filter=1.0), WIDE, full=True)
+    for rank in (32, None):
+        s.run("reads", Config(input_rank=rank), FEW)
 
 
 def opening(s: Study) -> None:
@@ -97,5 +106,5 @@ def random_control(s: Study) -> None:
         s.record("scope", config, share, cores)
 
 
-STAGES = {f.__name__: f for f in (plain, main, opening, metric, points, scope, filters, size, damping, labels)}
+STAGES = {f.__name__: f for f in (plain, main, reads, opening, metric, points, scope, filters, size, damping, labels)}
 SHORT = ("plain", "main", "metric")  # for every pair but the first

@@ -5,8 +5,9 @@ generalized eigenproblems, `subspace` finds and keeps the directions of a patch 
 """
 
 from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, label_logits, opening_weights, sequence_nll
+from sst_kernels.fisher.inputs import InputMoments, input_moments
 from sst_kernels.gevp import GEVPResult, GEVPStatus, gevp
-from sst_kernels.subspace import Patch, Subspace, subspace
+from sst_kernels.subspace import Patch, Subspace, filter_inputs, subspace
 
 __version__ = "0.1.0"
 
@@ -14,11 +15,14 @@ __all__ = [
     "Fisher",
     "GEVPResult",
     "GEVPStatus",
+    "InputMoments",
     "Patch",
     "Subspace",
     "declared_loss",
+    "filter_inputs",
     "fisher_accumulate",
     "gevp",
+    "input_moments",
     "label_logits",
     "opening_weights",
     "sequence_nll",

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from sst_kernels.fisher.base import Counts, TokenBatch
 from sst_kernels.fisher.structures import make_structure
-from sst_kernels.fisher.structures.kronecker_lowrank import sign_matrix
+from sst_kernels.fisher.structures.moment import sign_matrix
 from tests.structure_cases import CASES, SHAPE, batch, build, exact, first_pass, samples
 
 P, Q, N, T = 4, 6, 2, 3

@@ -212,27 +212,16 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
     also how transformers separates them. Raises ValueError for masks with holes, samples without labels and labels that
     would be predicted across a sequence boundary.
     """
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise ValueError("the forward pass has neither input_ids nor inputs_embeds: pass one by keyword")
-    n, length = tokens.shape[:2]
+    n, length, spans, packed = read_spans(inputs)
     if tuple(labels.shape) != (n, length):
         raise ValueError(f"labels must have the shape of the input tokens {(n, length)}, got {tuple(labels.shape)}")
-    if n == 0 or length == 0:
-        raise ValueError(f"the batch holds no sequences: input_ids has shape {(n, length)}")
     labelled = labels.detach().cpu() != IGNORE
     labelled[:, 0] = False
-    packed = _packed_starts(inputs, n, length)
-    if packed is not None:
-        spans = torch.stack([packed[:-1], packed[1:]], 1)
-        if labelled.flatten()[packed[:-1]].any():
-            raise ValueError(
-                "a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100"
-            )
-    else:
-        spans = _mask_spans(inputs.get("attention_mask"), n, length)
     flat = labelled.flatten()
+    if packed and flat[spans[:, 0]].any():
+        raise ValueError(
+            "a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100"
+        )
     running = torch.cat([torch.zeros(1, dtype=torch.int64), flat.cumsum(0)])
     counts, total = running[spans[:, 1]] - running[spans[:, 0]], int(running[-1])
     if int(counts.sum()) != total:
@@ -245,6 +234,24 @@ def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
             f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts"
         )
     return Layout(n, length, spans, counts, total)
+
+
+def read_spans(inputs: Mapping[str, Any]) -> tuple[int, int, Tensor, bool]:
+    """Batch N, length T, spans [samples, 2] (int64, CPU) of the samples' tokens in the flat batch, and whether they are packed.
+
+    Raises ValueError as `read_layout` does.
+    """
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise ValueError("the forward pass has neither input_ids nor inputs_embeds: pass one by keyword")
+    n, length = tokens.shape[:2]
+    if n == 0 or length == 0:
+        raise ValueError(f"the batch holds no sequences: input_ids has shape {(n, length)}")
+    packed = _packed_starts(inputs, n, length)
+    if packed is None:
+        return n, length, _mask_spans(inputs.get("attention_mask"), n, length), False
+    return n, length, torch.stack([packed[:-1], packed[1:]], 1), True
 
 
 def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | None:

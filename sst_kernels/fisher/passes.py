@@ -14,6 +14,19 @@ from sst_kernels.fisher.loss import Layout
 from sst_kernels.ops import core_outer
 
 
+def flat_tokens(name: str, tensor: Tensor, n: int, length: int) -> Tensor:
+    """What module `name` saw of a batch [N, T] as [N·T, ·], float64 as float32. ValueError where tokens were routed, pooled or turned."""
+    if tensor.ndim == 3 and n != length and tuple(tensor.shape[:2]) == (length, n):
+        raise ValueError(f"{name} saw its tokens as [T, N] = {(length, n)}: only [N, T] models are supported")
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    if len(flat) != n * length:
+        raise ValueError(
+            f"{name} saw {len(flat)} tokens where the batch has {n} x {length}: modules that see "
+            "routed or pooled tokens (mixture-of-experts, poolers) cannot be attributed to samples; leave them out with modules="
+        )
+    return flat.float() if flat.dtype == torch.float64 else flat
+
+
 class Pass:
     """One forward pass and what its backward has brought so far."""
 
@@ -44,17 +57,7 @@ class Pass:
         self._measured = grad.detach().float()
 
     def flat(self, site: LoraSite, tensor: Tensor) -> Tensor:
-        n, length = self.layout.batch, self.layout.length
-        if tensor.ndim == 3 and n != length and tuple(tensor.shape[:2]) == (length, n):
-            raise ValueError(f"{site.name} saw its tokens as [T, N] = {(length, n)}: only [N, T] models are supported")
-        tokens = n * length
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        if len(flat) != tokens:
-            raise ValueError(
-                f"{site.name} saw {len(flat)} tokens where the batch has {self.layout.batch} x {self.layout.length}: modules that see "
-                "routed or pooled tokens (mixture-of-experts, poolers) cannot be attributed to samples; leave them out with modules="
-            )
-        return flat.float() if flat.dtype == torch.float64 else flat
+        return flat_tokens(site.name, tensor, self.layout.batch, self.layout.length)
 
     def core_rows(self, sites: Sequence[LoraSite]) -> Tensor:
         """∂L/∂S of all samples and modules, [N, Σ r²] float32 where the first module computes: one `core_outer` per device."""

@@ -1,0 +1,153 @@
+"""`input_moments`: the second moments E[x xᵀ] of what each LoRA module reads, from forward passes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sst_kernels.distributed import raise_together, sum_over_ranks
+from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, whole_weight
+from sst_kernels.fisher.loss import named_inputs, read_spans
+from sst_kernels.fisher.passes import flat_tokens
+from sst_kernels.fisher.structures.moment import LowRankFactor, SecondMoment
+from sst_kernels.memo import Memo
+
+
+def input_moments(
+    model: nn.Module,
+    adapter: str = "default",
+    *,
+    rank: int | None = None,
+    modules: str | Iterable[str] | None = None,
+    seed: int = 0,
+    group: Any = None,
+) -> InputMoments:
+    """Context manager that adds up Σ x xᵀ over the tokens of every forward pass run inside it, with the adapter switched off.
+
+    x [d_in] is what a module that carries `adapter` reads. Padding does not count; modules that read one tensor (q, k, v; gate, up)
+    share one sum. No labels and no backward pass are needed: run it under `torch.no_grad()`.
+
+    Args:
+        model: a model with PEFT LoRA layers, `adapter` among the active ones; other active adapters stay on.
+        rank: columns ℓ of a streaming Nyström sketch [d_in, ℓ], for modules with d_in > ℓ (64 to 256 serve well); None keeps [d_in, d_in].
+        modules: regular expression for, or names of, the modules to include; all that carry the adapter by default.
+        seed: of the sketch's test matrix.
+        group: torch.distributed group over which the pass is shared; on leaving the context every rank holds the total.
+
+    Raises ValueError for what `find_sites` refuses and for a rank below 1, RuntimeError on exit when no module was run.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank: expected a positive number of sketch columns, got {rank}")
+    model = unwrapped(model)
+    return InputMoments(model, find_sites(model, adapter, modules), rank, seed, group)
+
+
+class InputMoments(Mapping[str, LowRankFactor]):
+    """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module."""
+
+    def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
+        self.tokens = 0
+        self.reads = {site.name: whole_weight(site.lora_a).clone() for site in sites}
+        self._model, self._sites, self._group = model, sites, group
+        self._rank, self._seed = rank, seed
+        self._moments: dict[str, SecondMoment] = {}
+        self._leaders: dict[str, str] = {}  # module -> the one that keeps the sum of what both read
+        self._last = Memo()
+        self._batch: tuple[int, int, Tensor] | None = None  # N, T and the spans of the batch that is run
+        self._handles: list[Any] = []
+
+    def __getitem__(self, name: str) -> LowRankFactor:
+        return self._moments[self._leaders[name]].factor(self.tokens)
+
+    def __iter__(self):
+        return iter(self._leaders)
+
+    def __len__(self) -> int:
+        return len(self._leaders)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Module -> the module whose moment it shares, itself where it has its own."""
+        return dict(self._leaders)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(moment.sum.nbytes for moment in self._moments.values())
+
+    def __enter__(self) -> Self:
+        self._handles.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
+        for site in self._sites:
+            self._handles.append(site.layer.register_forward_pre_hook(partial(self._read, site)))
+            self._handles.append(site.lora_a.register_forward_hook(_off))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._group is None:
+            if kind is None:
+                self._complete()
+        elif error is None or isinstance(error, Exception):
+            raise_together(error, self._group)
+            self._all_reduce()
+            self._complete()
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        n, length, spans, _ = read_spans(named_inputs(model, args, kwargs))
+        self.tokens += int((spans[:, 1] - spans[:, 0]).sum())
+        self._batch = n, length, spans
+
+    @torch.no_grad()
+    def _read(self, site: LoraSite, module: nn.Module, args: tuple) -> None:
+        if self._batch is None:
+            raise RuntimeError(f"{site.name} ran outside a forward pass of the model given to input_moments")
+        x = args[0].detach()
+        reader = self._last.value if self._last.holds(x) else self._last.keep(site.name, x)
+        leader = self._leaders.setdefault(site.name, reader)
+        if leader == site.name:
+            n, length, spans = self._batch
+            flat = flat_tokens(site.name, x, n, length)
+            self._moment(leader, flat).add(flat, spans.to(x.device), None)
+        elif leader != reader:
+            raise RuntimeError(
+                f"{site.name} read what {leader} reads in the first batch, and something else now: give the modules apart with modules="
+            )
+
+    def _moment(self, name: str, x: Tensor) -> SecondMoment:
+        if name not in self._moments:
+            d = x.shape[1]
+            self._moments[name] = SecondMoment(d, d if self._rank is None else self._rank, self._seed, x.device)
+        return self._moments[name]
+
+    def _all_reduce(self) -> None:
+        """Ranks without data learn from the others which modules share a sum."""
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, self._leaders, group=self._group)
+        self._leaders = next((leaders for leaders in told if leaders), {})
+        of = {site.name: site for site in self._sites}
+        for leader in dict.fromkeys(self._leaders.values()):
+            self._moment(leader, torch.empty(0, self.reads[leader].shape[1], device=of[leader].device))
+        total = torch.tensor([self.tokens])
+        moments = [self._moments[name] for name in dict.fromkeys(self._leaders.values())]
+        sum_over_ranks([total, *(t for m in moments for t in (m.sum, m.trace))], self._group)
+        self.tokens = int(total)
+
+    def _complete(self) -> None:
+        missing = [site.name for site in self._sites if site.name not in self._leaders]
+        if missing:
+            raise RuntimeError(
+                f"no forward pass ran through {missing[0]} and {len(missing) - 1} more: run model(**batch) of the very model given "
+                "to input_moments inside the context"
+            )
+
+
+def _off(module: nn.Module, args: tuple, h: Tensor) -> Tensor:
+    return torch.zeros_like(h)

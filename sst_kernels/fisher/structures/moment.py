@@ -1,0 +1,104 @@
+"""Streaming second moments of tokens, Σ x xᵀ: dense, or a Nyström sketch where that is smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sst_kernels.fisher.structures.algebra import psd_eigh, symmetric
+from sst_kernels.memo import Memo
+
+
+@lru_cache(maxsize=32)
+def sign_matrix(d: int, rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Ω [d, ℓ] of independent signs ±1: the same for every block, rank and machine that names the same seed.
+
+    Signs are exact in bfloat16, so the matrix that multiplied the tokens is the matrix the reconstruction uses.
+    """
+    bits = torch.randint(0, 2, (d, rank), generator=torch.Generator().manual_seed(seed))
+    return (2 * bits - 1).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class LowRankFactor:
+    """U diag(s) Uᵀ + rest·I, PSD: U [d, k] orthonormal, s [k] descending, float64. `bound` ≥ ‖exact − this‖₂."""
+
+    vectors: Tensor
+    values: Tensor
+    rest: Tensor
+    bound: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """This factor times x [d, m]."""
+        return self.vectors @ (self.values[:, None] * (self.vectors.mT @ x)) + self.rest * x
+
+    @property
+    def norm(self) -> Tensor:
+        """Largest eigenvalue."""
+        return self.values[0] + self.rest
+
+    @property
+    def trace(self) -> Tensor:
+        return self.values.sum() + self.rest * len(self.vectors)
+
+
+_last_input = Memo()  # (its sketch, its trace): modules that read one tensor (q, k, v; gate, up) come one after another
+
+
+class SecondMoment:
+    """The running second moment M = Σ x xᵀ of one side: dense while d ≤ ℓ, else Y = M Ω with the exact trace of M (else 0)."""
+
+    def __init__(self, d: int, rank: int, seed: int, device: torch.device):
+        self.dense = d <= rank
+        self.seed = seed
+        self.sum = torch.zeros(d, min(d, rank), dtype=torch.float32, device=device)
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
+        from sst_kernels.ops import gram, sketch
+
+        if self.dense:
+            gram(x, spans, scale, self.sum)
+            return
+        rank = self.sum.shape[1]
+        omega = sign_matrix(x.shape[1], rank, self.seed, x.device, x.dtype)
+        if scale is not None:
+            sketch(x, omega, spans, scale, self.sum, trace=self.trace)
+            return
+        if not _last_input.holds(x, spans, rank, self.seed):
+            product, trace = torch.zeros_like(self.sum), torch.zeros_like(self.trace)
+            sketch(x, omega, spans, None, product, trace=trace)
+            _last_input.keep((product, trace), x, spans, rank, self.seed)
+        product, trace = _last_input.value
+        self.sum += product
+        self.trace += trace
+
+    def factor(self, count: float) -> LowRankFactor:
+        """M / count, reconstructed."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.sum.device)
+        if self.dense:
+            values, vectors = psd_eigh(symmetric(self.sum) / count)
+            return LowRankFactor(vectors, values, zero, zero)
+        vectors, values = nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
+        trace = self.trace.clamp_min(0)
+        values = values * (trace / values.sum().clamp_min(1e-300)).clamp_max(1)
+        missing = trace - values.sum()
+        rest = missing / len(vectors)
+        return LowRankFactor(vectors, values / count, rest / count, torch.maximum(rest, missing - rest) / count)
+
+
+def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors U [d, ℓ] and eigenvalues s [ℓ] ≥ 0, float64, of the Nyström approximation Y (ΩᵀY)⁺ Yᵀ of M from
+    Y = MΩ [d, ℓ], with the stabilising shift of Tropp et al. (1706.05736, algorithm 3) at float32 level."""
+    y = sketch.double()
+    shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
+    y = y + shift * omega
+    core = omega.mT @ y
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    floor = values[-1].clamp_min(0) * torch.finfo(torch.float64).eps * len(values)
+    root = torch.where(values > floor, values, torch.inf).rsqrt()
+    u, sigma, _ = torch.linalg.svd(y @ (vectors * root), full_matrices=False)
+    return u, (sigma.square() - shift).clamp_min(0)

@@ -1,0 +1,214 @@
+"""Input moments and the filter of a patch's reads, against forward hooks, least squares and the pencil's own eigenvectors."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.linalg
+import torch
+
+import sst_kernels as sst
+from tests.models import lora_layers, one_by_one, position_ids, tiny_batch, tiny_lora
+
+ADAPTERS = ("task", "safety")
+
+
+def seen_inputs(model, batch):
+    """Tokens [S, d_in] that each module reads with `safety` off, one unpadded sample at a time."""
+    seen, handles = {}, []
+    for name, layer in lora_layers(model, "safety").items():
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _m, args, n=name: seen.setdefault(n, []).append(args[0].flatten(0, 1))
+            )
+        )
+    model.base_model.set_adapter("task")
+    with torch.no_grad():
+        for sample in one_by_one(batch):
+            model(input_ids=sample["input_ids"])
+    for handle in handles:
+        handle.remove()
+    model.base_model.set_adapter(list(ADAPTERS))
+    return {name: torch.cat(parts).double() for name, parts in seen.items()}
+
+
+def moments_of(model, batches, **options):
+    with torch.no_grad(), sst.input_moments(model, "safety", **options) as moments:
+        for batch in batches:
+            model(**{k: v for k, v in batch.items() if k != "labels"})
+    return moments
+
+
+def dense(factor):
+    return factor.times(torch.eye(len(factor.vectors), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_moments_are_those_of_unpadded_samples_at_the_reference(kind, padding):
+    model = tiny_lora(kind, adapters=ADAPTERS)
+    batch = tiny_batch(5, padding=padding)
+    expected = seen_inputs(model, batch)
+    moments = moments_of(model, [batch | {"position_ids": position_ids(batch)}])
+    assert moments.tokens == int(batch["attention_mask"].sum())
+    assert list(moments) == list(expected)
+    for name, x in expected.items():
+        torch.testing.assert_close(dense(moments[name]), x.mT @ x / len(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_and_split_batches_give_the_same():
+    model, batch = tiny_lora(adapters=ADAPTERS, attention="eager"), tiny_batch(4)
+    samples = one_by_one(batch)
+    lengths = [s["input_ids"].shape[1] for s in samples]
+    packed = {
+        "input_ids": torch.cat([s["input_ids"] for s in samples], 1),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "use_cache": False,
+    }
+    together, apart, flat = (moments_of(model, b) for b in ([batch], samples, [packed]))
+    assert together.tokens == apart.tokens == flat.tokens
+    for name in together:
+        whole = dense(together[name])
+        for other in (apart, flat):
+            assert float((dense(other[name]) - whole).norm() / whole.norm()) < 2e-6
+
+
+def test_modules_that_read_one_tensor_share_its_sum():
+    moments = moments_of(tiny_lora(adapters=ADAPTERS), [tiny_batch(2)])
+    prefix = "model.layers.0."
+    leaders = {
+        n.removeprefix(prefix): to.removeprefix(prefix) for n, to in moments.shared.items() if n.startswith(prefix)
+    }
+    assert leaders == {
+        "self_attn.q_proj": "self_attn.q_proj",
+        "self_attn.k_proj": "self_attn.q_proj",
+        "self_attn.v_proj": "self_attn.q_proj",
+        "self_attn.o_proj": "self_attn.o_proj",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.up_proj": "mlp.gate_proj",
+        "mlp.down_proj": "mlp.down_proj",
+    }
+    assert moments.nbytes == 2 * 4 * (3 * 32**2 + 48**2)
+
+
+def test_the_pass_leaves_the_model_as_it_was():
+    model, batch = tiny_lora(adapters=ADAPTERS), tiny_batch(3)
+    before = model(**batch).logits
+    moments_of(model, [batch])
+    assert torch.equal(model(**batch).logits, before)
+
+
+def both(model, rank=None):
+    gain = moments_of(model, [tiny_batch(40, seed=1, longest=16)], rank=rank)
+    cost = moments_of(model, [tiny_batch(40, seed=2, longest=16)], rank=rank)
+    return gain, cost
+
+
+@pytest.mark.parametrize("mu", [0.3, 3.0, 100.0])
+def test_the_filter_is_least_squares_over_the_inputs(mu):
+    model = tiny_lora(adapters=ADAPTERS).double()
+    gain, cost = both(model)
+    harm, benign = (seen_inputs(model, tiny_batch(40, seed=s, longest=16)) for s in (1, 2))
+    for name, new in sst.filter_inputs(gain, cost, mu).items():
+        a = gain.reads[name].double()
+        x = torch.cat([harm[name] / len(harm[name]) ** 0.5, (mu / len(benign[name])) ** 0.5 * benign[name]])
+        y = torch.cat([harm[name] @ a.mT / len(harm[name]) ** 0.5, benign[name].new_zeros(len(benign[name]), len(a))])
+        exact = torch.linalg.lstsq(x, y, driver="gelsd").solution.mT
+        error = float((new.double() - exact).norm() / a.norm())
+        assert error < 2e-3, (name, error)  # the ridge at 1e-6 of the mean eigenvalue, and float32 sums
+
+
+def test_the_filter_is_the_soft_one_of_the_pencil_of_inputs():
+    """In the generalised eigenvectors of (X_gain, X_cost + εI): A' = Σ w_i A-part along v_i, w = λ/(λ+μ)."""
+    model, mu = tiny_lora(adapters=ADAPTERS), 3.0
+    gain, cost = both(model)
+    for name, new in sst.filter_inputs(gain, cost, mu).items():
+        x_gain, x_cost, a = dense(gain[name]), dense(cost[name]), gain.reads[name].double()
+        level = 1e-6 * float((x_gain + mu * x_cost).trace()) / len(x_gain) / mu
+        values, v = scipy.linalg.eigh(x_gain, x_cost + level * torch.eye(len(x_gain), dtype=torch.float64))
+        values, v = torch.from_numpy(values).clamp_min(0), torch.from_numpy(v)
+        part = torch.linalg.solve(v, a.mT)
+        expected = (v @ (values[:, None] / (values[:, None] + mu) * part)).mT
+        assert float((new.double() - expected).norm() / a.norm()) < 1e-5
+
+
+def test_no_price_keeps_what_is_read_and_a_high_one_closes_the_patch():
+    gain, cost = both(tiny_lora(adapters=ADAPTERS))
+    for name, free in sst.filter_inputs(gain, cost, 0.0).items():
+        a, x = gain.reads[name].double(), dense(gain[name])
+        lost = (free.double() - a) @ x @ (free.double() - a).mT
+        assert float(lost.trace()) < 1e-6 * float((a @ x @ a.mT).trace())
+    for name, shut in sst.filter_inputs(gain, cost, 1e9).items():
+        assert float(shut.norm()) < 1e-2 * float(gain.reads[name].norm())
+
+
+def test_the_filter_does_not_depend_on_the_gauge():
+    model = tiny_lora(adapters=ADAPTERS)
+    gain, cost = both(model)
+    old = sst.filter_inputs(gain, cost, 3.0)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] * 2
+    for layer in lora_layers(model, "safety").values():
+        layer.lora_A["safety"].weight.data = torch.linalg.inv(turn) @ layer.lora_A["safety"].weight
+        layer.lora_B["safety"].weight.data = layer.lora_B["safety"].weight @ turn
+    for name, new in sst.filter_inputs(*both(model), 3.0).items():
+        torch.testing.assert_close(turn @ new, old[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sketch_of_enough_columns_filters_as_the_whole_and_a_small_one_nearly():
+    """Measured by what is minimised, over its value for the unfiltered patch."""
+    model, mu = tiny_lora(adapters=ADAPTERS), 3.0
+    whole = both(model)
+
+    def objective(name, new):
+        change, a = new.double() - whole[0].reads[name], new.double()
+        return float((change @ dense(whole[0][name]) @ change.mT + mu * a @ dense(whole[1][name]) @ a.mT).trace())
+
+    exact = sst.filter_inputs(*whole, mu)
+    for rank, allowed in ((48, 1e-6), (24, 0.05), (12, 0.2)):
+        gain, cost = both(model, rank)
+        for name, new in sst.filter_inputs(gain, cost, mu).items():
+            excess = (objective(name, new) - objective(name, exact[name])) / objective(name, gain.reads[name])
+            assert -1e-6 < excess < allowed, (rank, name, excess)
+    assert gain.nbytes < whole[0].nbytes / 2
+
+
+def test_narrow_factors_are_inverted_through_their_columns():
+    """Woodbury and the dense Cholesky factor agree where the sketches have fewer columns than d_in."""
+    from sst_kernels.fisher.structures.moment import LowRankFactor
+    from sst_kernels.subspace.inputs import _Inverse
+
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(d, k):
+        u = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))[0]
+        values = torch.logspace(0, -4, k, dtype=torch.float64)
+        rest = torch.tensor(1e-4, dtype=torch.float64)
+        return LowRankFactor(u, values, rest, rest)
+
+    gain, cost, mu = factor(60, 7), factor(60, 9), 3.0
+    inverse, x = _Inverse(gain, cost, mu), torch.randn(60, 4, dtype=torch.float64, generator=generator)
+    assert not inverse.wide
+    whole = dense(gain) + mu * dense(cost)
+    whole += 1e-6 * whole.diagonal().mean() * torch.eye(60, dtype=torch.float64)
+    torch.testing.assert_close(inverse.times(x), torch.linalg.solve(whole, x), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_refused():
+    model = tiny_lora(adapters=ADAPTERS)
+    gain, cost = both(model)
+    with pytest.raises(ValueError, match="mu must not be negative, got -1"):
+        sst.filter_inputs(gain, cost, -1.0)
+    with pytest.raises(ValueError, match="mu must not be negative, got nan"):
+        sst.filter_inputs(gain, cost, float("nan"))
+    with pytest.raises(ValueError, match="different adapters or modules"):
+        sst.filter_inputs(gain, moments_of(tiny_lora(adapters=ADAPTERS, seed=5), [tiny_batch(2)]), 1.0)
+    with pytest.raises(ValueError, match="rank: expected a positive number"):
+        sst.input_moments(model, "safety", rank=0)
+    with pytest.raises(ValueError, match="no module carries the adapter 'other'"):
+        sst.input_moments(model, "other")
+    with pytest.raises(RuntimeError, match="no forward pass ran through"):
+        moments_of(model, [])
+    with (
+        pytest.raises(RuntimeError, match="outside a forward pass of the model given"),
+        sst.input_moments(model, "safety"),
+    ):
+        model.get_base_model()(input_ids=tiny_batch(1)["input_ids"])
