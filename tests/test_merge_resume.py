@@ -133,7 +133,7 @@ def test_a_sequence_that_memory_does_not_hold_is_named(session, data, monkeypatc
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2"),
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
 ]
 
@@ -141,19 +141,8 @@ ACCELERATE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_two_ranks_save_what_one_process_saves(launcher, root, tmp_path):
-    program = [
-        "-m",
-        "sst_merge.cli",
-        "fisher",
-        "--labels",
-        "model",
-        "--tokens-per-batch",
-        "200",
-        "--device",
-        "cpu",
-        "-q",
-    ]
-    program += ["--model", root / "model", "--safety", root / "safety", "--data", root / "data.jsonl"]
+    program = ["-m", "sst_merge.cli", "fisher", "--labels", "model", "--tokens-per-batch", "60", "--device", "cpu"]
+    program += ["-q", "--model", root / "model", "--safety", root / "safety", "--data", root / "data.jsonl"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     for start, name in (([sys.executable], "one"), (launcher, "two")):
         call = [*map(str, [*start, *program, "-o", tmp_path / name])]
