@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sst_kernels.distributed import share_by_cost, sum_over_ranks
+from sst_kernels import distributed
+from sst_kernels.distributed import reduce_over_ranks, share_by_cost, sum_over_ranks
+from sst_kernels.fisher import make_structure
 from tests.distributed_cases import CASES, SAMPLES, SHARES, accumulate, answers, on_rank
 
 SKETCHED = "lowrank-small"  # the one case that loses something
@@ -114,20 +116,17 @@ def test_ranks_with_other_adapters_are_refused(ranks):
         assert "accumulates with other ['fingerprint']" in ranks[rank]["mismatch"]
 
 
-def test_sums_of_all_blocks_share_a_bucket(tmp_path, monkeypatch):
+def test_sums_of_all_blocks_share_a_bucket(monkeypatch):
     """28 blocks of two factors: one all-reduce for each dtype of state and counts, more where buckets are small."""
-    sent, reduce = [], dist.all_reduce
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: (sent.append(tensor), reduce(tensor, **options)))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        fisher = accumulate(CASES["kronecker"], [0], dist.group.WORLD)
-        assert sorted(str(t.dtype) for t in sent) == ["torch.float32", "torch.int64"]
-        tensors = [torch.arange(6.0) for _ in range(5)]
-        sent.clear()
-        sum_over_ranks(tensors, bucket_bytes=2 * tensors[0].nbytes)
-    finally:
-        dist.destroy_process_group()
-    assert len(fisher) == 28
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: sent.append(tensor))
+    monkeypatch.setattr(distributed, "_carrier", lambda device, group: device)
+    blocks = [make_structure("kronecker", (2, 3)) for _ in range(28)]
+    reduce_over_ranks([r for block in blocks for r in (block.reduction(), block.count_reduction())])
+    assert sorted((str(t.dtype), t.numel()) for t in sent) == [("torch.float32", 28 * 13), ("torch.int64", 28 * 4)]
+    tensors = [torch.arange(6.0) for _ in range(5)]
+    sent.clear()
+    sum_over_ranks(tensors, bucket_bytes=2 * tensors[0].nbytes)
     assert [t.numel() for t in sent] == [12, 12, 6]
     assert all(torch.equal(t, torch.arange(6.0)) for t in tensors)
 
