@@ -219,11 +219,12 @@ def test_each_fisher_is_accumulated_once(world, tmp_path, monkeypatch):
     passes, run = [], evidence.fisher_pass
 
     def counted(session, data, **options):
-        passes.append((options["structure"], options["space"], options["name"], options.get("opening")))
+        filtered = session.patch is not session.safety
+        passes.append((options["structure"], options["space"], options["name"], options.get("opening"), filtered))
         return run(session, data, **options)
 
     monkeypatch.setattr(evidence, "fisher_pass", counted)
-    names = ["sst", "sst-patched", "sst-frobenius", "sst-module", "sst-top-k", "random-subspace", "diagonal-sst", "fisher-average"]  # fmt: skip
+    names = ["sst", "sst-core", "sst-patched", "sst-frobenius", "sst-module", "sst-top-k", "random-subspace", "diagonal-sst", "fisher-average"]  # fmt: skip
     given = {"methods": names, "strengths": {"plain": [0.5]} | {n: [0.05, 0.1] for n in names}}
     report = compare(Comparison.load(world / "compare.yml", output=tmp_path / "out", **given), reporter=QUIET)
     assert not report["refused"]

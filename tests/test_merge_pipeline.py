@@ -92,7 +92,9 @@ def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
     gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
     patch = pipeline.filtered(pipeline.solve(session, recipe, gain, cost), recipe)
     loaded = cases.peft_deltas(PeftModel.from_pretrained(cases.model(), out))
-    task, safety = load_adapter(world / "task").terms, load_adapter(world / "safety").terms
+    task, safety = load_adapter(world / "task").terms, session.patch.terms
+    given = load_adapter(world / "safety").terms
+    assert all(torch.equal(safety[n].B, t.B) and not torch.allclose(safety[n].A, t.A) for n, t in given.items())
     for name, delta in loaded.items():
         expected = task[name].delta()
         if name in safety:

@@ -73,6 +73,12 @@ def transform(adapter: Adapter, coordinates: Mapping[str, Tensor]) -> Adapter:
     return replace(adapter, terms=terms)
 
 
+def with_reads(adapter: Adapter, reads: Mapping[str, Tensor]) -> Adapter:
+    """The adapter with A [r, d_in] replaced by `reads[module]`; modules without any are left out."""
+    terms = {name: replace(adapter.terms[name], A=a.cpu()) for name, a in reads.items()}
+    return replace(adapter, terms=terms)
+
+
 def recompress(adapter: Adapter, rank: int) -> tuple[Adapter, Recompression]:
     """The best adapter of at most `rank` per module (truncated SVD of ΔW in Frobenius norm), and what was lost.
 

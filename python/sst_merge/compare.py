@@ -188,7 +188,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     }
     settings = (
         *("dtype", "seed", "generate_tokens", "tokens_per_batch", "label_draws", "opening_tokens", "opening_weight"),
-        *("damping", "folds", "rank"),
+        *("damping", "folds", "rank", "input_filter", "input_rank"),
     )
     facts = {
         "version": sst_kernels.__version__,
@@ -201,7 +201,10 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         session,
         data["harm"],
         data["benign"],
-        **{name: getattr(recipe, name) for name in ("tokens_per_batch", "damping", "folds", "seed")},
+        **{
+            name: getattr(recipe, name)
+            for name in ("tokens_per_batch", "damping", "folds", "seed", "input_filter", "input_rank")
+        },
         draws=recipe.label_draws,
         opening=(recipe.opening_tokens, recipe.opening_weight),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import time
@@ -17,7 +18,10 @@ import torch.distributed as dist
 
 import sst_kernels as sst
 from sst_kernels.fisher import Accumulator, Checkpoints, item_seed, rank_path
+from sst_kernels.fisher.storage import read_tensors, write_tensors
 
+from .adapters import Adapter
+from .algebra import with_reads
 from .data import Batch, Dataset, batches, collate
 from .errors import MergeError, OutputError, headlined
 from .paths import expanded
@@ -111,8 +115,7 @@ def fisher_pass(
     matrices of sketches on `seed`. What memory would not hold is refused before the first batch.
     """
     model, start, group = session.model, time.monotonic(), world()
-    model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
-    model.requires_grad_(False)
+    _activate(session)
     steps = list(enumerate(batches(data, tokens_per_batch) * draws))
     if group is not None:
         steps = steps[dist.get_rank() :: dist.get_world_size()]
@@ -145,6 +148,67 @@ def fisher_pass(
                 keep.save()
     session.seconds[f"fisher_{name}"] = time.monotonic() - start
     return accumulator.fisher
+
+
+def filtered_reads(
+    session: Session,
+    harm: Dataset,
+    benign: Dataset,
+    *,
+    mu: float,
+    rank: int | None,
+    tokens_per_batch: int = 1024,
+    seed: int = 0,
+    continuity: Continuity | None = None,
+) -> Adapter:
+    """The safety adapter with its reads closed to benign inputs (`sst_kernels.filter_inputs`), after a forward pass over both sides.
+
+    A run that goes on from checkpoints finds the reads there: its Fishers belong to them.
+    """
+    about = f"{_content(session, harm)} {_content(session, benign)} {session.safety.sha256} {mu} {rank} {seed}"
+    identity = hashlib.sha256(about.encode()).hexdigest()
+    path = continuity.path("inputs") if continuity is not None else None
+    if continuity is not None and continuity.resume and path is not None and path.exists():
+        header, reads = read_tensors(path)
+        if header.get("identity") == identity:
+            return with_reads(session.safety, reads)
+        raise MergeError(f"{path} belongs to other data, adapters or settings: start again without --resume")
+    start = time.monotonic()
+    options: dict[str, Any] = {"rank": rank, "tokens_per_batch": tokens_per_batch, "seed": seed}
+    gain, cost = (input_pass(session, data, name=n, **options) for n, data in (("harm", harm), ("benign", benign)))
+    reads = sst.filter_inputs(gain, cost, mu)
+    session.seconds["inputs"] = time.monotonic() - start
+    if path is not None:
+        write_tensors(path, reads, {"kind": "reads", "identity": identity})
+    return with_reads(session.safety, reads)
+
+
+def input_pass(
+    session: Session, data: Dataset, *, name: str, rank: int | None, tokens_per_batch: int = 1024, seed: int = 0
+) -> sst.InputMoments:
+    """Second moments of what the patched modules read over a dataset, task adapter on, patch off; ranks share the batches."""
+    _activate(session)
+    group, device = world(), next(session.model.parameters()).device
+    steps = batches(data, tokens_per_batch)
+    if group is not None:
+        steps = steps[dist.get_rank() :: dist.get_world_size()]
+    takes = inspect.signature(session.model.get_base_model().forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    with (
+        headlined(f"the pass over the inputs of {data.path or name} failed"),
+        torch.no_grad(),
+        sst.input_moments(session.model, SAFETY, rank=rank, seed=seed, group=group) as moments,
+    ):
+        for batch in session.reporter.track(steps, f"inputs: {name}", size=batch_tokens):
+            inputs = batch.inputs(device)
+            inputs.pop("labels")
+            session.model(**inputs, **few, use_cache=False)
+    return moments
+
+
+def _activate(session: Session) -> None:
+    session.model.base_model.set_adapter([TASK, SAFETY] if session.task is not None else [SAFETY])
+    session.model.requires_grad_(False)
 
 
 def _content(session: Session, data: Dataset) -> str:

@@ -20,7 +20,7 @@ from .data import Dataset, load_dataset
 from .errors import headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .output import output_folder
-from .passes import Continuity, fisher_pass, leader, world
+from .passes import Continuity, filtered_reads, fisher_pass, leader, world
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
@@ -30,7 +30,20 @@ from .session import Session, open_session
 def both_passes(
     session: Session, recipe: Recipe, harm: Dataset, benign: Dataset, continuity: Continuity | None = None
 ) -> tuple[sst.Fisher, sst.Fisher]:
-    """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe."""
+    """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe, of the patch with its reads filtered."""
+    if recipe.input_filter is not None:
+        session.use(
+            filtered_reads(
+                session,
+                harm,
+                benign,
+                mu=recipe.input_filter,
+                rank=recipe.input_rank,
+                tokens_per_batch=recipe.tokens_per_batch,
+                seed=recipe.seed,
+                continuity=continuity,
+            )
+        )
     common: dict[str, Any] = {
         "structure": recipe.structure,
         "structure_options": recipe.structure_options,

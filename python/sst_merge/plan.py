@@ -66,7 +66,10 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         tokens = data[name].summary()["tokens"] * repeats
         return tokens, tokens * flops * parameters / (rate * _EFFICIENCY)
 
-    passes = {
+    passes = {}
+    if recipe.input_filter is not None:
+        passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
+    passes |= {
         "Fisher, harm": stage("harm", len(recipe.harm_points), 4),
         "Fisher, benign": stage("benign", recipe.label_draws, 4),
     }
@@ -77,6 +80,9 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     memory = _memory(recipe, config, parameters, adapters)
     rows = (len(data["harm"]) * len(recipe.harm_points), len(data["benign"]) * recipe.label_draws)
     memory |= _fisher_memory(recipe, safety, *rows)
+    if recipe.input_filter is not None:
+        widths = [term.A.shape[1] for term in safety.terms.values()]
+        memory["input moments, at most"] = sum(8 * d * min(d, recipe.input_rank or d) for d in widths)
     return Plan(parameters, coordinates, rate, passes, memory)
 
 

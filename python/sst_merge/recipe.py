@@ -38,6 +38,15 @@ class Recipe(BaseModel):
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
     output: Path = Field(description="folder to create")
 
+    input_filter: float | None = Field(
+        3.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); null leaves them",
+    )
+    input_rank: int | None = Field(
+        128, ge=1, description="columns of the sketch of a module's inputs; null keeps them whole, d_in x d_in"
+    )
     structure: str = Field("full", description="Fisher structure (sst_kernels.fisher)")
     structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")
     space: Literal["core"] = "core"

@@ -24,7 +24,10 @@ TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
 
 @dataclass
 class Session:
-    """A model with the task and the safety adapter on it; the reference is base + task, the patch absent."""
+    """A model with the task and the safety adapter on it; the reference is base + task, the patch absent.
+
+    `safety` is the adapter as given, `patch` what core coordinates are taken of: the same, until its reads are filtered.
+    """
 
     model: Any
     tokenizer: Any
@@ -32,6 +35,16 @@ class Session:
     task: Adapter | None
     reporter: Reporter
     seconds: dict[str, float] = field(default_factory=dict)
+    patch: Adapter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patch = self.safety
+
+    def use(self, patch: Adapter) -> None:
+        """Filter `patch` from here on, in place of the safety adapter as it was given."""
+        if patch is not self.patch:
+            attach(self.model, SAFETY, patch)
+            self.patch = patch
 
     @property
     def reference(self) -> str | None:
@@ -39,7 +52,7 @@ class Session:
 
     def merged(self, coordinates: Mapping[str, Tensor]) -> Adapter:
         """task + the patch at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
-        return self._with_task(1.0, transform(self.safety, coordinates))
+        return self._with_task(1.0, transform(self.patch, coordinates))
 
     def plain(self, alpha: float) -> Adapter:
         """task + α · safety: task arithmetic, the baseline."""

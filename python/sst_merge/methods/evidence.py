@@ -13,9 +13,12 @@ from torch import Tensor
 
 import sst_kernels as sst
 
+from ..adapters import Adapter
+from ..algebra import with_reads
 from ..data import Dataset, batches
 from ..errors import headlined
-from ..pipeline import fisher_pass, over_points
+from ..passes import fisher_pass, input_pass
+from ..pipeline import over_points
 from ..session import SAFETY, TASK, Session
 
 PATH: tuple[str | float, ...] = ("reference", 0.5, "patched")
@@ -33,41 +36,57 @@ class Evidence:
     damping: float = 1.0
     folds: int = 4
     opening: tuple[int, float] = (4, 3.0)
+    input_filter: float | None = 3.0
+    input_rank: int | None = 128
     seed: int = 0
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def fishers(
-        self, structure: str = "full", *, space: str = "core", point: str = "reference", weighted: bool = False
-    ) -> tuple[sst.Fisher, sst.Fisher]:
-        """(gain, cost): refusals with the data's labels at `point` or along the "path"; benign answers with drawn labels at the reference.
+    def fishers(self, structure: str = "full", **options: Any) -> tuple[sst.Fisher, sst.Fisher]:
+        """(`gain`, `cost`) with the same structure and options, those of `gain`."""
+        of_both = {key: options[key] for key in ("space", "filtered") if key in options}
+        return self.gain(structure, **options), self.cost(structure, **of_both)
 
-        weighted: the first words of refusals weigh more, as `opening` (their number, their weight) says.
+    def gain(
+        self,
+        structure: str = "full",
+        *,
+        space: str = "core",
+        point: str | float = "reference",
+        weighted: bool = False,
+        filtered: bool = False,
+    ) -> sst.Fisher:
+        """Refusals with the data's labels at `point` or along the "path", with what the structure keeps of the correlations between modules.
 
-        Both keep what they can of the correlations between modules, from which either scope is solved.
+        weighted: the first words of refusals weigh more, as `opening` (their number, their weight) says. filtered: of `patch()`.
         """
-        over = partial(
-            fisher_pass,
-            self.session,
-            structure=structure,
-            space=space,
-            tokens_per_batch=self.tokens_per_batch,
-            seed=self.seed,
-        )
-
-        def at(point: str | float) -> sst.Fisher:
-            key = ("gain", structure, space, point, weighted)
-            opening = self.opening if weighted else None
-            return self._once(key, lambda: over(self.harm, name=f"harm-{point}", point=point, opening=opening))
 
         def along_path() -> sst.Fisher:
-            return over_points(PATH, lambda p: copy.deepcopy(at(p)))
+            at = partial(self.gain, structure, space=space, weighted=weighted, filtered=filtered)
+            return over_points(PATH, lambda p: copy.deepcopy(at(point=p)))
 
-        gain = at(point) if point != "path" else self._once(("gain", structure, space, "path", weighted), along_path)
-        cost = self._once(
-            ("cost", structure, space),
-            lambda: over(self.benign, name="benign", point="reference", labels="model", draws=self.draws),
-        )
-        return gain, cost
+        def at_point() -> sst.Fisher:
+            opening = self.opening if weighted else None
+            options: dict[str, Any] = {"name": f"harm-{point}", "point": point, "opening": opening}
+            return self._pass(self.harm, filtered, structure=structure, space=space, **options)
+
+        key = ("gain", structure, space, point, weighted, filtered)
+        return self._once(key, along_path if point == "path" else at_point)
+
+    def cost(self, structure: str = "full", *, space: str = "core", filtered: bool = False) -> sst.Fisher:
+        """Benign answers with drawn labels at the reference."""
+
+        def make() -> sst.Fisher:
+            options: dict[str, Any] = {"name": "benign", "point": "reference", "labels": "model", "draws": self.draws}
+            return self._pass(self.benign, filtered, structure=structure, space=space, **options)
+
+        return self._once(("cost", structure, space, filtered), make)
+
+    def _pass(self, data: Dataset, filtered: bool, **options: Any) -> sst.Fisher:
+        self.session.use(self.patch() if filtered else self.session.safety)
+        try:
+            return fisher_pass(self.session, data, tokens_per_batch=self.tokens_per_batch, seed=self.seed, **options)
+        finally:
+            self.session.use(self.session.safety)
 
     def subspace(
         self,
@@ -77,15 +96,33 @@ class Evidence:
         point: str = "reference",
         metric: str = "kronecker",
         weighted: bool = True,
+        filtered: bool = True,
     ) -> sst.Subspace:
         def solve() -> sst.Subspace:
-            gain, cost = self.fishers(structure, point=point, weighted=weighted)
+            gain, cost = self.fishers(structure, point=point, weighted=weighted, filtered=filtered)
             with headlined("the pencil cannot be solved"):
                 return sst.subspace(
                     gain, cost, scope=scope, metric=metric, damping=self.damping, folds=self.folds, mix_points=True
                 )
 
-        return self._once(("subspace", structure, scope, point, metric, weighted), solve)
+        return self._once(("subspace", structure, scope, point, metric, weighted, filtered), solve)
+
+    def patch(self, mu: float | None = None) -> Adapter:
+        """The safety adapter with its reads closed to benign inputs at the price `mu`, `input_filter` by default."""
+        mu = self.input_filter if mu is None else mu
+        if mu is None:
+            return self.session.safety
+        gain, cost = self._once("inputs", self._inputs)
+        return self._once(("patch", mu), lambda: with_reads(self.session.safety, sst.filter_inputs(gain, cost, mu)))
+
+    def _inputs(self) -> list[sst.InputMoments]:
+        options: dict[str, Any] = {
+            "rank": self.input_rank,
+            "tokens_per_batch": self.tokens_per_batch,
+            "seed": self.seed,
+        }
+        sides = (("harm", self.harm), ("benign", self.benign))
+        return [input_pass(self.session, data, name=name, **options) for name, data in sides]
 
     def grams(self, side: str) -> dict[str, Tensor]:
         """Σ_t x_t xᵀ_t [d_in, d_in] float64 of every adapted module's input, over the tokens of one side's data."""

@@ -11,7 +11,8 @@ import sst_kernels as sst
 from sst_kernels.subspace.coordinates import Coordinates
 
 from ..adapters import Adapter
-from .base import Inputs, Method, check_strength, from_cores
+from ..algebra import transform
+from .base import Inputs, Method, check_strength, from_cores, with_task
 
 BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
@@ -19,14 +20,22 @@ _BOTH = ("harm", "benign", "model")
 
 
 def _budget(rule: str, options: dict[str, Any], inputs: Inputs, strength: float) -> Adapter:
-    space = inputs.require().subspace(**options)
-    return from_cores(inputs, getattr(space, rule)(kl_budget=strength).coordinates)
+    evidence = inputs.require()
+    patch = evidence.patch() if options["filtered"] else inputs.safety
+    space = evidence.subspace(**options)
+    return with_task(inputs, transform(patch, getattr(space, rule)(kl_budget=strength).coordinates))
+
+
+def _reads_only(inputs: Inputs, strength: float) -> Adapter:
+    """The patch with filtered reads and nothing else."""
+    check_strength(strength, 0.0)
+    return with_task(inputs, inputs.require().patch(strength))
 
 
 def _gain_only(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in the top eigenvectors of F_harm alone, a share of them; metric: Frobenius norm of ΔW."""
     check_strength(strength, 0.0, 1.0)
-    gain, _ = inputs.require().fishers(weighted=True)
+    gain = inputs.require().gain(weighted=True)
     z = _coordinates(gain)
     rows = z.gradients(gain.rows().cpu())
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -37,7 +46,7 @@ def _gain_only(inputs: Inputs, strength: float) -> Adapter:
 def _random(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in random directions of each module, a share of them."""
     check_strength(strength, 0.0, 1.0)
-    gain, _ = inputs.require().fishers(weighted=True)
+    gain = inputs.require().gain(weighted=True)
     z = _coordinates(gain)
     patch, generator = z.patch(), torch.Generator().manual_seed(inputs.seed)
     for where in z.slices.values():
@@ -61,12 +70,21 @@ def _form(
     metric: str = "kronecker",
     rule: str = "soft",
     weighted: bool = True,
+    filtered: bool = True,
     source: str = "ours",
 ) -> Method:
     where = "along the patch's path" if point == "path" else f"at the {point} point"
     words = "first words weighted" if weighted else "all words alike"
-    variant = f"{structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
-    options = {"structure": structure, "scope": scope, "point": point, "metric": metric, "weighted": weighted}
+    reads = "reads closed to benign inputs" if filtered else "reads as they are"
+    variant = f"{reads}; {structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
+    options = {
+        "structure": structure,
+        "scope": scope,
+        "point": point,
+        "metric": metric,
+        "weighted": weighted,
+        "filtered": filtered,
+    }
     return Method(
         name,
         source,
@@ -80,6 +98,8 @@ def _form(
 
 METHODS = [
     _form("sst", "full", "global"),
+    _form("sst-core", "full", "global", filtered=False),
+    Method("input-filter", "after RegMean, arXiv:2212.09849", "A' = A X_harm (X_harm + μ X_benign)⁻¹, the task adapter as it is; no Fisher", "μ, the price of benign inputs", (100.0, 30.0, 10.0, 3.0, 1.0), _reads_only, _BOTH),
     _form("sst-path", "full", "global", "path"),
     _form("sst-patched", "full", "global", "patched"),
     _form("sst-uniform", "full", "global", weighted=False),
