@@ -39,10 +39,9 @@ OPS = tuple(arguments())
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
-    torch.library.opcheck(getattr(torch.ops.sst_kernels, op).default, (*arguments(device)[op], "ieee"))
-    if op == "sketch":
-        trace = torch.zeros((), dtype=torch.float64, device=device)
-        torch.library.opcheck(torch.ops.sst_kernels.sketch.default, (*arguments(device)[op], "ieee", trace))
+    traces = [(None,), (torch.zeros((), dtype=torch.float64, device=device),)] if op == "sketch" else [()]
+    for trace in traces:
+        torch.library.opcheck(getattr(torch.ops.sst_kernels, op).default, (*arguments(device)[op], "ieee", *trace))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -49,10 +49,10 @@ def sketch(
 @torch.library.custom_op(
     "sst_kernels::sketch",
     mutates_args=("out", "trace"),
-    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace=None) -> ()",
+    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace) -> ()",
     device_types="cpu",
 )
-def _sketch(x, omega, spans, scale, out, precision, trace=None):
+def _sketch(x, omega, spans, scale, out, precision, trace):
     checks.span_values(spans, x.shape[0])
     held, weight = held_tokens(len(x), spans, scale, power=2)
     x = x[held].float()
@@ -62,12 +62,12 @@ def _sketch(x, omega, spans, scale, out, precision, trace=None):
 
 
 @_sketch.register_kernel("cuda")
-def _(x, omega, spans, scale, out, precision, trace=None):
+def _(x, omega, spans, scale, out, precision, trace):
     from sst_kernels.ops.sketch.kernel import sketch
 
     sketch(x, omega, spans, scale, out, precision, trace)
 
 
 @_sketch.register_fake
-def _(x, omega, spans, scale, out, precision, trace=None):
+def _(x, omega, spans, scale, out, precision, trace):
     return None
