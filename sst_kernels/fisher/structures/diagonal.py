@@ -39,7 +39,7 @@ class Diagonal(Joint):
         self.centred = bool(centred)
         self._sum = self._zeros() if centred else torch.empty(0)
         self._square = self._zeros()  # Σ g², or M₂ when centred
-        self._samples = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._samples = 0
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
@@ -53,7 +53,7 @@ class Diagonal(Joint):
             return
         total, square, n = self._zeros(), self._zeros(), len(batch.spans)
         self._add_moments(batch, total, square)
-        self._join(total, square.sub_(total.square() / n).clamp_min_(0), torch.full((), n, device=self.device))
+        self._join(total, square.sub_(total.square(), alpha=1 / n).clamp_min_(0), n)
 
     def _add_moments(self, batch: TokenBatch, total: Tensor | None, square: Tensor) -> None:
         if batch.rows is None:
@@ -65,40 +65,41 @@ class Diagonal(Joint):
         if total is not None:
             total += batch.rows.sum(0).reshape(self.shape)
 
-    def _join(self, total: Tensor, deviation: Tensor, n: Tensor) -> None:
+    def _join(self, total: Tensor, deviation: Tensor, n: int) -> None:
         """Add `n` samples with sum `total` and squared deviations `deviation` from their own mean."""
         mine = self._samples
-        shift = total / n.clamp_min(1) - self._sum / mine.clamp_min(1)
-        weight = mine * (n / (mine + n).clamp_min(1))
-        self._square += deviation + shift.square_() * weight
+        self._square += deviation
+        if mine and n:
+            shift = torch.sub(total, self._sum, alpha=n / mine)  # n times the distance of the means
+            self._square.addcmul_(shift, shift, value=mine / (n * (mine + n)))
         self._sum += total
         self._samples = mine + n
 
     def _merge(self, other: Self) -> None:
         if self.centred:
-            self._join(*(t.to(self.device) for t in (other._sum, other._square, other._samples)))
+            self._join(other._sum.to(self.device), other._square.to(self.device), other._samples)
         else:
             self._square += other._square.to(self.device)
 
     def reduction(self) -> Reduction:
         """Exact: sums add, and squared deviations add after each rank has moved its own to the common mean."""
         if self.centred:
-            total, samples = self._sum.clone(), self._samples.clone()
+            total, samples = self._sum.clone(), torch.tensor(self._samples)
             yield Sum([total, samples])
-            shift = self._sum / self._samples.clamp_min(1) - total / samples.clamp_min(1)
+            shift = self._sum / max(1, self._samples) - total / max(1, int(samples))
             self._square += shift.square_() * self._samples
-            self._sum, self._samples = total, samples
+            self._sum, self._samples = total, int(samples)
         yield Sum([self._square])
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.centred:
-            return {"sum": self._sum, "deviation": self._square, "samples": self._samples}
+            return {"sum": self._sum, "deviation": self._square, "samples": torch.tensor(self._samples)}
         return {"square": self._square}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if self.centred:
             self._sum = state["sum"].to(self.device, copy=True)
-            self._samples = state["samples"].to(self.device, copy=True)
+            self._samples = int(state["samples"])
         self._square = state["deviation" if self.centred else "square"].to(self.device, copy=True)
 
     def block(self, offset: int, shape: tuple[int, int]) -> Diagonal:
@@ -131,7 +132,7 @@ class Diagonal(Joint):
         """The diagonal of F [p, q], float64."""
         square = self._square.double()
         if self.centred:
-            square = square + self._sum.double().square() / self._samples.clamp_min(1)
+            square = square + self._sum.double().square() / max(1, self._samples)
         return square / self.normaliser
 
     def matvec(self, vectors: Tensor) -> Tensor:

@@ -49,11 +49,10 @@ class Vila(Diagonal):
         if self.estimator == "sample":
             super()._update(batch)
             return
-        labels = torch.full((), batch.counts.labels, device=self.device)
         if not batch.counts.labels:
             raise ValueError('estimator="public" weighs a batch by its labels, and this batch counts none')
         total = batch.gradients().sum(0).reshape(self.shape)
-        self._join(total, torch.zeros_like(total), labels)
+        self._join(total, torch.zeros_like(total), batch.counts.labels)
 
     def diagonal(self) -> Tensor:
         """The diagonal of F, which here is the variance [p, q], float64; the normaliser is always the samples."""
@@ -86,7 +85,7 @@ def vila_ratio(
     """
     (fa, fb), (ra, rb) = (tuple(s.variance() for s in pair) for pair in (forget, retain))
     if renormalise:
-        fb, rb = fb / float(forget[1]._samples), rb / float(retain[1]._samples)
+        fb, rb = fb / forget[1]._samples, rb / retain[1]._samples
     d_in = fa.shape[1]
     if rows == "ratio_of_sums":
         return importance_row_sums(fa, fb) / (damping * d_in + importance_row_sums(ra, rb))
