@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 REGISTERS_PER_SM = 65536
+PROCESSORS = {80: 108, 90: 132, 100: 148}
 sys.path.insert(0, str(ROOT))
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
@@ -40,17 +41,25 @@ class Variant:
     pointers: dict[str, str]
     constants: dict[str, object]
     options: dict[str, int]
+    aligned: bool = True
 
     @property
     def precision(self) -> str:
-        """ "exact" for 16-bit operands, else the precision asked for, or "" where nothing is multiplied."""
+        """ "exact" for 16-bit operands, else the precision asked for, or "" where nothing is multiplied.
+
+        Against 16-bit operands, float32 ones are split into bfloat16 terms.
+        """
         asked = self.constants.get("PRECISION", "")
-        return asked if " fp32" in self.name.partition(" x fp32")[0] or not asked else "exact"
+        return asked if " fp32" in self.name.replace("16 x fp32", "16") else asked and "exact"
 
 
 @functools.cache
 def variants(everything: bool, capability: int) -> dict[str, Variant]:
-    """All variants that the launchers' plans can choose at H100 size, or a few: bfloat16, and the float32 products."""
+    """All variants that the launchers' plans can choose on this chip, or a few: bfloat16, and the float32 products.
+
+    What is optional (scale, spans, weights, a second output) is varied at one size; the others take all of it, which needs the
+    most registers. "odd" variants are those of sizes and strides that no vector load divides.
+    """
     import itertools
 
     import torch
@@ -62,21 +71,26 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
     from sst_kernels.ops.gram import kernel as gram
     from sst_kernels.ops.sketch import kernel as sketch
 
-    chip = tiles.Chip(processors=132, reads_shared=capability >= 90)
+    chip = tiles.Chip(PROCESSORS[capability], reads_shared=capability >= 90)
     out: dict[str, Variant] = {}
 
-    def add(name, kernel, pointers, plan, **constants):
+    def add(name, kernel, pointers, plan, odd=None, aligned=True, **constants):
         plan = dict(plan)
         options = {"num_warps": plan.pop("num_warps"), "num_stages": plan.pop("num_stages", 3)}
         options |= {"maxnreg": plan.pop("maxnreg")} if "maxnreg" in plan else {}
         plan.pop("parts", None)
         label = " ".join([name, *(f"{k}={v}" for k, v in (plan | constants | options).items())])
-        out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options))
+        out.setdefault(label, Variant(label, kernel, pointers, plan | constants, options, aligned))
+        if everything and aligned and "fp32" not in name and plan.get("BT") and usual:
+            add(f"{name} odd", kernel, pointers, odd or plan | options, aligned=False, **constants)
+
+    def optional(*flags):
+        """Every combination of the flags at the usual size, else all of them."""
+        return itertools.product((True, False), repeat=len(flags)) if everything and usual else [(True,) * len(flags)]
 
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     ranks = (4, 8, 16, 32, 64, 128) if everything else (16,)
     widths = (576, 1536, 4096, 5120, 11008) if everything else (4096,)
-    flips = (False, True) if everything else (False,)
     for (short, dtype), precision in itertools.product(dtypes.items(), ("ieee", "tf32x3", "tf32")):
         wide = dtype == "float32"
         if precision != "ieee" and not wide:
@@ -85,51 +99,60 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
             continue
         few = wide and not everything
         for r in ranks:
-            add(
-                f"core_outer {short} r={r}",
-                core.core_outer_kernel,
-                {"table": "int64", "spans": "int64", "scale": "float32", "out": "float32"},
-                core.plan(r, r, wide),
-                DTYPE_LEFT=core._TYPES[getattr(torch, dtype)],
-                DTYPE_RIGHT=core._TYPES[getattr(torch, dtype)],
-                P=r,
-                Q=r,
-                HAS_SCALE=True,
-                PRECISION=precision,
-            )
-        for r, d, flip in itertools.product(ranks, () if few else widths, flips):
-            p, q = (d, r) if flip else (r, d)
-            tokens = {"left": dtype, "right": dtype, "spans": "int64", "scale": "float32"}
-            for N in (1, 8):
+            usual = r == 16
+            for (scaled,) in optional("scale"):
                 add(
-                    f"factor_rows {short}",
+                    f"core_outer {short} r={r}",
+                    core.core_outer_kernel,
+                    {"table": "int64", "spans": "int64", "out": "float32"} | ({"scale": "float32"} if scaled else {}),
+                    core.plan(r, r, wide),
+                    DTYPE_LEFT=core._TYPES[getattr(torch, dtype)],
+                    DTYPE_RIGHT=core._TYPES[getattr(torch, dtype)],
+                    P=r,
+                    Q=r,
+                    HAS_SCALE=scaled,
+                    PRECISION=precision,
+                )
+        for r, d, flip in itertools.product(ranks, () if few else widths, (False, True) if everything else (False,)):
+            p, q = (d, r) if flip else (r, d)
+            usual = (r, d) == (16, 4096)
+            for (scaled,), N, stored in itertools.product(optional("scale"), (1, 8), ("float32", "bfloat16")):
+                if short != "bf16" and stored == "bfloat16":
+                    continue
+                add(
+                    f"factor_rows {short} to {stored}",
                     rows.factor_rows_kernel,
-                    tokens | {"out": "float32" if not (N == 8 and short == "bf16") else "bfloat16"},
+                    {"left": dtype, "right": dtype, "spans": "int64", "out": stored}
+                    | ({"scale": "float32"} if scaled else {}),
                     rows.plan(p, q, N, wide, chip),
-                    HAS_SCALE=True,
+                    HAS_SCALE=scaled,
                     PRECISION=precision,
                 )
             plan = moments.plan(p, q, wide, chip)
-            for kernel, options in (
-                (moments.factor_moments_kernel, plan),
-                (moments.short_moments_kernel, moments.plan_short(plan)),
+            for (kernel, options), (scaled, summed) in itertools.product(
+                ((moments.factor_moments_kernel, plan), (moments.short_moments_kernel, moments.plan_short(plan, wide))),
+                optional("scale", "sum"),
             ):
                 add(
                     f"{kernel.__name__.removesuffix('_kernel')} {short}",
                     kernel,
-                    tokens | {"sum": "float32", "sumsq": "float32"},
+                    {"left": dtype, "right": dtype, "spans": "int64", "sumsq": "float32"}
+                    | {"singles": "float32", "others": "int64", "count": "int64"}
+                    | ({"scale": "float32"} if scaled else {})
+                    | ({"sum": "float32"} if summed else {}),
                     options,
-                    HAS_SCALE=True,
-                    HAS_SUM=True,
+                    HAS_SCALE=scaled,
+                    HAS_SUM=summed,
                     PRECISION=precision,
                 )
         for d, (spans, scaled, weighted) in itertools.product(
-            () if few else widths,
+            () if few else (*(r for r in ranks if everything), *widths),
             ((False, False, False), (True, False, False), (True, True, False), (False, False, True)),
         ):
-            plan = gram.plan(d, wide, scaled, chip)
+            usual = d == 4096
+            plan, odd = (gram.plan(d, wide, scaled, odd, chip) for odd in (False, True))
             if weighted:
-                plan = gram.plan_weighted(plan)
+                plan, odd = gram.plan_weighted(plan), gram.plan_weighted(odd)
             add(
                 f"gram {short}",
                 gram.gram_kernel,
@@ -138,60 +161,71 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
                 | ({"scale": "float32"} if scaled else {})
                 | ({"weights": "float32"} if weighted else {}),
                 plan,
+                odd,
                 HAS_SPANS=spans,
                 HAS_SCALE=scaled,
                 HAS_WEIGHTS=weighted,
-                SPLIT=False,
+                SPLIT=gram.plan_parts(d, 4096, 8 if spans else None, plan, chip)[1] > 1,
                 PRECISION=precision,
             )
         for d, l, mixed in itertools.product(widths, (16, 64, 128) if everything else (64,), (False, True)):
-            if mixed and short != "bf16":
+            if mixed and wide:
                 continue
-            add(
-                f"project {short}{' x fp32' if mixed else ''}",
-                sketch.project_kernel,
-                {
-                    "x": dtype,
-                    "u": "float32" if mixed or wide else dtype,
-                    "weights": "float32",
-                    "z": "float32",
-                    "squares": "float32",
-                },
-                sketch.plan_project(4096, d, l, wide, chip),
-                HAS_WEIGHTS=True,
-                HAS_SQUARES=True,
-                PRECISION=precision,
-            )
-            if short == "fp16":
-                continue
-            add(
-                f"back {short}",
-                sketch.back_kernel,
-                {"x": dtype, "z": "float32", "weights": "float32", "y": "float32"},
-                sketch.plan_back(4096, d, l, wide, chip),
-                HAS_WEIGHTS=True,
-                OVERWRITE=False,
-                PRECISION=precision,
-            )
-    add(
-        "token_weights",
-        tiles.token_weights_kernel,
-        {"weights": "float32", "spans": "int64", "scale": "float32"},
-        {"num_warps": 4, "num_stages": 3, "BT": 64, "BN": 32},
-        HAS_SCALE=True,
-    )
-    add(
-        "add_partials",
-        tiles.add_partials_kernel,
-        {"partials": "float32", "out": "float32"},
-        {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
-        LOWER=False,
-    )
+            usual = (d, l) == (4096, 64)
+            for weighted, second in optional("weights", "squares or overwrite"):
+                weights = {"weights": "float32"} if weighted else {}
+                add(
+                    f"project {short}{' x fp32' if mixed else ''}",
+                    sketch.project_kernel,
+                    {"x": dtype, "u": "float32" if mixed or wide else dtype, "z": "float32"}
+                    | weights
+                    | ({"squares": "float32"} if second else {}),
+                    *(
+                        sketch.plan_project(4096, d, l, wide, small, chip)
+                        for small in (mixed and short == "fp16", True)
+                    ),
+                    HAS_WEIGHTS=weighted,
+                    HAS_SQUARES=second,
+                    PRECISION=precision,
+                )
+                add(
+                    f"back {short}{'' if wide else ' x fp32'}",
+                    sketch.back_kernel,
+                    {"x": dtype, "z": "float32", "y": "float32"} | weights,
+                    sketch.plan_back(4096, d, l, wide, chip),
+                    HAS_WEIGHTS=weighted,
+                    OVERWRITE=not second,
+                    PRECISION=precision,
+                )
+    usual = False
+    for scaled in (True, False):
+        add(
+            "token_weights",
+            tiles.token_weights_kernel,
+            {"weights": "float32", "spans": "int64"} | ({"scale": "float32"} if scaled else {}),
+            {"num_warps": 4, "num_stages": 3, "BT": 64, "BN": 32},
+            HAS_SCALE=scaled,
+        )
+        add(
+            "singles",
+            moments.singles_kernel,
+            {"singles": "float32", "spans": "int64"} | ({"scale": "float32"} if scaled else {}),
+            {"num_warps": 4, "num_stages": 3, "BT": 64, "BN": 32},
+            HAS_SCALE=scaled,
+        )
+    for lower in (True, False):
+        add(
+            "add_partials",
+            tiles.add_partials_kernel,
+            {"partials": "float32", "out": "float32"},
+            {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
+            LOWER=lower,
+        )
     return out
 
 
 def compile_variant(variant: Variant, capability: int):
-    """triton.compile for a target that is not there: pointers and sizes divisible by 16, as a model's are."""
+    """triton.compile for a target that is not there: pointers, and sizes unless odd, divisible by 16, as a model's are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -203,11 +237,11 @@ def compile_variant(variant: Variant, capability: int):
         elif name in variant.pointers:
             signature[name] = POINTER[variant.pointers[name]]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("left", "right", "spans", "scale", "sum", "weights"):
+        elif name in ("spans", "scale", "sum", "weights", "squares"):
             signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "i32"
-            if name not in ("N", "parts"):
+            if variant.aligned and name not in ("N", "parts"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constants, attributes)
     options = {**variant.options, "enable_fp_fusion": True}
@@ -250,6 +284,9 @@ def describe(everything: bool, capability: int, name: str) -> dict[str, object]:
         "tf32": count(r"mma\S*\.tf32|kind::tf32"),
         "fma": count(r"\bfma\.rn\.f32"),
         "async_copies": count(r"cp\.async\.c[ag]|cp\.async\.bulk"),
+        "of_16_bytes": count(r"cp\.async\.cg[^;]*0x10"),
+        "loads": count(r"\bld\.global"),
+        "of_vectors": count(r"\bld\.global\S*\.v[24]"),
         "precision": variant.precision,
     }
 
@@ -322,8 +359,12 @@ def test_nothing_spills(rows):
 
 
 def test_sixteen_bit_loads_are_asynchronous(rows):
-    """Every tile of a 16-bit kernel is copied to shared memory while the previous one is multiplied."""
-    assert not offenders(rows, lambda r: r["async_copies"] > 0 or r["precision"] != "exact")
+    """Every tile of a 16-bit kernel is copied to shared memory while the previous one is multiplied, 16 bytes at a time where
+    rows are that long and lie side by side."""
+    exact = [r for r in rows if r["precision"] == "exact" and " odd " not in r["kernel"]]
+    assert not offenders(exact, lambda r: r["async_copies"] > 0)
+    scattered = ("short_moments", "core_outer bf16 r=4", "core_outer fp16 r=4")
+    assert not offenders([r for r in exact if not r["kernel"].startswith(scattered)], lambda r: r["of_16_bytes"] > 0)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_plans_fill_the_processors():
 
     chip = Chip()
     for d, S, N in itertools.product((16, 128, 256, 576, 4096), (1, 300, 4096), (None, 1, 8)):
-        meta = plan(d, False, False, chip)
+        meta = plan(d, False, False, False, chip)
         part, parts = plan_parts(d, S, N, meta, chip)
         whole = S if N is None else N
         assert (parts - 1) * part < whole <= parts * part

@@ -1,7 +1,8 @@
 """What the kernels share: one dot product, one walk over the tokens of all samples, one launch.
 
-`dot` never rounds an operand. Two 16-bit tiles of a type multiply exactly on tensor cores; bfloat16 against float32
-splits the float32 tile into three bfloat16 terms (8 bits each, 24 together); all else is float32 at `PRECISION`.
+`dot` never rounds an operand. Two 16-bit tiles of a type multiply exactly on tensor cores; against a 16-bit tile, a float32
+one is split into three bfloat16 terms (8 bits each, 24 together), and a float16 one (11 bits) into two; all else is float32
+at `PRECISION`.
 """
 
 from __future__ import annotations
@@ -35,20 +36,35 @@ def _mma(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _mma_terms(a, b, acc, PRECISION: tl.constexpr):
+    """bfloat16 times float32, either way round: three products of bfloat16."""
+    for _ in tl.static_range(3):
+        if b.dtype == tl.float32:
+            term = b.to(tl.bfloat16)
+            acc = _mma(a, term, acc, PRECISION)
+            b -= term.to(tl.float32)
+        else:
+            term = a.to(tl.bfloat16)
+            acc = _mma(term, b, acc, PRECISION)
+            a -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32, exact in the operands (see the module docstring)."""
     if a.dtype == b.dtype:
         acc = _mma(a, b, acc, PRECISION)
-    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        for _ in tl.static_range(3):
-            term = b.to(tl.bfloat16)
-            acc = _mma(a, term, acc, PRECISION)
-            b -= term.to(tl.float32)
-    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
-            term = a.to(tl.bfloat16)
-            acc = _mma(term, b, acc, PRECISION)
-            a -= term.to(tl.float32)
+    elif b.dtype == tl.float32:
+        high = a.to(tl.bfloat16)
+        if a.dtype == tl.float16:
+            acc = _mma_terms((a.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16), b, acc, PRECISION)
+        acc = _mma_terms(high, b, acc, PRECISION)
+    elif a.dtype == tl.float32:
+        high = b.to(tl.bfloat16)
+        if b.dtype == tl.float16:
+            acc = _mma_terms(a, (b.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16), acc, PRECISION)
+        acc = _mma_terms(a, high, acc, PRECISION)
     else:
         acc = _mma(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
     return acc
@@ -196,6 +212,11 @@ def split(whole: int, parts: int, unit: int) -> tuple[int, int]:
     """(how much a part holds, how many parts): `whole` in about `parts` parts, each but the last a multiple of `unit`."""
     part = triton.cdiv(triton.cdiv(whole, parts), unit) * unit
     return part, triton.cdiv(whole, part)
+
+
+def odd(x: Tensor) -> bool:
+    """Whether rows of `x` [·, d] cannot be loaded as vectors; every element is then masked and addressed by itself."""
+    return x.shape[1] % 16 != 0 or x.stride(0) % 16 != 0
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

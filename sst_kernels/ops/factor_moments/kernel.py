@@ -6,9 +6,11 @@ the order of the samples, and touches each element of `sum` and `sumsq` once per
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from sst_kernels.memo import Memo
 from sst_kernels.ops.tiles import (
     Chip,
     block,
@@ -32,10 +34,10 @@ def factor_moments_kernel(
     right,
     spans,
     scale,
+    N,
     sum,
     sumsq,
     S,
-    N,
     p,
     q,
     left_stride,
@@ -84,10 +86,12 @@ def short_moments_kernel(
     right,
     spans,
     scale,
+    singles,
+    others,
+    count,
     sum,
     sumsq,
     S,
-    N,
     p,
     q,
     left_stride,
@@ -101,43 +105,71 @@ def short_moments_kernel(
     HAS_SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same for many short samples: BT samples of at most one token are one product, (s l rᵀ)² = (s l)² (r²)ᵀ."""
+    """The same for many short samples. Those of one token make a product of tokens, Σ (s l rᵀ)² = Σ s² l² (r²)ᵀ, with Σ s² and Σ s
+    of each token in `singles` [2, S]; the `count` others, whose numbers come first in `others` [N], are walked one by one."""
     tiles_q = tl.cdiv(q, BQ)
     o_p = (tl.program_id(0) // tiles_q) * BP + tl.arange(0, BP)
     o_q = (tl.program_id(0) % tiles_q) * BQ + tl.arange(0, BQ)
 
     square = tl.zeros([BP, BQ], tl.float32)
     total = tl.zeros([BP, BQ], tl.float32)
-    for first in range(0, N, BT):
-        o_n = first + tl.arange(0, BT)
-        begin = tl.maximum(tl.load(spans + 2 * o_n, mask=o_n < N, other=0), 0)
-        end = tl.minimum(tl.load(spans + 2 * o_n + 1, mask=o_n < N, other=0), S)
-        if tl.max(end - begin) <= 1:
-            o_t = tl.where(begin < end, begin, S)
-            b_left = load_tile_t(left, o_t, o_p, left_stride, S, p).to(tl.float32)
-            b_right = load_tile(right, o_t, o_q, right_stride, S, q).to(tl.float32)
-            if HAS_SCALE:
-                b_left *= tl.load(scale + o_n, mask=o_n < N, other=0.0)[None, :]
-            square = dot(b_left * b_left, b_right * b_right, square, PRECISION)
-            if HAS_SUM:
-                total = dot(b_left, b_right, total, PRECISION)
-        else:
-            for n in range(first, tl.minimum(first + BT, N)):
-                t, end_n = load_span(spans, n, S)
-                acc = tl.zeros([BP, BQ], tl.float32)
-                for start in range(t, end_n, BT):
-                    o_t = start + tl.arange(0, BT)
-                    b_left = load_tile_t(left, o_t, o_p, left_stride, end_n, p)
-                    b_right = load_tile(right, o_t, o_q, right_stride, end_n, q)
-                    acc = dot(b_left, b_right, acc, PRECISION)
-                if HAS_SCALE:
-                    acc *= tl.load(scale + n)
-                square += acc * acc
-                if HAS_SUM:
-                    total += acc
+    for t in range(0, S, BT):
+        o_t = (t + tl.arange(0, BT)).to(tl.int64)
+        w = tl.load(singles + o_t, mask=o_t < S, other=0.0)
+        # A token of weight zero may be padding, and NaN.
+        b_left = load_tile_t(left, o_t, o_p, left_stride, S, p)
+        b_left = tl.where((w != 0.0)[None, :], b_left, 0.0).to(tl.float32)
+        b_right = load_tile(right, o_t, o_q, right_stride, S, q)
+        b_right = tl.where((w != 0.0)[:, None], b_right, 0.0)
+        b_square = b_right.to(tl.float32)
+        b_square *= b_square
+        if b_right.dtype == tl.float32:
+            square = dot(b_left * b_left * w[None, :], b_square, square, PRECISION)
+        else:  # the square of 8 or 11 bits has 16 or 22: two or three bfloat16 terms, exactly, for the tensor cores
+            for _ in tl.static_range(2 if b_right.dtype == tl.bfloat16 else 3):
+                term = b_square.to(tl.bfloat16)
+                square = dot(b_left * b_left * w[None, :], term, square, PRECISION)
+                b_square -= term.to(tl.float32)
+        if HAS_SUM:
+            s = tl.load(singles + S + o_t, mask=o_t < S, other=0.0)
+            total = dot(b_left * s[None, :], b_right, total, PRECISION)
+    for i in range(tl.load(count)):
+        n = tl.load(others + i)
+        begin, end = load_span(spans, n, S)
+        acc = tl.zeros([BP, BQ], tl.float32)
+        for start in range(begin, end, BT):
+            o_t = start + tl.arange(0, BT)
+            b_left = load_tile_t(left, o_t, o_p, left_stride, end, p)
+            b_right = load_tile(right, o_t, o_q, right_stride, end, q)
+            acc = dot(b_left, b_right, acc, PRECISION)
+        if HAS_SCALE:
+            acc *= tl.load(scale + n)
+        square += acc * acc
+        if HAS_SUM:
+            total += acc
     _add(sumsq, square, o_p, o_q, p, q, sumsq_stride)
     if HAS_SUM:
         _add(sum, total, o_p, o_q, p, q, sum_stride)
+
+
+@triton.jit
+def singles_kernel(singles, spans, scale, S, N, BT: tl.constexpr, BN: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """singles[0, t] = Σ s² and singles[1, t] = Σ s over the samples that are token t alone."""
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    squares = tl.zeros([BT], tl.float32)
+    sums = tl.zeros([BT], tl.float32)
+    for first in range(0, N, BN):
+        o_n = first + tl.arange(0, BN)
+        begin = tl.load(spans + 2 * o_n, mask=o_n < N, other=0)
+        end = tl.load(spans + 2 * o_n + 1, mask=o_n < N, other=0)
+        s = tl.full([BN], 1.0, tl.float32)
+        if HAS_SCALE:
+            s = tl.load(scale + o_n, mask=o_n < N, other=0.0)
+        s = tl.where((o_t[:, None] == begin[None, :]) & (end - begin == 1)[None, :], s[None, :], 0.0)
+        squares += tl.sum(s * s, 1)
+        sums += tl.sum(s, 1)
+    tl.store(singles + o_t, squares, mask=o_t < S)
+    tl.store(singles + S + o_t, sums, mask=o_t < S)
 
 
 @triton.jit
@@ -158,10 +190,26 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
     return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
 
 
-def plan_short(meta: dict) -> dict:
+_last_samples = Memo()
+
+
+def short_samples(S: int, spans, scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `short_moments_kernel` wants to know of the samples: `singles`, `others` and `count`, kept for the blocks of a batch."""
+    if _last_samples.holds(S, spans, scale):
+        return _last_samples.value
+    singles = torch.empty(2, S, dtype=torch.float32, device=spans.device)
+    args = (singles, spans, scale, S, len(spans))
+    launch(singles_kernel, (triton.cdiv(S, 64),), *args, BT=64, BN=32, HAS_SCALE=scale is not None, num_warps=4)
+    longer = spans[:, 1] - spans[:, 0] > 1
+    others = torch.argsort(longer, descending=True, stable=True)
+    return _last_samples.keep((singles, others, longer.sum()), S, spans, scale)
+
+
+def plan_short(meta: dict, wide: bool) -> dict:
     """The same for short samples, whose two products share the registers: with a bound of its own, however high, ptxas spills
     none of them to reach one more block per processor."""
-    return meta | {"BT": 16, "num_stages": 2, "maxnreg": 255}
+    BT = 16 if wide or meta["BP"] * meta["BQ"] > 1024 else 32
+    return meta | {"BT": BT, "num_stages": 2 if wide else 3, "maxnreg": 255}
 
 
 def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override):
@@ -169,20 +217,20 @@ def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override)
     (S, p), q = left.shape, right.shape[1]
     wide = left.element_size() == 4 or right.element_size() == 4
     meta = plan(p, q, wide, chip(left.device)) | override
-    kernel = factor_moments_kernel
+    kernel, spans, samples = factor_moments_kernel, spans.contiguous(), (len(spans),)
     if short(S, len(spans), 32):
-        kernel, meta = short_moments_kernel, plan_short(meta)
+        kernel, meta, samples = short_moments_kernel, plan_short(meta, wide), short_samples(S, spans, scale)
     launch(
         kernel,
         (triton.cdiv(p, meta["BP"]) * triton.cdiv(q, meta["BQ"]),),
         left,
         right,
-        spans.contiguous(),
+        spans,
         scale,
+        *samples,
         sum,
         sumsq,
         S,
-        len(spans),
         p,
         q,
         left.stride(0),

@@ -20,6 +20,7 @@ from sst_kernels.ops.tiles import (
     load_tile,
     load_tile_t,
     next_block,
+    odd,
     rows_contiguous,
     short,
     split,
@@ -115,19 +116,20 @@ def _put_lower(out, tile, o_i, o_j, d, stride, OVERWRITE: tl.constexpr):
     tl.store(p_out, tile, mask=mask)
 
 
-def plan(d: int, wide: bool, scaled: bool, chip: Chip) -> dict:
+def plan(d: int, wide: bool, scaled: bool, odd: bool, chip: Chip) -> dict:
     """Tile and launch options.
 
     A 128-wide tile fills the tensor cores; two such programs share a processor, so that one multiplies while the other
-    reads and writes `out`. A scaled sum keeps two accumulators and needs eight warps. Small matrices take small tiles.
+    reads and writes `out`. A scaled sum keeps two accumulators and needs eight warps. Small matrices take small tiles, and
+    so do odd ones, whose loads pass through registers.
     """
     if wide:
         return {"BT": 16, "BD": 64, "num_warps": 8, "num_stages": 2}
-    BD = 128
+    BD = 64 if odd else 128
     while BD > 32 and triton.cdiv(d, BD) * (triton.cdiv(d, BD) + 1) // 2 < chip.processors:
         BD //= 2
     warps = 8 if BD == 128 and (scaled or not chip.reads_shared) else 4
-    return {"BT": 64, "BD": BD, "num_warps": warps, "num_stages": 3}
+    return {"BT": 32 if odd else 64, "BD": BD, "num_warps": warps, "num_stages": 3}
 
 
 def plan_weighted(meta: dict) -> dict:
@@ -145,7 +147,7 @@ def plan_parts(d: int, S: int, N: int | None, meta: dict, chip: Chip) -> tuple[i
 def gram(x, spans, scale, out, precision, **override):
     x = rows_contiguous(x)
     S, d = x.shape
-    meta = plan(d, x.element_size() == 4, scale is not None, chip(x.device)) | override
+    meta = plan(d, x.element_size() == 4, scale is not None, odd(x), chip(x.device)) | override
     weights = None
     if spans is not None and short(S, len(spans), meta["BT"]):
         # Weighted rows need three products where whole samples need one, and any number of samples costs the same.

@@ -19,6 +19,7 @@ from sst_kernels.ops.tiles import (
     dot,
     launch,
     load_tile,
+    odd,
     rows_contiguous,
     split,
     token_weights,
@@ -120,15 +121,16 @@ def back_kernel(
     tl.store(p_y, acc, mask=mask)
 
 
-def plan_project(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
-    """Tile and launch options; `parts` slices of d keep every processor busy when there are few tokens."""
-    BT, BL = (64, block(l, 64)) if wide else (block(S, 128), block(l, 64))
+def plan_project(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) -> dict:
+    """Tile and launch options; `parts` slices of d keep every processor busy when there are few tokens. Tiles are `small` where
+    more of them must pass through registers: odd sizes, and float16 against float32."""
+    BT, BL = (64, block(l, 64)) if wide or small else (block(S, 128), block(l, 64))
     tiles = triton.cdiv(S, BT) * triton.cdiv(l, BL)
     parts = min(max(1, chip.processors // tiles), triton.cdiv(d, 512))
     return {
         "parts": parts,
         "BT": BT,
-        "BD": 32 if wide else 64,
+        "BD": 32 if wide or small else 64,
         "BL": BL,
         "num_warps": 4 if chip.reads_shared else 8,
         "num_stages": 3,
@@ -155,7 +157,8 @@ def project(x, u, precision, weights=None, squares=None, **override):
     to the list `squares`."""
     x, u = rows_contiguous(x), rows_contiguous(u)
     (S, d), l = x.shape, u.shape[1]
-    meta = plan_project(S, d, l, x.element_size() == 4, chip(x.device)) | override
+    small = odd(x) or odd(u) or (x.dtype == torch.float16 and u.dtype == torch.float32)
+    meta = plan_project(S, d, l, x.element_size() == 4, small, chip(x.device)) | override
     part, parts = split(d, meta.pop("parts"), meta["BD"])
     z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
