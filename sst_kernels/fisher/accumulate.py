@@ -55,9 +55,9 @@ def fisher_accumulate(
         structure: what is kept: see `sst_kernels.fisher.structures`; `**options` go to it (e.g. `rank=64`).
         scope: "global" keeps the correlations between modules where the structure can ("full", "lowrank" in core space),
             "module" keeps each module by itself.
-        point: where gradients are taken: "patched" (S = I; the default), "reference" (S = 0: patch off), a number α (S = αI),
-            or S [r, r] per module. The model computes at this point while the context is open. Merges take both Fishers at the
-            reference, where the patch has decided nothing yet.
+        point: where gradients are taken: "patched" (S = I; the default, which leaves the forward pass as it is, a training step
+            too), "reference" (S = 0: patch off), a number α (S = αI), or S [r, r] per module. The model computes at this point
+            while the context is open. Merges take both Fishers at the reference, where the patch has decided nothing yet.
         sample: "sequence" (tokens are summed before squaring) or "token".
         count: what answers are divided by: "sequences", "tokens" or "labels".
         reduction: how the model's own loss reduces: "mean" over the labels of the batch (transformers) or "sum".
