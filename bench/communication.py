@@ -109,7 +109,7 @@ def network(ranks: int) -> Iterator[list[str]]:
             for device in ("lo", "eth0"):
                 _ip("-n", name, "link", "set", device, "up")
             for where, device in ((hub, f"link{i}"), (name, "eth0")):
-                shape = ("rate", f"{RATE * 8}bit", "burst", "64kb", "limit", "64mb")
+                shape = ("rate", f"{RATE * 8}bit", "burst", "64kb", "limit", "512kb")
                 subprocess.run(["tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", *shape], check=True)
         yield names
 
