@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import mmap
 import os
 
 import pytest
@@ -166,6 +167,33 @@ def test_spans_none_means_every_token(form):
     omega, y = torch.randn(45, 4, generator=torch.Generator().manual_seed(12)), torch.zeros(45, 4)
     run("sketch", form, x, omega, None, None, y)
     assert_close("sketch of all tokens", y, reference["sketch"](x, omega), tolerance(77))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_beyond_int32(op):
+    """Rows 2³⁰ elements apart, in memory that nothing touches between them: an offset of 32 bits would miss the third."""
+    apart, rows = 1 << 30, 3
+
+    def far(width, dtype):
+        memory = mmap.mmap(-1, ((rows - 1) * apart + width) * dtype.itemsize)
+        return torch.frombuffer(memory, dtype=dtype).as_strided((rows, width), (apart, 1))
+
+    g = torch.Generator().manual_seed(20)
+    x, near = far(20, torch.bfloat16), torch.randn(rows, 5, generator=g).bfloat16()
+    x.copy_(torch.randn(rows, 20, generator=g))
+    spans, scale = torch.tensor([[0, 1], [1, 1], [1, 3]]), scales(3)
+    omega, u_left, u_right = (torch.randn(*s, generator=g) for s in ((20, 4), (5, 5), (20, 4)))
+    args, out = {
+        "core_outer": (([near], [x.clone()], spans, scale), far(100, torch.float32)),
+        "factor_rows": ((near, x, spans, scale), far(100, torch.float32)),
+        "factor_moments": ((near, x, spans, scale, None), torch.zeros(5, 20)),
+        "gram": ((x, spans, scale), torch.zeros(20, 20)),
+        "sketch": ((x, omega, spans, scale), torch.zeros(20, 4)),
+        "eigen_moments": ((near, x, spans, scale, u_left, u_right), torch.zeros(5, 4)),
+    }[op]
+    run(op, "interpreter", *args, out)
+    expected = reference[op](*(a for a in args if a is not None))
+    assert_close(op, out, expected[1] if op == "factor_moments" else expected, tolerance(40))
 
 
 def test_sketch_in_chunks(monkeypatch):

@@ -72,16 +72,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_tile(x, rows, columns, stride, end, width):
-    """x[rows, columns] of a row-major [·, width] matrix, zero from row `end` and column `width` on."""
+    """x[rows, columns] of a row-major [·, width] matrix, zero from row `end` and column `width` on; 64-bit offsets."""
     mask = (rows < end)[:, None] & (columns < width)[None, :]
-    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_tile_t(x, rows, columns, stride, end, width):
     """x[rows, columns]ᵀ: loaded as such, since a transpose after the load would keep it out of the software pipeline."""
     mask = (rows < end)[None, :] & (columns < width)[:, None]
-    return tl.load(x + rows[None, :] * stride + columns[:, None], mask=mask, other=0.0)
+    return tl.load(x + rows.to(tl.int64)[None, :] * stride + columns[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
