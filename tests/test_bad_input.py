@@ -209,7 +209,7 @@ def test_weights_that_are_not_finite_are_named():
         ({"labels": torch.zeros(2, 12, dtype=torch.int64)}, "shape of the input tokens"),
         ({"attention_mask": torch.ones(3, 11)}, "attention_mask must have the shape"),
         ({"attention_mask": torch.zeros(3, 12, dtype=torch.int64)}, "padding|no labels"),
-        ({"input_ids": torch.zeros(0, 12, dtype=torch.int64)}, "shape of the input tokens|empty"),
+        ({"input_ids": torch.zeros(0, 12, dtype=torch.int64)}, "holds no sequences"),
     ],
 )
 def test_batches_refused(change, message):

@@ -152,15 +152,22 @@ def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == f"sst-merge: {tmp_path / 'no.yml'}: cannot be read (No such file or directory)\n"
 
 
-@pytest.mark.parametrize("strike", ["os.kill(os.getpid(), signal.SIGTERM)", "Finalizer()"])
+@pytest.mark.parametrize(
+    "strike", ["os.kill(os.getpid(), signal.SIGTERM)", "Finalizer()", "signal.setitimer = early; Finalizer()"]
+)
 def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
-    """Also where it strikes in a finalizer, which swallows what it raises."""
+    """Also where it strikes in a finalizer, which swallows what it raises, and where it comes back before that has ended."""
     script = (
         "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.output as output\n"
         "class Finalizer:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        [None for _ in range(10)]\n"
+        "timer = signal.setitimer\n"
+        "def early(*_):\n"
+        "    signal.setitimer = timer\n"
+        "    os.kill(os.getpid(), signal.SIGALRM)\n"
+        "    [None for _ in range(10)]\n"
         "def demo(*_, **__):\n"
         f"    with output.output_folder({str(tmp_path / 'out')!r}):\n"
         f"        {strike}\n"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -60,6 +59,9 @@ def merge(
     kl_budget: Annotated[float | None, typer.Option(help="Benign KL to spend, nats per label token [0.02].")] = None,
     mu: Annotated[float | None, typer.Option(help="λ to compare with (soft, threshold), instead of a budget.")] = None,
     k: Annotated[int | None, typer.Option(help="Directions to keep (top_k), instead of a budget.")] = None,
+    input_filter: Annotated[
+        float | None, typer.Option(help="Price of benign inputs in the patch's reads [3.0]; 0: reads as they are.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="global (default) or module.")] = None,
     structure: Annotated[str | None, typer.Option(help="Fisher structure [full].")] = None,
     metric: Annotated[str | None, typer.Option(help="Shape of the damping: kronecker (default) or frobenius.")] = None,
@@ -293,13 +295,24 @@ def main() -> None:
 def _end_on_sigterm() -> None:
     """SIGTERM raises SystemExit wherever the run stands, and again shortly after where a finalizer swallowed it."""
 
+    def again() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+
     def unraisable(what: Any) -> None:
         if isinstance(what.exc_value, SystemExit):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            again()
         else:
             sys.__unraisablehook__(what)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code in (unraisable.__code__, again.__code__):  # what is raised here is swallowed, too
+                return again()
+            frame = frame.f_back
+        sys.exit(128 + signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, stop)
     sys.unraisablehook = unraisable
 
 
