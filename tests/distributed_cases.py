@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sst_kernels import fisher_accumulate, sequence_nll, subspace
+from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import Fisher
 from tests.models import tiny_batch, tiny_lora
 
@@ -47,6 +47,17 @@ def accumulate(options: dict[str, Any], share: list[int], group: Any = None, mod
     return pass_.fisher
 
 
+@torch.no_grad()
+def inputs(share: list[int], sketch: int | None, group: Any = None) -> dict[str, Any]:
+    """Input moments over the batches of `share`, picklable."""
+    model, data = tiny_lora(), batches()
+    with input_moments(model, "safety", rank=sketch, group=group) as pass_:
+        for i in share:
+            model(**data[i])
+    whole = {name: factor.times(torch.eye(len(factor.vectors), dtype=torch.float64)) for name, factor in pass_.items()}
+    return {"tokens": pass_.tokens, "shared": pass_.shared, "moments": whole}
+
+
 def answers(fisher: Fisher) -> dict[str, Any]:
     """What a test compares, picklable: raw state, dense blocks, counts, groups."""
     _, tensors = fisher.pack()
@@ -79,6 +90,7 @@ def on_rank(rank: int, address: str, results: Any) -> None:
         eigen = {"structure": "eigen_kronecker", "space": "factor", "basis": first}
         out["eigen_kronecker", world] = answers(accumulate(eigen, share, group))
         out["solve", world] = _solve(share, group)
+        out["inputs", world] = {rank: inputs(share, rank, group) for rank in (None, 8)}
     if rank < 2:
         out["ddp"] = answers(_ddp(rank, pair))
         if FSDP2_ON_CPU:

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from sst_kernels import distributed
 from sst_kernels.distributed import reduce_over_ranks, share_by_cost, sum_over_ranks
 from sst_kernels.fisher import make_structure
-from tests.distributed_cases import CASES, FSDP2_ON_CPU, SAMPLES, SHARES, accumulate, answers, on_rank
+from tests.distributed_cases import CASES, FSDP2_ON_CPU, SAMPLES, SHARES, accumulate, answers, inputs, on_rank
 
 SKETCHED = "lowrank-small"  # the one case that loses something
 EVERY = [*(case for case in CASES if case != SKETCHED), "eigen_kronecker"]
@@ -53,6 +53,18 @@ def test_all_ranks_hold_the_same_bits(case, ranks):
         for rank in range(1, world):
             for key, tensor in ranks[0][case, world]["state"].items():
                 assert torch.equal(tensor, ranks[rank][case, world]["state"][key]), (key, rank)
+
+
+@pytest.mark.parametrize("sketch", [None, 8])
+def test_input_moments_are_those_of_one_process(sketch, ranks):
+    expected = inputs(list(range((SAMPLES + 1) // 2)), sketch)
+    for world in (2, 4):
+        for rank in range(world):
+            total = ranks[rank]["inputs", world][sketch]
+            assert (total["tokens"], total["shared"]) == (expected["tokens"], expected["shared"])
+            for name, moment in expected["moments"].items():
+                assert (total["moments"][name] - moment).norm() <= 1e-6 * moment.norm()
+                assert torch.equal(total["moments"][name], ranks[0]["inputs", world][sketch]["moments"][name])
 
 
 def test_the_same_world_size_repeats_the_bits(ranks):

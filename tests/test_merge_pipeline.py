@@ -103,6 +103,19 @@ def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
         assert float((delta - expected).norm() / expected.norm()) < 1e-6
 
 
+def test_without_the_input_filter_the_reads_stay(world):
+    session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
+    recipe = Recipe.load(world / "recipe.yml", input_filter=0)
+    data = pipeline.load_data(recipe, session.tokenizer)
+    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
+    assert session.patch is session.safety
+    assert "inputs" not in session.seconds
+    shut = Recipe.load(world / "recipe.yml", input_filter=1e6)
+    closed, _ = pipeline.both_passes(session, shut, data["harm"], data["benign"])
+    assert closed.meta["fingerprint"] != gain.meta["fingerprint"] == cost.meta["fingerprint"]
+    assert float(closed.rows().norm()) < 0.1 * float(gain.rows().norm())  # next to nothing passes any more
+
+
 def test_the_recipe_in_the_output_repeats_the_merge(merged, world):
     _, out = merged
     recipe = Recipe.load(out / "recipe.yml", output=world / "again", rank=3)
@@ -207,6 +220,9 @@ def test_plan_counts_what_the_run_counts(merged, world):
     assert made.passes["Fisher, benign"][0] == report["fisher"]["benign"]["tokens"]
     assert made.parameters == sum(p.numel() for p in cases.model().parameters())
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
+    assert made.passes["inputs, harm"][0] == made.passes["Fisher, harm"][0]
+    assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * min(t.A.shape[1], 128) for t in load_adapter(world / "safety").terms.values())  # fmt: skip
+    assert not {"inputs, harm", "inputs, benign"} & plan(Recipe.load(world / "recipe.yml", input_filter=0, output=world / "planned")).passes.keys()  # fmt: skip
     assert made.seconds > 0
     assert "nothing was written" in lines(recipe, made)[-1]
     assert not (world / "planned").exists()

@@ -15,7 +15,7 @@ from sst_kernels.fisher import Interrupted, structures
 from sst_merge import passes
 from sst_merge.data import load_dataset
 from sst_merge.errors import MergeError, OutputError
-from sst_merge.passes import Continuity, fisher_pass
+from sst_merge.passes import Continuity, filtered_reads, fisher_pass
 from sst_merge.progress import Reporter
 from sst_merge.session import open_session
 from tests import merge_cases as cases
@@ -73,6 +73,20 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, m
         fisher_pass(session, data, **OPTIONS, seed=1, continuity=Continuity.beside(tmp_path / "out", None, True))
     keep.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_finds_its_reads(root, session, data, tmp_path, monkeypatch):
+    """What the patch reads is part of the adapter that the checkpointed Fishers belong to: it is not made a second time."""
+    keep = Continuity.beside(tmp_path / "out", 1, False)
+    first = filtered_reads(session, data, data[:4], mu=3.0, rank=8, continuity=keep)
+    monkeypatch.setattr(passes, "input_pass", None)
+    on = Continuity.beside(tmp_path / "out", None, True)
+    again = filtered_reads(session, data, data[:4], mu=3.0, rank=8, continuity=on)
+    for name, term in first.terms.items():
+        assert torch.equal(again.terms[name].A, term.A)
+        assert not torch.equal(session.safety.terms[name].A, term.A)
+    with pytest.raises(MergeError, match="other data, adapters or settings"):
+        filtered_reads(session, data, data[:4], mu=4.0, rank=8, continuity=on)
 
 
 def no_memory(*_, **__):

@@ -31,7 +31,7 @@ def both_passes(
     session: Session, recipe: Recipe, harm: Dataset, benign: Dataset, continuity: Continuity | None = None
 ) -> tuple[sst.Fisher, sst.Fisher]:
     """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe, of the patch with its reads filtered."""
-    if recipe.input_filter is not None:
+    if recipe.input_filter:
         session.use(
             filtered_reads(
                 session,

@@ -67,7 +67,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         return tokens, tokens * flops * parameters / (rate * _EFFICIENCY)
 
     passes = {}
-    if recipe.input_filter is not None:
+    if recipe.input_filter:
         passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
     passes |= {
         "Fisher, harm": stage("harm", len(recipe.harm_points), 4),
@@ -80,9 +80,9 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     memory = _memory(recipe, config, parameters, adapters)
     rows = (len(data["harm"]) * len(recipe.harm_points), len(data["benign"]) * recipe.label_draws)
     memory |= _fisher_memory(recipe, safety, *rows)
-    if recipe.input_filter is not None:
+    if recipe.input_filter:
         widths = [term.A.shape[1] for term in safety.terms.values()]
-        memory["input moments, at most"] = sum(8 * d * min(d, recipe.input_rank or d) for d in widths)
+        memory["inputs at most"] = sum(8 * d * min(d, recipe.input_rank or d) for d in widths)
     return Plan(parameters, coordinates, rate, passes, memory)
 
 

@@ -38,11 +38,11 @@ class Recipe(BaseModel):
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
     output: Path = Field(description="folder to create")
 
-    input_filter: float | None = Field(
+    input_filter: float = Field(
         3.0,
         ge=0,
         allow_inf_nan=False,
-        description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); null leaves them",
+        description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); 0: reads as they are",
     )
     input_rank: int | None = Field(
         128, ge=1, description="columns of the sketch of a module's inputs; null keeps them whole, d_in x d_in"

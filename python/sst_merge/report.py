@@ -42,15 +42,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = ["# SST-Merge report", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
+    price = report["recipe"]["input_filter"]
+    reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
     how = "on held-out rows (cross-fitting)" if prediction["held_out"] else "on the pencil's own rows: optimistic"
     parts += [
         "## The patch",
         "",
+        f"- reads {reads}",
         f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {patch['parameter']:.4g}, "
         f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
         f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token {how}; "
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
-        f"{prediction['plain_cost_per_label']:.4g} for the whole patch",
+        f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these reads",
         f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
         f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "
         "along directions that cost little)",

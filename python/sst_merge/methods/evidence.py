@@ -36,7 +36,7 @@ class Evidence:
     damping: float = 1.0
     folds: int = 4
     opening: tuple[int, float] = (4, 3.0)
-    input_filter: float | None = 3.0
+    input_filter: float = 3.0
     input_rank: int | None = 128
     seed: int = 0
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -110,7 +110,7 @@ class Evidence:
     def patch(self, mu: float | None = None) -> Adapter:
         """The safety adapter with its reads closed to benign inputs at the price `mu`, `input_filter` by default."""
         mu = self.input_filter if mu is None else mu
-        if mu is None:
+        if mu == 0:
             return self.session.safety
         gain, cost = self._once("inputs", self._inputs)
         return self._once(("patch", mu), lambda: with_reads(self.session.safety, sst.filter_inputs(gain, cost, mu)))
