@@ -187,7 +187,8 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
     BP, BQ = block(p, 64), block(q, 64)
     while triton.cdiv(p, BP) * triton.cdiv(q, BQ) < chip.processors * 15 // 16 and max(BP, BQ) > 16:
         BP, BQ = (BP, BQ // 2) if BQ >= BP else (BP // 2, BQ)
-    return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
+    # Given a bound, however high, ptxas spills nothing to reach one more block per processor.
+    return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4, "maxnreg": 255}
 
 
 _last_samples = Memo()
@@ -206,10 +207,9 @@ def short_samples(S: int, spans, scale) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def plan_short(meta: dict, wide: bool) -> dict:
-    """The same for short samples, whose two products share the registers: with a bound of its own, however high, ptxas spills
-    none of them to reach one more block per processor."""
+    """The same for short samples, whose two products share the registers."""
     BT = 16 if wide or meta["BP"] * meta["BQ"] > 1024 else 32
-    return meta | {"BT": BT, "num_stages": 2 if wide else 3, "maxnreg": 255}
+    return meta | {"BT": BT, "num_stages": 2 if wide else 3}
 
 
 def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override):
