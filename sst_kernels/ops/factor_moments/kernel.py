@@ -188,7 +188,14 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
     while triton.cdiv(p, BP) * triton.cdiv(q, BQ) < chip.processors * 15 // 16 and max(BP, BQ) > 16:
         BP, BQ = (BP, BQ // 2) if BQ >= BP else (BP // 2, BQ)
     # Given a bound, however high, ptxas spills nothing to reach one more block per processor.
-    return {"BT": 32 if wide else 128, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4, "maxnreg": 255}
+    return {
+        "BT": 32 if wide else 128,
+        "BP": BP,
+        "BQ": BQ,
+        "num_warps": 4,
+        "num_stages": 2 if wide else 4,
+        "maxnreg": 255,
+    }
 
 
 _last_samples = Memo()
