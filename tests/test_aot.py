@@ -9,8 +9,11 @@ compiler must not be the interpreter, which this session's conftest.py chose, so
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
+import io
+import itertools
 import json
 import os
 import re
@@ -29,6 +32,23 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 REGISTERS_PER_SM = 65536
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 sys.path.insert(0, str(ROOT))
+COLUMNS = (
+    *(
+        "kernel",
+        "sm",
+        "warps",
+        "stages",
+        "shared_bytes",
+        "registers",
+        "stack",
+        "local",
+        "mma_sync",
+        "wgmma",
+        "tcgen05",
+        "tf32",
+    ),
+    *("fma", "async_copies", "of_16_bytes", "loads", "of_vectors", "precision"),
+)
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
 
@@ -60,8 +80,6 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
     What is optional (scale, spans, weights, a second output) is varied at one size; the others take all of it, which needs the
     most registers. "odd" variants are those of sizes and strides that no vector load divides.
     """
-    import itertools
-
     import torch
 
     from sst_kernels.ops import tiles
@@ -300,17 +318,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     args = parser.parse_args()
     jobs = [(args.all, sm, name) for sm in args.sm for name in variants(args.all, sm) if args.only in name]
-    if args.jobs == 1:
-        rows = [describe(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            rows = list(pool.map(describe, *zip(*jobs), chunksize=4))
-    if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    with contextlib.ExitStack() as stack:
+        described = itertools.starmap(describe, jobs)
+        if args.jobs > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(args.jobs, get_context("spawn")))
+            described = pool.map(describe, *zip(*jobs), chunksize=4)
+        file = stack.enter_context(args.csv.open("w", newline="")) if args.csv else io.StringIO()
+        writer, rows = csv.DictWriter(file, COLUMNS, lineterminator="\n"), []
+        writer.writeheader()
+        for row in described:
+            rows.append(row)
+            writer.writerow(row)
+            file.flush()
     json.dump(rows, sys.stdout)
 
 
