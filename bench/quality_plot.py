@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 WORDS = {"pair", "stage", "method", "scope", "metric", "filter", "gain_point", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
-DEFAULTS = {"input_filter": 3.0, "input_rank": 128.0, "scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
+DEFAULTS = {"input_filter": 3.0, "input_rank": 512.0, "scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
 
 
 def read(path: Path) -> list[Row]:

@@ -39,7 +39,7 @@ class Config:
 
     method: str = "sst"
     input_filter: float | None = 3.0
-    input_rank: int | None = 128
+    input_rank: int | None = 512
     scope: str = "global"
     metric: str = "kronecker"
     damping: float = 1.0

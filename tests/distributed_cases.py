@@ -90,7 +90,7 @@ def on_rank(rank: int, address: str, results: Any) -> None:
         eigen = {"structure": "eigen_kronecker", "space": "factor", "basis": first}
         out["eigen_kronecker", world] = answers(accumulate(eigen, share, group))
         out["solve", world] = _solve(share, group)
-        out["inputs", world] = {rank: inputs(share, rank, group) for rank in (None, 8)}
+        out["inputs", world] = {rank: inputs(share, rank, group) for rank in (None, 4)}
     if rank < 2:
         out["ddp"] = answers(_ddp(rank, pair))
         if FSDP2_ON_CPU:

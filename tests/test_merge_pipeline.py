@@ -221,7 +221,7 @@ def test_plan_counts_what_the_run_counts(merged, world):
     assert made.parameters == sum(p.numel() for p in cases.model().parameters())
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
     assert made.passes["inputs, harm"][0] == made.passes["Fisher, harm"][0]
-    assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * min(t.A.shape[1], 128) for t in load_adapter(world / "safety").terms.values())  # fmt: skip
+    assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * t.A.shape[1] for t in load_adapter(world / "safety").terms.values())  # fmt: skip
     assert not {"inputs, harm", "inputs, benign"} & plan(Recipe.load(world / "recipe.yml", input_filter=0, output=world / "planned")).passes.keys()  # fmt: skip
     assert made.seconds > 0
     assert "nothing was written" in lines(recipe, made)[-1]

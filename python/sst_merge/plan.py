@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sst_kernels.fisher import Block
+from sst_kernels.fisher.inputs import columns
 from sst_kernels.fisher.memory import estimate
 from sst_kernels.subspace.memory import estimate_solve
 
@@ -82,7 +83,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     memory |= _fisher_memory(recipe, safety, *rows)
     if recipe.input_filter:
         widths = [term.A.shape[1] for term in safety.terms.values()]
-        memory["inputs at most"] = sum(8 * d * min(d, recipe.input_rank or d) for d in widths)
+        memory["inputs at most"] = sum(8 * d * columns(d, recipe.input_rank) for d in widths)
     return Plan(parameters, coordinates, rate, passes, memory)
 
 

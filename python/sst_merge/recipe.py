@@ -45,7 +45,9 @@ class Recipe(BaseModel):
         description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); 0: reads as they are",
     )
     input_rank: int | None = Field(
-        128, ge=1, description="columns of the sketch of a module's inputs; null keeps them whole, d_in x d_in"
+        512,
+        ge=1,
+        description="columns of the sketch of inputs of more than four times as many; null keeps all d_in x d_in",
     )
     structure: str = Field("full", description="Fisher structure (sst_kernels.fisher)")
     structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")

@@ -35,7 +35,8 @@ def input_moments(
 
     Args:
         model: a model with PEFT LoRA layers, `adapter` among the active ones; other active adapters stay on.
-        rank: columns ℓ of a streaming Nyström sketch [d_in, ℓ], for modules with d_in > ℓ (64 to 256 serve well); None keeps [d_in, d_in].
+        rank: columns ℓ of a streaming Nyström sketch [d_in, ℓ] for modules with d_in > 4ℓ, narrower ones being no dearer whole;
+            None keeps [d_in, d_in] for all.
         modules: regular expression for, or names of, the modules to include; all that carry the adapter by default.
         seed: of the sketch's test matrix.
         group: torch.distributed group over which the pass is shared; on leaving the context every rank holds the total.
@@ -124,7 +125,7 @@ class InputMoments(Mapping[str, LowRankFactor]):
     def _moment(self, name: str, x: Tensor) -> SecondMoment:
         if name not in self._moments:
             d = x.shape[1]
-            self._moments[name] = SecondMoment(d, d if self._rank is None else self._rank, self._seed, x.device)
+            self._moments[name] = SecondMoment(d, columns(d, self._rank), self._seed, x.device)
         return self._moments[name]
 
     def _all_reduce(self) -> None:
@@ -147,6 +148,11 @@ class InputMoments(Mapping[str, LowRankFactor]):
                 f"no forward pass ran through {missing[0]} and {len(missing) - 1} more: run model(**batch) of the very model given "
                 "to input_moments inside the context"
             )
+
+
+def columns(d: int, rank: int | None) -> int:
+    """Of what is kept for inputs of width d: d, or the `rank` of a sketch where that takes less than d² products."""
+    return d if rank is None or d <= 4 * rank else rank
 
 
 def _off(module: nn.Module, args: tuple, h: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Evidence:
     folds: int = 4
     opening: tuple[int, float] = (4, 3.0)
     input_filter: float = 3.0
-    input_rank: int | None = 128
+    input_rank: int | None = 512
     seed: int = 0
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
