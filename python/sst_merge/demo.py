@@ -19,8 +19,8 @@ from .recipe import Recipe
 from .report import write_report
 from .session import Session, open_session
 
-ALPHAS = (0.2, 0.3, 0.5, 1.0)
-MATCHED = (0.2, 0.3)  # the α of plain addition whose measured benign KL SST is given as well
+ALPHAS = (0.1, 0.2, 0.5, 1.0)
+MATCHED = (0.1, 0.2)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
 
