@@ -189,6 +189,19 @@ def test_rows_belong_to_data_settings_and_weights(first, world, tmp_path):
     assert rows() == 2
     cases.write_jsonl(tmp_path / "eval_harm.jsonl", cases.pairs(8, "loot"))
     assert rows() == 2
+    cases.write_jsonl(tmp_path / "harm.jsonl", cases.pairs(9, "forge"))
+    assert rows() == 0  # no method here is fitted to data
+
+
+def test_rows_of_fitted_methods_belong_to_what_they_were_fitted_with(first, world, tmp_path):
+    def files(**settings) -> set[str]:
+        given = {"methods": ["tsv-m", "sst"], "strengths": {"plain": [1.0], "sst": [0.05], "tsv-m": [0.5]}}
+        compare(Comparison.load(world / "compare.yml", output=tmp_path / "out", **given, **settings), reporter=QUIET)
+        return {p.name for p in (tmp_path / "out" / "rows").iterdir()}
+
+    kept = files()
+    assert len(kept) == 4
+    assert len(files(damping=0.5) - kept) == 1
 
 
 def test_other_folders_are_left_alone(world, tmp_path):

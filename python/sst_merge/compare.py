@@ -41,7 +41,10 @@ NUMBERS = ("refusal_nll", "refusal_rate", "benign_kl", "benign_nll", "over_refus
 
 @dataclass
 class _Bench:
-    """The open session with its evaluators, and where rows are kept."""
+    """The open session with its evaluators, and where rows are kept.
+
+    `facts` are what every row depends on, `fitting` what those of methods that look at data do beside it.
+    """
 
     recipe: Comparison
     session: Session
@@ -51,6 +54,7 @@ class _Bench:
     evaluator: Evaluator
     safe: Evaluator | None
     facts: dict[str, Any] = field(default_factory=dict)
+    fitting: dict[str, Any] = field(default_factory=dict)
 
     def row(self, method: Method, strength: float) -> dict[str, Any]:
         """One configuration, measured or read; where a method refuses its inputs, {"error": the reason}."""
@@ -94,7 +98,8 @@ class _Bench:
         }
 
     def _digest(self, method: Method, strength: float) -> str:
-        return _digest(self.facts | {"method": method.name, "variant": method.variant, "strength": strength})
+        facts = self.facts | (self.fitting if method.needs else {})
+        return _digest(facts | {"method": method.name, "variant": method.variant, "strength": strength})
 
 
 def compare(recipe: Comparison, *, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -186,16 +191,18 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         "tokens_per_batch": recipe.tokens_per_batch,
         "reporter": reporter,
     }
-    settings = (
-        *("dtype", "seed", "generate_tokens", "tokens_per_batch", "label_draws", "opening_tokens", "opening_weight"),
-        *("damping", "folds", "rank", "input_filter", "input_rank"),
-    )
+    hashes = {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()}
     facts = {
         "version": sst_kernels.__version__,
         "model": _weights(session.model),
         "adapters": [session.safety.sha256, session.task.sha256 if session.task is not None else ""],
-        "data": {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()},
-        "settings": {name: getattr(recipe, name) for name in settings},
+        "data": {name: digest for name, digest in hashes.items() if name.startswith("eval_")},
+        "settings": {n: getattr(recipe, n) for n in ("dtype", "seed", "generate_tokens", "tokens_per_batch", "rank")},
+    }
+    chosen = ("label_draws", "opening_tokens", "opening_weight", "damping", "folds", "input_filter", "input_rank")
+    fitting = {
+        "fitted on": [hashes["harm"], hashes["benign"]],
+        "fitted with": {name: getattr(recipe, name) for name in chosen},
     }
     evidence = Evidence(
         session,
@@ -213,7 +220,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         Inputs(session.task, session.safety, evidence, recipe.rank, recipe.seed),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_harm"], benign=data["eval_benign"], **common),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_safe"], **common) if "eval_safe" in data else None,
-        facts,
+        facts, fitting,
     )  # fmt: skip
 
 
