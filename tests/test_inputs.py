@@ -208,6 +208,17 @@ def test_what_is_refused():
     with pytest.raises(RuntimeError, match="no forward pass ran through"):
         moments_of(model, [])
     with (
+        pytest.raises(RuntimeError, match="ran twice in one forward pass"),
+        sst.input_moments(model, "safety") as twice,
+    ):
+        model(input_ids=tiny_batch(1)["input_ids"])
+        next(iter(lora_layers(model, "safety").values()))(torch.zeros(1, 12, 32))
+    assert len(twice) == 14
+    broken = tiny_lora(adapters=ADAPTERS)
+    broken.get_base_model().model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"layers\.1\.self_attn\.q_proj read values that are not finite"):
+        moments_of(broken, [tiny_batch(2)])
+    with (
         pytest.raises(RuntimeError, match="outside a forward pass of the model given"),
         sst.input_moments(model, "safety"),
     ):

@@ -41,7 +41,8 @@ def input_moments(
         seed: of the sketch's test matrix.
         group: torch.distributed group over which the pass is shared; on leaving the context every rank holds the total.
 
-    Raises ValueError for what `find_sites` refuses and for a rank below 1, RuntimeError on exit when no module was run.
+    Raises ValueError for what `find_sites` refuses and for a rank below 1; on exit RuntimeError when no module was run, and
+    FloatingPointError naming a module whose inputs are not finite.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank: expected a positive number of sketch columns, got {rank}")
@@ -60,6 +61,7 @@ class InputMoments(Mapping[str, LowRankFactor]):
         self._moments: dict[str, SecondMoment] = {}
         self._leaders: dict[str, str] = {}  # module -> the one that keeps the sum of what both read
         self._last = Memo()
+        self._seen: set[str] = set()  # modules that this batch has passed
         self._batch: tuple[int, int, Tensor] | None = None  # N, T and the spans of the batch that is run
         self._handles: list[Any] = []
 
@@ -105,11 +107,18 @@ class InputMoments(Mapping[str, LowRankFactor]):
         n, length, spans, _ = read_spans(named_inputs(model, args, kwargs))
         self.tokens += int((spans[:, 1] - spans[:, 0]).sum())
         self._batch = n, length, spans
+        self._seen.clear()
 
     @torch.no_grad()
     def _read(self, site: LoraSite, module: nn.Module, args: tuple) -> None:
         if self._batch is None:
             raise RuntimeError(f"{site.name} ran outside a forward pass of the model given to input_moments")
+        if site.name in self._seen:
+            raise RuntimeError(
+                f"{site.name} ran twice in one forward pass: run without gradients, so that nothing is computed again; shared (tied) modules "
+                "are not supported"
+            )
+        self._seen.add(site.name)
         x = args[0].detach()
         reader = self._last.value if self._last.holds(x) else self._last.keep(site.name, x)
         leader = self._leaders.setdefault(site.name, reader)
@@ -148,6 +157,11 @@ class InputMoments(Mapping[str, LowRankFactor]):
                 f"no forward pass ran through {missing[0]} and {len(missing) - 1} more: run model(**batch) of the very model given "
                 "to input_moments inside the context"
             )
+        for name, moment in self._moments.items():
+            if not moment.sum.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} read values that are not finite: load the model in bfloat16 or float32"
+                )
 
 
 def columns(d: int, rank: int | None) -> int:
