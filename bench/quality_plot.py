@@ -66,7 +66,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     """Benign KL of whole curves against refusal NLL, and against the share of refused prompts."""
-    stages = ("plain", "main", "reads", "opening", "metric", "scope")
+    stages = ("plain", "main", "reads", "metric", "scope")
     chosen = [r for r in rows if r["pair"] == pair and r["stage"] in stages and r["kl"] > 0]
     figure = Figure(figsize=(10.4, 4.6), layout="constrained", dpi=110)
     panels = figure.subplots(1, 2, sharey=True)
@@ -82,7 +82,7 @@ def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
             style = {"color": "black", "linewidth": 2} if label == "plain addition" else {}
             axes.errorbar(x, y, yerr=(low, high), fmt="o-", markersize=3, capsize=2, label=label, **style)
     panels[0].set_ylabel("benign KL, nats per token")
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     figure.suptitle(pair)
     figure.savefig(path)
 
