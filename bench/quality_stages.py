@@ -35,6 +35,19 @@ def reads(s: Study) -> None:
     s.run("reads", Config(input_filter=1.0), WIDE, full=True)
     for rank in (32, None):
         s.run("reads", Config(input_rank=rank), FEW)
+    for mu in (3.0, 10.0, 30.0):
+        reads_alone(s, mu)
+
+
+def reads_alone(s: Study, mu: float) -> None:
+    """The patch with these reads and no Fisher: RegMean between the patch and none."""
+    config = replace(PLAIN, method="input-filter", input_filter=mu, input_rank=Config.input_rank)
+    if not s.has("reads", config, mu):
+        s.check_time()
+        s.probes(), s.plain_curve(), s.plain_rates()
+        with s.lab.reading(s.reads(config)):
+            whole = {site.name: torch.eye(site.rank, dtype=torch.float64) for site in s.lab.sites}
+            s.record("reads", config, mu, whole, full=True)
 
 
 def opening(s: Study) -> None:
