@@ -124,6 +124,8 @@ def _match(
         if below is not None and above is not None:
             budget = math.exp((below + above) / 2)
         else:
-            budget *= target / max(measured, 1e-12)
+            budget = (
+                patch.prediction.cost_per_label * target / max(measured, 1e-12)
+            )  # a budget may be more than all there is
     best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
     return best[2:]
