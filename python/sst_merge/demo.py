@@ -124,8 +124,7 @@ def _match(
         if below is not None and above is not None:
             budget = math.exp((below + above) / 2)
         else:
-            budget = (
-                patch.prediction.cost_per_label * target / max(measured, 1e-12)
-            )  # a budget may be more than all there is
+            spent = patch.prediction.cost_per_label or budget  # all there is may be less than the budget
+            budget = spent * target / max(measured, 1e-12)
     best = min(tried, key=lambda t: abs(t[1] - math.log(target)))
     return best[2:]
