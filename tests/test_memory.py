@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sst_kernels import fisher_accumulate, sequence_nll, subspace
+from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
-from sst_kernels.fisher.memory import Estimate, estimate
+from sst_kernels.fisher.inputs import columns, one_per_input
+from sst_kernels.fisher.lora import find_sites
+from sst_kernels.fisher.memory import Estimate, estimate, estimate_moments
+from sst_kernels.fisher.structures.moment import SecondMoment
 from sst_kernels.subspace.memory import estimate_solve
 from tests.models import tiny_batch, tiny_lora
 
@@ -101,6 +106,51 @@ def test_passes_that_do_not_fit_are_refused_before_the_first_batch(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10)
     with pytest.raises(MemoryError, match="use fewer sequences"):
         fisher_accumulate(tiny_lora(), "safety", sequences=10**6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("rank", [None, 9, 4])
+def test_input_moments_take_what_was_estimated(kind, rank):
+    """Which modules read one tensor is known before the model is run, where it says how it is split over devices."""
+    model = tiny_lora(kind)
+    readers = one_per_input(model, find_sites(model, "safety"))
+    with torch.no_grad(), input_moments(model, "safety", rank=rank) as moments:
+        model(input_ids=tiny_batch(2)["input_ids"])
+    assert [site.name for site in readers] == list(dict.fromkeys(moments.shared.values()))
+    widths = [moments.reads[site.name].shape[1] for site in readers]
+    made = estimate_moments([(d, columns(d, rank)) for d in widths])
+    assert made.state == pytest.approx(moments.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("shapes", [[(512, 512), (300, 300)], [(1100, 96), (640, 640), (1100, 96), (700, 96)]])
+def test_moments_are_held_and_drawn_as_estimated(shapes):
+    batches = [(torch.randn(4, d), d, columns) for d, columns in shapes]
+    spans = torch.tensor([[0, 4]])
+
+    def add():
+        moments = [SecondMoment(d, columns, 7, x.device) for x, d, columns in batches]
+        for moment, (x, _, _) in zip(moments, batches):
+            moment.add(x, spans, None)
+        return moments
+
+    moments, peak = measured_peak(add)
+    made = estimate_moments(shapes)
+    assert made.state == pytest.approx(sum(m.sum.nbytes for m in moments), rel=0.01)
+    assert made.peak == pytest.approx(peak, rel=0.1)
+
+
+def test_input_moments_that_do_not_fit_are_refused_before_the_first_batch(monkeypatch):
+    layer = nn.Sequential(nn.Linear(600, 8))
+    model = get_peft_model(layer, LoraConfig(target_modules=["0"], r=2), adapter_name="safety")
+    monkeypatch.setattr(memory, "available", lambda device: 1200 << 10)
+    would_take = r"inputs would take 1\.60 MiB on cpu and 1\.17 MiB are free; these would fit: rank=64 \(1\.03 MiB\)$"
+    with pytest.raises(MemoryError, match=would_take):
+        input_moments(model, "safety")
+    input_moments(model, "safety", rank=64)
+    monkeypatch.setattr(memory, "available", lambda device: 300 << 10)
+    with pytest.raises(MemoryError, match="are free; take fewer modules"):
+        input_moments(model, "safety", rank=64)
+    input_moments(model, "safety", rank=16)
 
 
 def test_ranks_need_room_for_the_total_beside_their_own_rows(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sst_kernels.distributed import raise_together, sum_over_ranks
-from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, whole_weight
+from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, whole_weight
 from sst_kernels.fisher.loss import named_inputs, read_spans
+from sst_kernels.fisher.memory import estimate_moments, require
 from sst_kernels.fisher.passes import flat_tokens
 from sst_kernels.fisher.structures.moment import LowRankFactor, SecondMoment
 from sst_kernels.memo import Memo
@@ -41,13 +43,16 @@ def input_moments(
         seed: of the sketch's test matrix.
         group: torch.distributed group over which the pass is shared; on leaving the context every rank holds the total.
 
-    Raises ValueError for what `find_sites` refuses and for a rank below 1; on exit RuntimeError when no module was run, and
-    FloatingPointError naming a module whose inputs are not finite.
+    Raises ValueError for what `find_sites` refuses and for a rank below 1; MemoryError, naming smaller ranks that would fit, when
+    the sums would not; on exit RuntimeError when no module was run, and FloatingPointError naming a module whose inputs are not
+    finite.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank: expected a positive number of sketch columns, got {rank}")
     model = unwrapped(model)
-    return InputMoments(model, find_sites(model, adapter, modules), rank, seed, group)
+    sites = find_sites(model, adapter, modules)
+    _require_memory(model, sites, rank)
+    return InputMoments(model, sites, rank, seed, group)
 
 
 class InputMoments(Mapping[str, LowRankFactor]):
@@ -167,6 +172,36 @@ class InputMoments(Mapping[str, LowRankFactor]):
 def columns(d: int, rank: int | None) -> int:
     """Of what is kept for inputs of width d: d, or the `rank` of a sketch where that takes less than d² products."""
     return d if rank is None or d <= 4 * rank else rank
+
+
+def _require_memory(model: nn.Module, sites: list[LoraSite], rank: int | None) -> None:
+    readers = one_per_input(model, sites)
+    for device in dict.fromkeys(site.device for site in readers):
+        widths = [_width(site) for site in readers if site.device == device]
+        sizes = {r: estimate_moments([(d, columns(d, r)) for d in widths]) for r in (rank, 1024, 512, 256, 128, 64)}
+        needed = sizes.pop(rank)
+        smaller = {f"rank={r}": size for r, size in sizes.items() if size.state < needed.state}
+        require("the moments of inputs", needed, device, smaller, "take fewer modules")
+
+
+def one_per_input(model: nn.Module, sites: Iterable[LoraSite]) -> list[LoraSite]:
+    """Of the modules that will read one tensor the first, as far as can be known before the model is run.
+
+    Modules side by side read one where the model's tensor-parallel plan splits them by columns (transformers); without a plan each
+    is taken to read its own.
+    """
+    config = getattr(model, "config", None)
+    plan = getattr(getattr(config, "text_config", config), "base_model_tp_plan", None) or {}
+    split = "|".join(re.escape(name).replace(r"\*", r"\d+") for name, how in plan.items() if how.startswith("colwise"))
+    found: dict[Any, LoraSite] = {}
+    for site in sites:
+        together = split and re.search(rf"(^|\.)({split})$", site.name)
+        found.setdefault((site.name.rpartition(".")[0], _width(site)) if together else site.name, site)
+    return list(found.values())
+
+
+def _width(site: LoraSite) -> int:
+    return weight_of(site.lora_a).shape[1]
 
 
 def _off(module: nn.Module, args: tuple, h: Tensor) -> Tensor:

@@ -64,6 +64,16 @@ def estimate(
     return sum(parts[1:], parts[0])
 
 
+def estimate_moments(shapes: Sequence[tuple[int, int]]) -> Estimate:
+    """The memory of running second moments Σ x xᵀ [d, d] of tokens, each kept as [d, columns]: a sketch where columns < d."""
+    widest = max((d for d, columns in shapes if columns == d), default=0)
+    tile = min(widest, GRAM_TILE)  # products are added a band of rows at a time
+    drawn = {(d, columns): d * columns for d, columns in shapes if columns < d}  # test matrices, drawn as integers
+    drawing = SINGLE * sum(drawn.values()) + (2 * DOUBLE + SINGLE) * max(drawn.values(), default=0)
+    state = sum(SINGLE * d * columns + DOUBLE for d, columns in shapes)
+    return Estimate(state, state + max(SINGLE * tile * max(tile, widest - tile), drawing))
+
+
 def available(device: torch.device | str) -> int | None:
     """Bytes that this process may still take on a device; None where that cannot be known."""
     device = torch.device(device)
@@ -73,18 +83,16 @@ def available(device: torch.device | str) -> int | None:
     return min((f for f in found if f is not None), default=None)
 
 
-def require(needed: Estimate, device: torch.device | str, alternatives: Mapping[str, Estimate]) -> None:
-    """MemoryError, naming those alternatives that would fit, unless `needed.peak` bytes are free on `device`."""
+def require(
+    what: str, needed: Estimate, device: torch.device | str, alternatives: Mapping[str, Estimate], otherwise: str
+) -> None:
+    """MemoryError, naming those alternatives that would fit or else `otherwise`, unless `needed.peak` bytes are free on `device`."""
     free = available(device)
     if free is None or needed.peak <= free:
         return
-    fitting = [f"{what} ({_gib(e.peak)})" for what, e in alternatives.items() if e.peak <= free]
-    advice = (
-        f"these would fit: {'; '.join(fitting)}" if fitting else "use fewer sequences, fewer modules or a lower rank"
-    )
-    raise MemoryError(
-        f"the Fisher state would take {_gib(needed.peak)} on {device} and {_gib(free)} are free; {advice}"
-    )
+    fitting = [f"{instead} ({_gib(e.peak)})" for instead, e in alternatives.items() if e.peak <= free]
+    advice = f"these would fit: {'; '.join(fitting)}" if fitting else otherwise
+    raise MemoryError(f"{what} would take {_gib(needed.peak)} on {device} and {_gib(free)} are free; {advice}")
 
 
 def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: int = 1) -> None:
@@ -110,7 +118,7 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: i
         if meta["space"] == "core"
     }
     device = next(iter(fisher.values())).device
-    require(needed, device, alternatives)
+    require("the Fisher state", needed, device, alternatives, "use fewer sequences, fewer modules or a lower rank")
     if isinstance(joint, Full):
         try:
             joint.reserve(sequences)
@@ -150,17 +158,11 @@ def _vila(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str
 
 
 def _kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    state, d = SINGLE * sum(d * d for d in shape) + DOUBLE, max(shape)
-    tile = min(d, GRAM_TILE)  # products are added a band of rows at a time
-    return Estimate(state, state + SINGLE * tile * max(tile, d - tile))
+    return estimate_moments([(d, d) for d in shape])
 
 
 def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    rank = options.get("rank", 64)
-    sides = [d * min(d, rank) for d in shape]
-    drawn = [d * rank for d in shape if d > rank]  # the test matrices: kept as the tokens' type, drawn as integers
-    state = SINGLE * sum(sides) + 3 * DOUBLE
-    return Estimate(state, state + SINGLE * sum(drawn) + (2 * DOUBLE + SINGLE) * max(drawn, default=0))
+    return estimate_moments([(d, min(d, options.get("rank", 64))) for d in shape])
 
 
 def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
