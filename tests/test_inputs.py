@@ -39,7 +39,7 @@ def moments_of(model, batches, **options):
 
 
 def dense(factor):
-    return factor.times(torch.eye(len(factor.vectors), dtype=torch.float64))
+    return factor.times(torch.eye(len(factor.vectors)).to(factor.vectors)).cpu()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -88,6 +88,21 @@ def test_modules_that_read_one_tensor_share_its_sum():
         "mlp.down_proj": "mlp.down_proj",
     }
     assert moments.nbytes == 2 * 4 * (3 * 32**2 + 48**2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [None, 7])
+def test_a_gpu_keeps_what_the_host_keeps(rank):
+    model = tiny_lora(adapters=ADAPTERS).double()
+    batches = [tiny_batch(20, seed=seed, longest=16) for seed in (1, 2)]
+    host = moments_of(model, batches, rank=rank)
+    model.to("cuda")
+    device = moments_of(model, [{name: tensor.cuda() for name, tensor in batch.items()} for batch in batches], rank=rank)
+    assert (device.tokens, device.shared, device.nbytes) == (host.tokens, host.shared, host.nbytes)
+    for name, factor in device.items():
+        assert factor.vectors.is_cuda
+        expected = dense(host[name])
+        assert (dense(factor) - expected).norm() <= 1e-5 * expected.norm()  # float32 sums in another order
 
 
 def test_the_pass_leaves_the_model_as_it_was():
