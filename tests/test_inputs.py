@@ -97,7 +97,9 @@ def test_a_gpu_keeps_what_the_host_keeps(rank):
     batches = [tiny_batch(20, seed=seed, longest=16) for seed in (1, 2)]
     host = moments_of(model, batches, rank=rank)
     model.to("cuda")
-    device = moments_of(model, [{name: tensor.cuda() for name, tensor in batch.items()} for batch in batches], rank=rank)
+    device = moments_of(
+        model, [{name: tensor.cuda() for name, tensor in batch.items()} for batch in batches], rank=rank
+    )
     assert (device.tokens, device.shared, device.nbytes) == (host.tokens, host.shared, host.nbytes)
     for name, factor in device.items():
         assert factor.vectors.is_cuda
