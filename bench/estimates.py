@@ -6,9 +6,14 @@ import bisect
 from dataclasses import dataclass
 
 from bench.shapes import Shape
+from sst_kernels.fisher.inputs import columns as kept_columns
 from sst_kernels.subspace.memory import estimate_solve
 
 GIB = 2**30
+SOLVE_ARRAYS = (
+    10  # float64 arrays the size of a module's moments that filter_inputs holds at its peak: 8 to 10 measured
+)
+INPUT_RANK = 512  # of the recipe
 
 
 def coordinates(shape: Shape, rank: int, targets: str = "all-linear") -> int:
@@ -39,9 +44,46 @@ def solve_bytes(shape: Shape, rank: int, samples: int) -> int:
     return estimate_solve([rank**2] * len(shape.modules("all-linear")), samples, samples)
 
 
+def input_bytes(shape: Shape, columns: int | None, targets: str = "all-linear") -> int:
+    """float32 second moments of one side: [d, d] for each tensor that modules read, or [d, columns] where it is sketched."""
+    return 4 * sum(d * kept_columns(d, columns) for d in shape.read_widths(targets))
+
+
+def input_flops(shape: Shape, columns: int | None, targets: str = "all-linear") -> int:
+    """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
+    kept = ((d, kept_columns(d, columns)) for d in shape.read_widths(targets))
+    return sum(d * d if d == k else 4 * d * k for d, k in kept)
+
+
+def input_traffic(shape: Shape, columns: int | None, tokens: int, itemsize: int, targets: str = "all-linear") -> int:
+    """Least bytes that they move for a batch: every tensor read once, the sums read and written."""
+    return tokens * itemsize * sum(shape.read_widths(targets)) + 2 * input_bytes(shape, columns, targets)
+
+
+def input_peak(shape: Shape, columns: int | None, batch: int = 8, length: int = 512) -> int:
+    """The moments of both sides beside the larger of a forward pass without logits and the solve of the widest input."""
+    live = 2 * batch * length * (6 * shape.hidden + 3 * shape.intermediate)
+    widest = max(shape.read_widths())
+    return 2 * input_bytes(shape, columns) + max(live, 8 * SOLVE_ARRAYS * widest * kept_columns(widest, columns))
+
+
+def input_share(shape: Shape, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
+    """Operations of the input pass over those of a training step on the same batch."""
+    tokens = batch * length
+    work = shape.forward_flops(batch, length, rank) + tokens * input_flops(shape, columns)
+    return work / shape.step_flops(batch, length, rank)
+
+
+def fits_inputs(shape: Shape, columns: int | None, gib: float) -> bool:
+    """Whether the input pass and its solve fit beside the weights."""
+    return weight_bytes(shape) + input_peak(shape, columns) <= gib * GIB * 0.94
+
+
 def most_samples(shape: Shape, rank: int, gib: float, batch: int = 8, length: int = 512) -> int:
-    """Largest N (rows of each Fisher) whose pass and solve both fit beside the weights."""
+    """Largest N (rows of each Fisher) whose pass and solve both fit beside the weights, after an input pass that fits too."""
     room = gib * GIB * 0.94 - weight_bytes(shape)
+    if not fits_inputs(shape, INPUT_RANK, gib):
+        return 0
 
     def fits(samples: int) -> bool:
         working = max(activation_bytes(shape, batch, length), solve_bytes(shape, rank, samples))
@@ -59,6 +101,7 @@ class Study:
     seeds: int = 3
     methods: int = 8
     strengths: int = 6
+    input_sequences: int = 512 + 512
     fisher_sequences: int = 512 + 2 * 512
     train_sequences: int = 3 * 10_000
     evaluated_tokens: int = 400 * 256 + 1319 * 256
@@ -68,12 +111,13 @@ class Study:
     def merges(self) -> int:
         return self.models * self.tasks * self.seeds * self.methods * self.strengths
 
-    def hours(self, train_ms: float, fisher_ms: float, batch: int = 8) -> dict[str, float]:
-        """GPU hours per part from the measured time of a training step and of a Fisher step."""
+    def hours(self, train_ms: float, fisher_ms: float, input_ms: float, batch: int = 8) -> dict[str, float]:
+        """GPU hours per part from the measured time of a training step, of a Fisher step and of an input step."""
         runs = self.models * self.tasks * self.seeds
         return {
             "training task and safety adapters": 2 * runs * self.train_sequences / batch * train_ms / 3.6e6,
             "Fisher passes": runs * self.fisher_sequences / batch * fisher_ms / 3.6e6,
+            "input passes": runs * self.input_sequences / batch * input_ms / 3.6e6,
             "generation and judging of every merge": self.merges
             * self.evaluated_tokens
             / self.generated_per_second

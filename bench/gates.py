@@ -42,6 +42,32 @@ def fisher_gate(device: str) -> float:
     return max(ratios.values())
 
 
+def inputs_gate(device: str) -> float:
+    """Moments of a padded batch against those of its samples one by one, the filter of whole and sketched moments against its formula
+    solved in d×d; the worst ratio."""
+    model = build_model(GATE_SHAPE, rank=4, device=device, dtype=torch.float32, length=24).requires_grad_(False)
+    sides = []
+    for seed, end in ((0, 18), (1, 24)):
+        batch = token_batch(GATE_SHAPE, 6, 24, device, seed=seed)
+        batch["attention_mask"][1, end:] = 0
+        sides.append((batch, {rank: _input_moments(model, batch, rank) for rank in (None, 8)}))
+    batch, found = sides[0]
+    ratios = {}
+    for name, x in _reads(model, batch).items():
+        ratios[f"inputs of {name}"] = error_ratio(_dense(found[None][name]), x.mT @ x / len(x))
+    for rank in (None, 8):
+        gain, cost = (moments[rank] for _, moments in sides)
+        for name, filtered in sst.filter_inputs(gain, cost, 3.0).items():
+            x, y = _dense(gain[name]), _dense(cost[name])
+            both = x + 3.0 * y
+            both.diagonal().add_(1e-6 * both.diagonal().mean())
+            expected = torch.linalg.solve(both, x @ gain.reads[name].double().mT).mT
+            ratios[f"filter of {name} at rank {rank}"] = error_ratio(filtered, expected)
+    for what, ratio in ratios.items():
+        assert ratio <= ALLOWED, f"{what}: error ratio {ratio:.2e} exceeds {ALLOWED}"
+    return max(ratios.values())
+
+
 def gevp_gate(space: sst.Subspace) -> float:
     """Residual and B-orthonormality, in all n coordinates, of the pairs a subspace holds, relative to the largest λ."""
     worst = 0.0
@@ -89,6 +115,29 @@ def _accumulate(model: nn.Module, batch: dict[str, Tensor], space: str, structur
         model(**batch).loss.backward()
     model.zero_grad(set_to_none=True)
     return accumulator.fisher
+
+
+def _input_moments(model: nn.Module, batch: dict[str, Tensor], rank: int | None) -> sst.InputMoments:
+    with torch.no_grad(), sst.input_moments(model, "safety", rank=rank) as moments:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return moments
+
+
+def _dense(factor) -> Tensor:
+    return factor.times(torch.eye(len(factor.vectors), dtype=torch.float64, device=factor.vectors.device))
+
+
+def _reads(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens [S, d_in] that each module reads without the adapter, one sample at a time."""
+    seen: dict[str, list[Tensor]] = {}
+    keep = lambda name: lambda _m, args: seen.setdefault(name, []).append(args[0][0].double())  # noqa: E731
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in _layers(model).items()]
+    with torch.no_grad(), model.disable_adapter():
+        for sample in _samples(batch):
+            model(input_ids=sample["input_ids"])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 def _samples(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 if __package__ in (
     None,
@@ -24,12 +24,17 @@ if __package__ in (
 from bench.common import Ceilings, Recorder, free, measure_ceilings
 
 import torch  # isort: skip
-from bench import gates, importance, merging, passes
-from bench.shapes import SHAPES
+from bench import estimates, gates, importance, inputs, merging, passes
+from bench.shapes import SHAPES, Shape
 
 T = TypeVar("T")
-STAGES = ("passes", "merge", "svd", "checkpointing", "importance", "peers", "ranks", "attention", "models")
-SCALES = {"tiny": ("llama-tiny", 4, 64, 32), "small": ("llama-small", 4, 128, 64), "full": ("llama-2-7b", 8, 512, 256)}
+STAGES = ("passes", "inputs", "merge", "svd", "checkpointing", "importance", "peers", "ranks", "attention", "models")
+# Model, batch, length, rows of each Fisher, columns of the sketch of inputs: the last shrinks with the width, as all else does.
+SCALES = {
+    "tiny": ("llama-tiny", 4, 64, 32, 32),
+    "small": ("llama-small", 4, 128, 64, 64),
+    "full": ("llama-2-7b", 8, 512, 256, estimates.INPUT_RANK),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +74,7 @@ class Run:
         self.dtype, self.left = dtype, left
         self.shape, self.rank, self.targets = SHAPES[options.model], options.rank, options.targets
         self.pass_ms: dict[str, float] = {}
+        self.input_ms: tuple[float, float] | None = None
         self.failures = 0
 
     def attempt(self, name: str, part: Callable[[], T]) -> T | None:
@@ -84,6 +90,9 @@ class Run:
     def passes(self) -> None:
         self.pass_ms = self._passes()
 
+    def inputs(self) -> None:
+        self.input_ms = self._inputs(self.shape, self.record, self.options.repeats)
+
     def merge(self) -> None:
         """SST-Merge's own stages and its efficient peer, then end to end where the passes were measured."""
         where = {"rank": self.rank, "targets": self.targets, "device": self.options.device}
@@ -97,10 +106,9 @@ class Run:
             batches = -(-self.options.samples // self.options.batch)
             both = batches * sum(self.pass_ms[name] for name in names)
             for scope, total in totals.items():
-                self.record(
-                    "end to end", f"SST-Merge {scope}", ms=both + total, basis="sum of measured", rank=self.rank,
-                    targets=self.targets, batch=self.options.batch, length=self.options.length,
-                    note=f"2 x {batches} Fisher batches {both:.0f} ms + solve, filter, export {total:.0f} ms",
+                record_whole(
+                    self.record, scope, batches, both, total, self.input_ms, rank=self.rank, targets=self.targets,
+                    batch=self.options.batch, length=self.options.length,
                 )  # fmt: skip
 
     def svd(self) -> None:
@@ -152,6 +160,7 @@ class Run:
                 length=self.options.length, device=self.options.device, dtype=self.dtype,
                 checkpointing=name == "llama-2-13b", variants=passes.VARIANTS[:4:2], repeats=3, time_left=self.left,
             )  # fmt: skip
+            self._inputs(shape, record, repeats=2)
             merging.sst_stages(
                 shape, record, self.ceilings64, rank=self.rank, targets=self.targets, samples=self.options.samples,
                 device=self.options.device, scopes=("global",), repeats=3,
@@ -164,6 +173,19 @@ class Run:
             self.shape, self.record, self.ceilings, batch=self.options.batch, length=self.options.length,
             device=self.options.device, dtype=self.dtype, repeats=self.options.repeats, time_left=self.left, **settings,
         )  # fmt: skip
+
+    def _inputs(self, shape: Shape, record: Recorder, repeats: int) -> tuple[float, float]:
+        """ms of one batch of the input pass and of the solve of its filter, sketched."""
+        options = self.options
+        where = {"rank": self.rank, "targets": self.targets, "columns": options.input_rank, "device": options.device}
+        spent = inputs.input_passes(
+            shape, record, self.ceilings, batch=options.batch, length=options.length, dtype=self.dtype, repeats=repeats,
+            **where,
+        )  # fmt: skip
+        free(options.device)
+        solved = inputs.input_filters(shape, record, dtype=self.dtype, repeats=repeats, **where)
+        name = inputs.name_of(options.input_rank)
+        return spent[name], solved[name]
 
     def _merge(self, **changes) -> dict[str, float]:
         settings = {"rank": self.rank, "targets": self.targets, "repeats": self.options.repeats} | changes
@@ -178,6 +200,31 @@ class Run:
 
     def _share(self, fraction: float) -> Callable[[], float]:
         return deadline(self.left() * fraction / 60)
+
+
+def record_whole(
+    record: Recorder,
+    scope: str,
+    batches: int,
+    fisher_ms: float,
+    merge_ms: float,
+    input_ms: tuple[float, float] | None,
+    **columns: Any,
+) -> None:
+    """End-to-end rows out of measured parts: without the input filter, and with it where it was measured."""
+    fishers = f"2 x {batches} Fisher batches {fisher_ms:.0f} ms"
+    merged = f"solve, filter, export {merge_ms:.0f} ms"
+    columns |= {"basis": "sum of measured"}
+    record(
+        "end to end", f"SST-Merge {scope}, input_filter 0", ms=fisher_ms + merge_ms, note=f"{fishers} + {merged}", **columns
+    )  # fmt: skip
+    if input_ms is not None:
+        batch_ms, solve_ms = input_ms
+        reading = 2 * batches * batch_ms
+        record(
+            "end to end", f"SST-Merge {scope}", ms=reading + solve_ms + fisher_ms + merge_ms, **columns,
+            note=f"2 x {batches} input batches {reading:.0f} ms + their filter {solve_ms:.0f} ms + {fishers} + {merged}",
+        )  # fmt: skip
 
 
 def deadline(minutes: float) -> Callable[[], float]:
@@ -195,6 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--samples", type=int, default=None, help="rows of each Fisher")
+    parser.add_argument("--input-rank", type=int, default=None, help="columns of the sketch of inputs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -202,7 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench-output")) / "llm.csv")
     options = parser.parse_args(arguments)
     options.scale = options.scale or ("full" if options.device.startswith("cuda") else "tiny")
-    for name, value in zip(("model", "batch", "length", "samples"), SCALES[options.scale]):
+    for name, value in zip(("model", "batch", "length", "samples", "input_rank"), SCALES[options.scale]):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

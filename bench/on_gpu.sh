@@ -3,7 +3,8 @@
 # come. A stage that fails does not stop the next.
 #
 #   bash bench/on_gpu.sh [STAGE...]      stages: build smoke tests llm ops gevp sanitizer ncu bench
-#   LLM_ARGS="--stages passes merge"  LLM_MINUTES=5  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+# llm holds the Fisher passes, the input pass with its filter, the merges and the whole (stages of `python -m bench.llm --help`).
+#   LLM_ARGS="--stages passes inputs merge"  LLM_MINUTES=5  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
 #   SST_COMMIT=abc1234                   where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -56,7 +57,7 @@ for name in "${STAGES[@]}"; do
         ;;
     sanitizer)
         for tool in memcheck racecheck; do
-            for part in ops gevp; do
+            for part in ops inputs gevp; do
                 PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool-$part" "${SANITIZER_LIMIT:-60}" compute-sanitizer --tool "$tool" \
                     --error-exitcode 7 --print-limit 20 python3 -m bench.profile "$part" --small --capture
             done

@@ -95,7 +95,7 @@ def fisher_passes(
     def plain(frozen: bool, *, warmup: int = 1) -> Measured:
         model.requires_grad_(False)
         if not frozen:
-            _train_adapters(model)
+            train_adapters(model)
         context = _input_gradients(model) if frozen else nullcontext()
         with context:
             return measure(Pass(model, tokens), device, repeats=repeats, warmup=warmup)
@@ -181,7 +181,8 @@ def _added_bytes(shape: Shape, variant: Variant, common: dict[str, Any]) -> floa
     return 2.0 * tokens * per_token
 
 
-def _train_adapters(model: Any) -> None:
+def train_adapters(model: Any) -> None:
+    """Gradients for the adapters' own weights."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)

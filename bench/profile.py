@@ -31,7 +31,7 @@ if __name__ != "profile":
 
     import torch  # isort: skip
     import sst_kernels as sst
-    from bench import passes, workload
+    from bench import estimates, gates, inputs, passes, workload
     from bench.shapes import SHAPES, Shape
     from sst_kernels import ops
 
@@ -93,6 +93,16 @@ def stage_pass(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     return step
 
 
+def stage_inputs(shape: Shape, device: str, small: bool) -> Callable[[], None]:
+    """A batch of the input pass, sketched at 512 columns."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    shape, columns = (gates.GATE_SHAPE, 8) if small else (shape, estimates.INPUT_RANK)
+    batch, length = (3, 37) if small else (8, 512)
+    model = workload.build_model(shape, rank=16, length=length, device=device, dtype=dtype).requires_grad_(False)
+    sst.input_moments(model, "safety", rank=columns).__enter__()
+    return inputs.Forward(model, workload.token_batch(shape, batch, length, device))
+
+
 def stage_merge(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     """Pencil, filter and coordinates of the patch, in core space, 256 + 256 rows."""
     shape, samples = (shape.with_layers(2), 16) if small else (shape, 256)
@@ -102,7 +112,7 @@ def stage_merge(shape: Shape, device: str, small: bool) -> Callable[[], None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    stages = {"ops": stage_ops, "gevp": stage_gevp, "pass": stage_pass, "merge": stage_merge}
+    stages = {"ops": stage_ops, "gevp": stage_gevp, "inputs": stage_inputs, "pass": stage_pass, "merge": stage_merge}
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)

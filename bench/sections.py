@@ -122,6 +122,56 @@ def _pass_line(row: Row) -> list[str]:
     ]
 
 
+def _inputs(results: Results) -> dict[str, Any]:
+    """The input pass: measured beside a forward pass and a training step, its filter, and the arithmetic of the large shapes."""
+
+    def build(rows: list[Row]) -> str:
+        named = {r["variant"]: r for r in rows}
+        step = value(named.get("training step"))
+        head = ["what", "batch", "time", "IQR", "of the forward pass", "of the training step", "state, one side", "above the pass",
+                "floor", "basis"]  # fmt: skip
+        return table(head, [_input_line(row, step) for row in rows if row["ms"]])
+
+    lines = []
+    for name in LARGE:
+        shape = SHAPES[name]
+        forward = shape.forward_flops(8, 512, 16) / (8 * 512)
+        for columns in (estimates.INPUT_RANK, None):
+            added = estimates.input_flops(shape, columns)
+            lines.append([
+                f"{name}, {'whole' if columns is None else f'sketch l={columns}'}",
+                size(estimates.input_bytes(shape, columns)),
+                f"{added / 1e9:.2f} G",
+                f"{100 * added / forward:.0f} %",
+                times(estimates.input_share(shape, columns)),
+            ])  # fmt: skip
+    head = [
+        "all-linear",
+        "state, one side",
+        "operations per token",
+        "of the forward pass",
+        "input pass, of the training step",
+    ]
+    return {"inputs": _parts(results, build, "inputs"), "inputs_arithmetic": table(head, lines)}
+
+
+def _input_line(row: Row, step: float | None) -> list[str]:
+    above, solve = value(row, "above_plain_mib"), row["variant"].startswith("filter_inputs")
+    share = None if step is None or row["variant"] == "training step" else value(row) / step
+    return [
+        row["variant"] + (", both sides" if solve else ""),
+        f"{row['batch']} x {row['length']}" if row["batch"] else "–",
+        milliseconds(value(row)),
+        milliseconds(value(row, "iqr_ms")),
+        times(value(row, "ratio")),
+        "–" if solve else times(share),
+        "–" if solve else size(value(row, "state_bytes")),
+        "–" if above is None else size(max(0.0, above) * 2**20),
+        milliseconds(value(row, "floor_ms")) + (" (added)" if row["state_bytes"] and row["floor_ms"] else ""),
+        row["basis"],
+    ]
+
+
 def _solves(results: Results) -> dict[str, Any]:
     def build(rows: list[Row]) -> str:
         head = ["stage", "what", "time", "IQR", "floor", "peak memory", "error"]
@@ -177,6 +227,31 @@ def _against_step(results: Results) -> dict[str, Any]:
     ]
     head = ["model", "Fisher pass", "machine", "of the plain step", "basis"]
     return {"against_step": table(head, body) if body else "Not measured yet.", "against_step_sources": sources(rows)}
+
+
+def _preparation(results: Results) -> dict[str, Any]:
+    """The passes of a merge over its data, in training steps on the same rows."""
+    body, cited = [], []
+    for where_name, where in STATIONS:
+        for name in SHAPES:
+            match = {"model": name, "rank": "16", "targets": "all-linear"}
+            fisher, step = (
+                results.one(where, stage=stage, variant=variant, **match)
+                for stage, variant in (("pass", "core/full"), ("inputs", "training step"))
+            )
+            reading = next(
+                (r for r in results.all(where, stage="inputs", **match) if r["variant"].startswith("sketch")), None
+            )
+            if not (fisher and step and reading):
+                continue
+            one, read = value(fisher, "ratio"), value(reading) / value(step)
+            body.append([name, where_name, times(one), times(read), times(one + read), times(2 * one + read)])
+            cited += [fisher, reading, step]
+    head = ["model", "machine", "Fisher pass", "input pass", "a row of refusals: both", "a benign row: two draws"]
+    return {
+        "preparation": table(head, body) if body else "Not measured yet.",
+        "preparation_sources": sources(cited),
+    }
 
 
 def _peers(results: Results) -> dict[str, Any]:
@@ -269,10 +344,12 @@ SECTIONS = (
     _structures,
     _ops,
     _passes,
+    _inputs,
     _solves,
     _merges,
     _kfac,
     _against_step,
+    _preparation,
     _peers,
     _importance,
     _scaling,

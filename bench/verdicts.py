@@ -13,60 +13,103 @@ HEADLINE = {"model": "llama-2-7b", "rank": "16", "targets": "all-linear"}
 
 
 def _targets(results: Results) -> dict[str, Any]:
-    """Every target of the 7B shape, measured or open."""
-    find = lambda stage, variant: results.one(is_gpu, stage=stage, variant=variant, **HEADLINE)  # noqa: E731
-    merged, dare = find("merge", "SST-Merge global: subspace + filter + export"), find("merge", "PEFT dare_linear_svd")
-    whole, core = find("end to end", "SST-Merge global"), _fastest_core_space(results, is_gpu, HEADLINE)
-    export = results.one(is_gpu, stage="export", variant="global, transform + concatenate + write", **HEADLINE)
-    full, diagonal, streamed = (
-        find("pass", name) for name in ("core/full", "factor/diagonal", "factor/kronecker_lowrank l=64")
-    )
-    ours, theirs = value(merged), (value(core) or 0) + (value(export) or 0)
+    """Every target of the 7B shape on a GPU, measured or open, beside the same ratios of the scaled-down shape on a CPU."""
+    large, cited = _figures(results, is_gpu, HEADLINE)
+    small, also_cited = _figures(results, lambda row: not is_gpu(row), HEADLINE | {"model": "llama-small"})
     share = estimates.row_bytes(SHAPES["llama-2-7b"], 16, 256) / SHAPES["llama-2-7b"].kfac_bytes()
-    lines = [
-        ("Fisher pass (core/full) over plain forward + backward", value(full, "ratio"), 1.05, times),
-        ("core/full: memory above plain", _mib(full), 100 * 2**20, size),
-        ("factor/diagonal over plain", value(diagonal, "ratio"), 1.05, times),
-        ("factor/diagonal: memory above plain", _mib(diagonal), 200 * 2**20, size),
-        ("factor/kronecker_lowrank l=64 over plain", value(streamed, "ratio"), 1.08, times),
-        ("factor/kronecker_lowrank l=64: memory above plain", _mib(streamed), 2**30, size),
-        ("GEVP + filter + export, all 224 modules, core space", ours, 1000.0, milliseconds),
-        ("Core Space merging + the same export, over ours (at least)", ours and core and theirs / ours, 0.5, times),
-        ("PEFT dare_linear_svd over SST-Merge end to end (at least)", _over(dare, whole), 5.0, times),
-        ("state, 256 + 256 rows, of dense K-FAC's (arithmetic)", share, 0.01, lambda x: f"{100 * x:.2f} %"),
-    ]
+    both = 1 + estimates.input_share(SHAPES["llama-2-7b"], estimates.INPUT_RANK)
+    targets = {
+        "fisher": ("Fisher pass (core/full) over plain forward + backward", 1.05, times),
+        "fisher mib": ("core/full: memory above plain", 100 * 2**20, size),
+        "diagonal": ("factor/diagonal over plain", 1.05, times),
+        "diagonal mib": ("factor/diagonal: memory above plain", 200 * 2**20, size),
+        "streamed": ("factor/kronecker_lowrank l=64 over plain", 1.08, times),
+        "streamed mib": ("factor/kronecker_lowrank l=64: memory above plain", 2**30, size),
+        "both": ("Fisher pass and input pass over plain forward + backward", 1.05, times),
+        "solve": ("GEVP + filter + export, all 224 modules, core space", 1000.0, milliseconds),
+        "solves": ("the same and the solve of the input filter", 1000.0, milliseconds),
+        "core space": ("Core Space merging + the same export, over ours (at least)", 0.5, times),
+        "peft": ("PEFT dare_linear_svd over SST-Merge end to end (at least)", 5.0, times),
+        "state": ("state, 256 + 256 rows, of dense K-FAC's (arithmetic)", 0.01, lambda x: f"{100 * x:.2f} %"),
+    }
+    large |= {"state": share}
+    if large["both"] is None:
+        large["both"], targets["both"] = both, (targets["both"][0] + " (at least, by arithmetic)", 1.05, times)
     rows, misses = [], []
-    for name, got, bound, write in lines:
+    for key, (name, bound, write) in targets.items():
         at_least = name.endswith("(at least)")
-        met = got is not None and (got >= bound if at_least else got <= bound)
-        verdict = "open" if got is None else "met" if met else "missed"
-        sign = "≥" if at_least else "≤"
-        rows.append(
-            [name.removesuffix(" (at least)"), "–" if got is None else write(got), f"{sign} {write(bound)}", verdict]
-        )
-        if verdict == "missed":
-            misses.append(name)
-    cited = [full, diagonal, streamed, merged, core, dare, whole]
+        name = name.removesuffix(" (at least)")
+        cells = []
+        for figures, ratios_only in ((small, True), (large, False)):
+            got = figures.get(key)
+            if ratios_only and write is not times:
+                got = None
+            met = got is not None and (got >= bound if at_least else got <= bound)
+            cells.append(("–" if got is None else write(got), "open" if got is None else "met" if met else "missed"))
+        (there, verdict_there), (here, verdict) = cells
+        if verdict_there != "open":
+            there += f", {verdict_there}"
+        rows.append([name, there, here, f"{'≥' if at_least else '≤'} {write(bound)}", verdict])
+        if "missed" in (verdict, verdict_there):
+            where = "" if verdict == "missed" else " (on the CPU)"
+            misses.append(f"- {name}{where}: {_PLANS[key.split(' ')[0]]}")
+    head = ["all-linear, r = 16", "llama-small, CPU", "Llama-2-7B, GPU", "target", "verdict for 7B"]
     return {
-        "targets": table(["Llama-2-7B, all-linear, r = 16", "measured", "target", "verdict"], rows),
-        "targets_sources": sources(cited),
-        "misses": "\n".join(f"- {name}: {_plan(name)}" for name in misses),
+        "targets": table(head, rows),
+        "targets_sources": sources([*cited, *also_cited]),
+        "misses": "\n".join(misses),
     }
 
 
+def _figures(
+    results: Results, where: Callable[[Row], bool], match: dict[str, str]
+) -> tuple[dict[str, float | None], list[Row | None]]:
+    """What the targets are about, of one model on one kind of machine, and the rows it comes from."""
+    find = lambda stage, variant: results.one(where, stage=stage, variant=variant, **match)  # noqa: E731
+    merged, dare = find("merge", "SST-Merge global: subspace + filter + export"), find("merge", "PEFT dare_linear_svd")
+    whole, core = find("end to end", "SST-Merge global"), _fastest_core_space(results, where, match)
+    export = find("export", "global, transform + concatenate + write")
+    passes = {
+        "fisher": find("pass", "core/full"),
+        "diagonal": find("pass", "factor/diagonal"),
+        "streamed": find("pass", "factor/kronecker_lowrank l=64"),
+    }
+    reading, filtering, step = _input_rows(results, where, match)
+    ours, fisher = value(merged), value(passes["fisher"], "ratio")
+    theirs = (value(core) or 0) + (value(export) or 0)
+    figures = {name: value(row, "ratio") for name, row in passes.items()}
+    figures |= {f"{name} mib": _mib(row) for name, row in passes.items()}
+    figures |= {
+        "both": fisher + value(reading) / value(step) if fisher and reading and step else None,
+        "solve": ours,
+        "solves": ours + value(filtering) if ours and filtering else None,
+        "core space": theirs / ours if ours and core else None,
+        "peft": _over(dare, whole),
+    }
+    return figures, [*passes.values(), merged, core, dare, whole, reading, filtering, step]
+
+
+def _input_rows(
+    results: Results, where: Callable[[Row], bool], match: dict[str, str]
+) -> tuple[Row | None, Row | None, Row | None]:
+    """The sketched input pass, the solve of its filter, and the training step measured beside it."""
+    rows = [row for row in results.all(where, stage="inputs", **match) if row["ms"]]
+    last = lambda start: next((row for row in reversed(rows) if row["variant"].startswith(start)), None)  # noqa: E731
+    return last("sketch"), last("filter_inputs, sketch"), last("training step")
+
+
 _PLANS = {
-    "Fisher pass": "the added time stands against its own floor in section (b); the hooks' launches are the rest",
-    "core/full: memory": "row buffers and the kept r-vectors of one batch are the whole of it; smaller batches bound it",
-    "factor/diagonal": "the moments are summed per module; one launch per shape, as core_outer has, removes the launches",
-    "factor/kronecker_lowrank": "modules of one input share its sketch already; the L2 hit rate of `ncu` says whether X is read once",
-    "GEVP": "the stage table of section (b) says where the time goes",
-    "Core Space": "a fold has a metric, hence a QR, of its own; metric='frobenius' shares one among all folds, folds=2 halves them",
-    "PEFT": "see the end-to-end table",
+    "fisher": "the added time stands against its own floor in section (b); the hooks' launches are the rest",
+    "diagonal": "the moments are summed per module; one launch per shape, as core_outer has, removes the launches",
+    "streamed": "modules of one input share its sketch already; the L2 hit rate of `ncu` says whether X is read once",
+    "both": "a forward pass is about half of a training step, so no kernel meets this; `input_filter: 0` leaves the input pass out, and "
+    "`--limit` reads fewer rows; whether fewer rows would do for the inputs alone is not measured",
+    "solve": "the stage table of section (b) says where the time goes",
+    "solves": "one eigendecomposition and one SVD per input and side, of order ℓ, one after the other; batched by width they would be few",
+    "core": "a fold has a metric, hence a QR, of its own; metric='frobenius' shares one among all folds, folds=2 halves them",
+    "peft": "nearly all of it is passes over data, which grow with the square of the width; SVDs grow with the cube, so the width of the "
+    "model decides",
 }
-
-
-def _plan(name: str) -> str:
-    return next(plan for start, plan in _PLANS.items() if name.startswith(start))
 
 
 def _models(results: Results) -> dict[str, Any]:
@@ -84,8 +127,11 @@ def _models(results: Results) -> dict[str, Any]:
                 variant="SST-Merge global: subspace + filter + export",
             )  # fmt: skip
             step, total = value(frozen) or value(full), value(solve)
-            whole = None if step is None or total is None else 64 * step + total
-            cited += [plain, full, frozen, solve]
+            match = {"model": name, "rank": "16", "targets": "all-linear"}
+            reading, filtering, _ = _input_rows(results, is_gpu, match)
+            reads = 64 * value(reading) + value(filtering) if reading and filtering else None
+            whole = None if step is None or total is None or reads is None else reads + 64 * step + total
+            cited += [plain, full, frozen, solve, reading, filtering]
             peak = value(full, "peak_mib") or value(frozen, "peak_mib")
             peak = None if peak is None else peak * 2**20 + estimates.weight_bytes(SHAPES[name])
             body.append(
@@ -94,6 +140,7 @@ def _models(results: Results) -> dict[str, Any]:
                     milliseconds(value(plain)),
                     times(value(full, "ratio")),
                     times(value(frozen, "ratio")),
+                    milliseconds(reads),
                     milliseconds(total),
                     milliseconds(whole),
                     size(peak),
@@ -104,6 +151,7 @@ def _models(results: Results) -> dict[str, Any]:
         "plain step 8 x 512",
         "core/full",
         "core/full frozen",
+        "input passes + their filter",
         "solve + filter + export",
         "256 + 256 sequences, whole",
         "peak with weights",
@@ -119,19 +167,29 @@ def _fits(results: Results) -> dict[str, Any]:
             rows.append(
                 [f"{name}, r = {rank}", f"{estimates.coordinates(SHAPES[name], rank):,}".replace(",", " "), *cells]
             )
-    return {"fits": table(["model", "n", "24 GB", "40 GB", "80 GB"], rows)}
+    reads = []
+    for name in LARGE:
+        for columns in (estimates.INPUT_RANK, None):
+            fits = ["yes" if estimates.fits_inputs(SHAPES[name], columns, gib) else "no" for gib in (24, 40, 80)]
+            kept = "whole" if columns is None else f"sketch l={columns}"
+            reads.append([f"{name}, {kept}", size(estimates.input_peak(SHAPES[name], columns)), *fits])
+    return {
+        "fits": table(["model", "n", "24 GB", "40 GB", "80 GB"], rows),
+        "fits_inputs": table(["input pass", "beside the weights", "24 GB", "40 GB", "80 GB"], reads),
+    }
 
 
 def _needs(results: Results) -> dict[str, Any]:
     study = estimates.Study()
     plain = results.one(is_gpu, stage="pass", variant="plain", **HEADLINE)
     fisher = results.one(is_gpu, stage="pass", variant="core/full frozen", **HEADLINE) or plain
+    reading, _, _ = _input_rows(results, is_gpu, HEADLINE)
     shape = SHAPES["llama-2-7b"]
     store = study.models * study.tasks * study.seeds
     adapter = 2 * 4 * 16 * sum(p + q for p, q in shape.modules().values())
     rows = []
-    if plain is not None:
-        hours = study.hours(value(plain), value(fisher))
+    if plain is not None and reading is not None:
+        hours = study.hours(value(plain), value(fisher), value(reading))
         rows = [[part, f"{three(h)} GPU hours"] for part, h in hours.items()]
         rows.append(["in total, on one GPU of this kind", f"{three(sum(hours.values()))} GPU hours"])
     else:
@@ -147,7 +205,7 @@ def _needs(results: Results) -> dict[str, Any]:
     ]
     note = (
         "Estimated. The hours take the measured step of Llama-2-7B for both models, and "
-        f"{study.generated_per_second:.0f} generated tokens per second and GPU. " + sources([plain, fisher])
+        f"{study.generated_per_second:.0f} generated tokens per second and GPU. " + sources([plain, fisher, reading])
     )
     return {"needs": table(["what", "how much"], rows), "needs_note": note}
 

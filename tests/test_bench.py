@@ -5,12 +5,28 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 import sst_kernels as sst
-from bench import baselines, common, estimates, export, gates, llm, op_cases, ops, passes, results, scaling, workload
+from bench import (
+    baselines,
+    common,
+    estimates,
+    export,
+    gates,
+    inputs,
+    llm,
+    op_cases,
+    ops,
+    passes,
+    results,
+    scaling,
+    workload,
+)
 from bench.shapes import SHAPES, Shape
 from sst_kernels.testing import error_ratio
 
@@ -59,6 +75,11 @@ class TestShapes:
         square = 6 * batch * length**2 * shape.hidden * shape.layers  # eager attention computes the masked half too
         first = 2 * batch * length * 3 * (64 * 64 + 4 * 64)  # q, k, v of the first layer: their input needs no gradient
         assert counter.get_total_flops() == shape.step_flops(batch, length, 4) + square - first
+        forward = inputs.Forward(model, step.batch)
+        with FlopCounterMode(display=False) as counter:
+            forward()
+        logits = 2 * batch * shape.hidden * shape.vocabulary  # of the last token of each sequence
+        assert counter.get_total_flops() == shape.forward_flops(batch, length, 4) + square / 3 + logits
 
 
 class TestClock:
@@ -193,6 +214,54 @@ class TestCallsOfAPass:
         assert hooked[1] - plain[1] <= 6
 
 
+class TestInputPass:
+    def test_gate(self):
+        assert gates.inputs_gate("cpu") < 1e-5
+
+    @pytest.mark.parametrize("columns", [None, 4])
+    @pytest.mark.parametrize("targets", ["all-linear", "attention"])
+    def test_arithmetic_of_the_state_is_that_of_the_pass(self, columns, targets):
+        where = {"rank": 2, "targets": targets, "length": 16, "device": "cpu", "dtype": torch.float32}
+        model = workload.build_model(TINY, **where)
+        with sst.input_moments(model, "safety", rank=columns) as moments:
+            inputs.Forward(model, workload.token_batch(TINY, 2, 16, "cpu"))()
+        assert moments.nbytes == estimates.input_bytes(TINY, columns, targets)
+
+    @pytest.mark.parametrize("columns", [None, 16])
+    def test_the_solve_stays_within_the_arrays_foreseen(self, columns):
+        shape = Shape("wide", "llama", 96, 160, 1, 4, 4, 61)
+        model = workload.build_model(shape, rank=2, length=16, device="cpu", dtype=torch.float32)
+        sides = []
+        for seed in (1, 2):
+            with sst.input_moments(model, "safety", rank=columns) as moments:
+                inputs.Forward(model, workload.token_batch(shape, 4, 16, "cpu", seed=seed))()
+            sides.append(moments)
+        peak = 2**20 * common.peak_mib(lambda: sst.filter_inputs(*sides, inputs.MU))
+        kept = min(columns or 160, 160)
+        assert 0.5 < peak / (8 * 160 * kept * estimates.SOLVE_ARRAYS) < 1.25
+
+    def test_contestants_take_turns_inside_their_contexts(self):
+        said = []
+
+        @contextmanager
+        def around(name):
+            said.append(f"enter {name}")
+            yield
+            said.append(f"leave {name}")
+
+        turns = {name: (partial(said.append, name), partial(around, name)) for name in "ab"}
+        timed = inputs.in_turn(turns, "cpu", 2)
+        assert said == ["enter a", "a", "leave a", "enter b", "b", "leave b"] * 3
+        assert [len(measured.times) for measured in timed.values()] == [2, 2]
+
+    def test_the_whole_is_the_sum_of_its_parts(self, tmp_path):
+        record = common.Recorder(tmp_path / "llm.csv", "cpu", model="m")
+        llm.record_whole(record, "global", 3, 100.0, 10.0, (4.0, 7.0), rank=16)
+        bare, whole = record.rows
+        assert (bare["variant"], float(bare["ms"])) == ("SST-Merge global, input_filter 0", 110)
+        assert (whole["variant"], float(whole["ms"])) == ("SST-Merge global", 110 + 2 * 3 * 4 + 7)
+
+
 class TestOpCases:
     @pytest.mark.parametrize("op", op_cases.CASES)
     def test_both_forms_are_right(self, op):
@@ -222,6 +291,17 @@ class TestEstimates:
     def test_dense_kfac_of_7b(self):
         assert SHAPES["llama-2-7b"].kfac_bytes() / 2**30 == pytest.approx(65.4, abs=0.1)
 
+    def test_moments_of_inputs_of_7b(self):
+        shape = SHAPES["llama-2-7b"]
+        widths = 32 * (3 * 4096 + 11008)
+        assert estimates.input_bytes(shape, 512) == 4 * 512 * widths
+        assert estimates.input_flops(shape, 512) == 4 * 512 * widths
+        assert estimates.input_bytes(shape, None) == 4 * estimates.input_flops(shape, None)
+        assert estimates.input_flops(shape, None) == 32 * (3 * 4096**2 + 11008**2)
+        assert 0.5 < estimates.input_share(shape, 512) < estimates.input_share(shape, None) < 0.75
+        assert estimates.fits_inputs(shape, 512, 24)
+        assert not estimates.fits_inputs(shape, None, 40)
+
     def test_a_card_that_cannot_hold_the_weights_fits_nothing(self):
         assert estimates.most_samples(SHAPES["llama-2-13b"], 16, 24) == 0
         assert (
@@ -247,10 +327,10 @@ def test_power_law_fit_recovers_its_exponent():
 def test_every_stage_of_the_llm_bench_runs(tmp_path):
     out = tmp_path / "llm.csv"
     assert llm.main(["--scale", "tiny", "--batch", "2", "--length", "16", "--samples", "8", "--repeats", "1", "--minutes", "5",
-                     "--stages", "passes", "merge", "svd", "importance", "peers", "--out", str(out)]) == 0  # fmt: skip
+                     "--stages", "passes", "inputs", "merge", "svd", "importance", "peers", "--out", str(out)]) == 0  # fmt: skip
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {"gate", "ceiling", "pass", "gevp", "filter", "export", "merge", "end to end", "importance"} <= {
+    assert {"gate", "ceiling", "pass", "gevp", "filter", "export", "inputs", "merge", "end to end", "importance"} <= {
         r["stage"] for r in rows
     }
     assert all(math.isfinite(float(r["ms"])) for r in rows if r["ms"])

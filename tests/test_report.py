@@ -60,6 +60,25 @@ def test_verdicts_follow_the_rows(tmp_path):
     assert verdict["factor/kronecker_lowrank l=64 over plain"] == "open"
 
 
+def test_the_input_pass_counts_beside_the_fisher_pass_and_not_within_it(tmp_path):
+    rows = [
+        row(),
+        row(variant="core/full", ms="255", ratio="1.02"),
+        row(stage="inputs", variant="forward", ms="100"),
+        row(stage="inputs", variant="sketch l=512", ms="110"),
+        row(stage="inputs", variant="training step", ms="200"),
+        row(stage="inputs", variant="filter_inputs, sketch l=512", ms="300", batch="", length=""),
+        row(stage="merge", variant="SST-Merge global: subspace + filter + export", ms="900"),
+    ]
+    text = report.render(folder(tmp_path, rows))
+    targets = [line for line in text.split("## (a)")[0].splitlines() if line.startswith("| ")]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:-1]] for line in targets}
+    assert cells["Fisher pass (core/full) over plain forward + backward"] == ["1.02x", "≤ 1.05x", "met"]
+    assert cells["Fisher pass and input pass over plain forward + backward"] == ["1.57x", "≤ 1.05x", "missed"]
+    assert cells["the same and the solve of the input filter"] == ["1.20 s", "≤ 1.00 s", "missed"]
+    assert "| llama-2-7b | GPU | 1.02x | 0.550x | 1.57x | 2.59x |" in text
+
+
 def test_the_last_measurement_of_a_subject_stands(tmp_path):
     found = folder(tmp_path, [row(ms="1"), row(ms="2"), row(ms="", basis="skipped")])
     assert [r["ms"] for r in found.all(variant="plain")] == ["2"]
