@@ -11,7 +11,7 @@ PLAIN = Config("plain", None, None, "", "", 0.0, "", "", opening=1.0, cost_label
 BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.04, 0.06)
 WIDE = (0.004, 0.015, 0.04)
 FEW = (0.004, 0.015)
-ONE = (0.015,)
+ONE = (0.004,)  # where the filter still chooses: the patch of the default reads is whole near 0.01
 
 
 def plain(s: Study) -> None:
