@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ COLUMNS = (
     "ms", "iqr_ms", "runs", "plain_ms", "ratio", "peak_mib", "above_plain_mib", "state_bytes", "bytes", "flops", "floor_ms",
     "launches", "syncs", "error", "note", "device", "driver", "versions", "commit", "date",
 )  # fmt: skip
+Turn = tuple[Callable[[], Any], Callable[[], AbstractContextManager]]
 PACKAGES = ("torch", "triton", "transformers", "peft", "scipy")
 
 
@@ -141,6 +142,18 @@ def measure(
             if seconds is not None and time.monotonic() - start > seconds:
                 break
     return Measured(times, peak.mib)
+
+
+def in_turn(turns: dict[str, Turn], device: str, repeats: int) -> dict[str, Measured]:
+    """Each call timed inside its own context, all of them once a round, after one round that is not timed: drift hits all alike."""
+    clock, times = stopwatch(device), {name: [] for name in turns}
+    for number in range(repeats + 1):
+        for name, (run, context) in turns.items():
+            with context():
+                spent = clock(run)
+            if number:
+                times[name].append(spent)
+    return {name: Measured(found) for name, found in times.items()}
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:

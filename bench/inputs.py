@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 import sst_kernels as sst
 from bench import estimates, gates
-from bench.common import Ceilings, Measured, Recorder, free, measure, peak_mib, stopwatch
+from bench.common import Ceilings, Recorder, Turn, free, in_turn, measure, peak_mib
 from bench.passes import Pass, train_adapters
 from bench.shapes import Shape
 from bench.workload import build_model, token_batch
 
 MU = 3.0  # what recipes weigh benign inputs with
 WHOLE_UP_TO = 2048  # widest input whose [d, d] moments are solved here: recipes sketch wider ones
-Turn = tuple[Callable[[], None], Callable[[], AbstractContextManager]]
 
 
 def name_of(columns: int | None) -> str:
@@ -119,18 +118,6 @@ def input_filters(
         )  # fmt: skip
         free(device)
     return totals
-
-
-def in_turn(turns: dict[str, Turn], device: str, repeats: int) -> dict[str, Measured]:
-    """Each call timed inside its own context, all of them once a round, after one round that is not timed: drift hits all alike."""
-    clock, times = stopwatch(device), {name: [] for name in turns}
-    for number in range(repeats + 1):
-        for name, (run, context) in turns.items():
-            with context():
-                spent = clock(run)
-            if number:
-                times[name].append(spent)
-    return {name: Measured(found) for name, found in times.items()}
 
 
 @contextmanager

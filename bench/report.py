@@ -13,6 +13,7 @@ from bench.common import ROOT
 from bench.estimates import Study
 from bench.results import FOLDER, Results
 from bench.sections import SECTIONS
+from bench.sections_passes import PASSES
 from bench.verdicts import VERDICTS
 
 TEMPLATE = ROOT / "bench" / "report.md.j2"
@@ -24,7 +25,7 @@ def render(results: Results) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     context: dict[str, Any] = {"study": Study()}
-    for section in (*SECTIONS, *VERDICTS):
+    for section in (*SECTIONS, *PASSES, *VERDICTS):
         context |= section(results)
     return template.render(context)
 

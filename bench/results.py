@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.common import COLUMNS, ROOT
+from bench.shapes import SHAPES
 
 FOLDER = ROOT / "bench" / "results"
 Row = dict[str, str]
@@ -14,6 +15,9 @@ Row = dict[str, str]
 
 def is_gpu(row: Row) -> bool:
     return row["device"].startswith("NVIDIA")
+
+
+STATIONS: tuple[tuple[str, Callable[[Row], bool]], ...] = (("GPU", is_gpu), ("CPU", lambda row: not is_gpu(row)))
 
 
 class Results:
@@ -49,6 +53,20 @@ class Results:
 def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def parts(results: Results, build: Callable[[list[Row]], str], *stages: str) -> list[dict[str, str]]:
+    """One table per model, rank and targets over the rows of `stages`, GPU first."""
+    found, order = [], list(SHAPES)
+    for _, where in STATIONS:
+        groups: dict[tuple[str, str, str], list[Row]] = {}
+        for row in (row for stage in stages for row in results.all(where, stage=stage)):
+            if row["model"] in SHAPES:
+                groups.setdefault((row["model"], row["rank"], row["targets"]), []).append(row)
+        for key in sorted(groups, key=lambda k: (order.index(k[0]), k[2], k[1] != "16", int(k[1] or 0))):
+            title = f"{key[0]}, {key[2]}, r = {key[1]} ({'GPU' if is_gpu(groups[key][0]) else 'CPU'})"
+            found.append({"title": title, "table": build(groups[key]), "sources": sources(groups[key])})
+    return found
 
 
 def fullest(rows: list[Row]) -> list[Row]:

@@ -250,7 +250,7 @@ class TestInputPass:
             said.append(f"leave {name}")
 
         turns = {name: (partial(said.append, name), partial(around, name)) for name in "ab"}
-        timed = inputs.in_turn(turns, "cpu", 2)
+        timed = common.in_turn(turns, "cpu", 2)
         assert said == ["enter a", "a", "leave a", "enter b", "b", "leave b"] * 3
         assert [len(measured.times) for measured in timed.values()] == [2, 2]
 
