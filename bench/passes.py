@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import sst_kernels as sst
-from bench.common import Ceilings, Measured, Recorder, count_calls, free, measure
+from bench.common import Ceilings, Recorder, count_calls, free, in_turn, measure, peak_mib
 from bench.shapes import Shape
 from bench.workload import build_model, token_batch
 
@@ -91,17 +91,9 @@ def fisher_passes(
     flops = shape.step_flops(batch, length, rank, targets) * (1.5 if checkpointing else 1.0)
     plain_columns = common | {"flops": flops, "floor_ms": ceilings.floor_ms(0.0, flops)}
     results: dict[str, float] = {}
-
-    def plain(frozen: bool, *, warmup: int = 1) -> Measured:
-        model.requires_grad_(False)
-        if not frozen:
-            train_adapters(model)
-        context = _input_gradients(model) if frozen else nullcontext()
-        with context:
-            return measure(Pass(model, tokens), device, repeats=repeats, warmup=warmup)
-
     try:
-        first = plain(False, warmup=2)
+        train_adapters(model)
+        first = measure(Pass(model, tokens), device, repeats=repeats, warmup=2)
         record("pass", f"plain{suffix}", first, **plain_columns, **_calls(Pass(model, tokens), device))
         results["plain"] = first.median
         for variant in variants:
@@ -109,7 +101,7 @@ def fisher_passes(
                 record("pass", variant.name + suffix, **common, basis="skipped", note="time budget spent")
                 continue
             try:
-                results |= _one(variant, model, tokens, plain, record, common, shape, ceilings, device, suffix, repeats)
+                results |= _one(variant, model, tokens, record, common, shape, ceilings, device, suffix, repeats)
             except Exception as error:  # one variant that fails must not cost the others
                 _failed(record, variant.name + suffix, common, error)
             free(device)
@@ -118,46 +110,74 @@ def fisher_passes(
     return results
 
 
-def _one(variant, model, tokens, plain, record, common, shape, ceilings, device, suffix, repeats) -> dict[str, float]:
-    """One variant between two measurements of the plain step, which cancels drift."""
-    before = plain(variant.frozen)
+def _one(variant, model, tokens, record, common, shape, ceilings, device, suffix, repeats) -> dict[str, float]:
+    """One variant and the plain step in turn, which cancels drift."""
     options = dict(variant.options)
     if variant.layers is not None:
         options["modules"] = "|".join(rf"model\.layers\.{i}\..*" for i in range(variant.layers))
-    step = Pass(model, tokens, variant.sampled)
-    with sst.fisher_accumulate(
+    accumulator = sst.fisher_accumulate(
         model, "safety", space=variant.space, structure=variant.structure, **options
-    ) as accumulator:
-        timed = measure(step, device, repeats=repeats, warmup=2)
-        calls = _calls(step, device)
+    )  # fmt: skip
+    plain, step = Pass(model, tokens), Pass(model, tokens, variant.sampled)
+    turns = {
+        "plain": (plain, lambda: _bare(model, variant.frozen)),
+        "hooked": (step, lambda: _hooked(model, variant.frozen, accumulator)),
+    }
+    timed = in_turn(turns, device, repeats)
+    peaks = {}
+    for name, (run, context) in turns.items():
+        with context():
+            peaks[name] = peak_mib(run, device)
+            calls = _calls(run, device)
     state, adapted = accumulator.fisher.nbytes, len({block.module for block in accumulator.fisher.blocks.values()})
-    after = plain(variant.frozen, warmup=0)
-    reference = Measured(before.times + after.times, before.peak_mib)
-    modules = len(shape.modules(common["targets"]))
-    above = None if timed.peak_mib is None else timed.peak_mib - reference.peak_mib
-    note = "" if above is None else f"peak {above:.0f} MiB above plain"
-    added, basis = timed.median - reference.median, "measured"
+    modules, above = len(shape.modules(common["targets"])), peaks["hooked"] - peaks["plain"]
+    note = f"peak {max(0.0, above):.0f} MiB above plain"
+    reference, basis = timed["plain"].median, "measured"
+    added = timed["hooked"].median - reference
     if adapted < modules:
-        note = "; ".join(filter(None, [note, f"{adapted} of {modules} modules measured, overhead scaled"]))
+        note = f"{note}; {adapted} of {modules} modules measured, overhead scaled"
         added, state, basis = added * modules / adapted, int(state * modules / adapted), "scaled"
     extra = _added_bytes(shape, variant, common) if adapted == modules else None
     record(
         "pass",
         variant.name + suffix,
-        timed,
+        timed["hooked"],
         **common,
-        ms=reference.median + added,
-        ratio=1 + added / reference.median,
+        ms=reference + added,
+        ratio=1 + added / reference,
         basis=basis,
+        peak_mib=peaks["hooked"],
         state_bytes=state,
         bytes=extra,
         floor_ms=None if extra is None else ceilings.floor_ms(extra),
         **calls,
         above_plain_mib=above,
-        plain_ms=reference.median,
+        plain_ms=reference,
         note=note,
     )
-    return {variant.name: reference.median + added, f"plain for {variant.name}": reference.median}
+    return {variant.name: reference + added, f"plain for {variant.name}": reference}
+
+
+@contextmanager
+def _bare(model: Any, frozen: bool) -> Iterator[None]:
+    """The plain step: the adapters' own gradients, or in a frozen model those that start at the embeddings, as a frozen Fisher pass has."""
+    model.requires_grad_(False)
+    if not frozen:
+        train_adapters(model)
+        yield
+        return
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    yield
+    handle.remove()
+
+
+@contextmanager
+def _hooked(model: Any, frozen: bool, accumulator: Any) -> Iterator[None]:
+    model.requires_grad_(False)
+    if not frozen:
+        train_adapters(model)
+    with accumulator:
+        yield
 
 
 def _failed(record: Recorder, name: str, common: dict[str, Any], error: Exception) -> None:
@@ -186,16 +206,3 @@ def train_adapters(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
-
-
-class _input_gradients:
-    """Let a fully frozen model run a backward pass, as a frozen Fisher pass does: gradients start at the embeddings."""
-
-    def __init__(self, model: Any):
-        self.embeddings = model.get_input_embeddings()
-
-    def __enter__(self) -> None:
-        self.handle = self.embeddings.register_forward_hook(lambda _m, _i, out: out.requires_grad_())
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
