@@ -219,7 +219,7 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
             chosen = solvers()
             if large:
                 chosen = {name: solve for name, solve in chosen.items() if name.startswith(CONTENDERS)}
-            if n > 512:
+            if n > 512 or batch > 1:
                 chosen.pop("torch lobpcg, inverse", None)
             answers, peaks, seconds = {}, {}, {}
             for name, solve in chosen.items():

@@ -92,6 +92,12 @@ class Run:
 
     def inputs(self) -> None:
         self.input_ms = self._inputs(self.shape, self.record, self.options.repeats)
+        if self.options.scale == "small":  # the solve of one layer of the true width fits any machine
+            name, device = SCALES["full"][0], self.options.device
+            inputs.input_filters(
+                SHAPES[name], Recorder(self.options.out, device, model=name), rank=self.rank, targets=self.targets,
+                columns=estimates.INPUT_RANK, device=device, dtype=self.dtype, repeats=1,
+            )  # fmt: skip
 
     def merge(self) -> None:
         """SST-Merge's own stages and its efficient peer, then end to end where the passes were measured."""
