@@ -147,8 +147,9 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
                     PRECISION=precision,
                 )
             plan = moments.plan(p, q, wide, chip)
+            plan_short = moments.plan_short(plan, wide, dtype == "float16")
             for (kernel, options), (scaled, summed) in itertools.product(
-                ((moments.factor_moments_kernel, plan), (moments.short_moments_kernel, moments.plan_short(plan, wide))),
+                ((moments.factor_moments_kernel, plan), (moments.short_moments_kernel, plan_short)),
                 optional("scale", "sum"),
             ):
                 add(

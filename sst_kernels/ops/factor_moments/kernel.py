@@ -213,9 +213,9 @@ def short_samples(S: int, spans, scale) -> tuple[torch.Tensor, torch.Tensor, tor
     return _last_samples.keep((singles, others, longer.sum()), S, spans, scale)
 
 
-def plan_short(meta: dict, wide: bool) -> dict:
-    """The same for short samples, whose two products share the registers."""
-    BT = 16 if wide or meta["BP"] * meta["BQ"] > 1024 else 32
+def plan_short(meta: dict, wide: bool, half: bool) -> dict:
+    """The same for short samples, whose two products share the registers; float16 squares (`half`) have a third term there."""
+    BT = 16 if wide or meta["BP"] * meta["BQ"] > (512 if half else 1024) else 32
     return meta | {"BT": BT, "num_stages": 2 if wide else 3}
 
 
@@ -226,7 +226,8 @@ def factor_moments(left, right, spans, scale, sum, sumsq, precision, **override)
     meta = plan(p, q, wide, chip(left.device)) | override
     kernel, spans, samples = factor_moments_kernel, spans.contiguous(), (len(spans),)
     if short(S, len(spans), 32):
-        kernel, meta, samples = short_moments_kernel, plan_short(meta, wide), short_samples(S, spans, scale)
+        kernel, samples = short_moments_kernel, short_samples(S, spans, scale)
+        meta = plan_short(meta, wide, right.dtype == torch.float16)
     launch(
         kernel,
         (triton.cdiv(p, meta["BP"]) * triton.cdiv(q, meta["BQ"]),),

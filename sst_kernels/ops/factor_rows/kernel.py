@@ -58,8 +58,8 @@ def plan(p: int, q: int, N: int, wide: bool, chip: Chip) -> dict:
     while N * triton.cdiv(p, BP) * triton.cdiv(q, BQ) < 2 * chip.processors and max(BP, BQ) > 32:
         BP, BQ = (BP, BQ // 2) if BQ >= BP else (BP // 2, BQ)
     meta = {"BT": 32 if wide else 64, "BP": BP, "BQ": BQ, "num_warps": 4, "num_stages": 2 if wide else 4}
-    # sm_80's ptxas spills to reach one more block per processor, unless it is given a bound.
-    return meta if chip.reads_shared else meta | {"maxnreg": 255}
+    # sm_80's ptxas spills 16-bit tiles to reach one more block per processor unless it is given a bound, and float32 ones if it is.
+    return meta if chip.reads_shared or wide else meta | {"maxnreg": 255}
 
 
 def factor_rows(left, right, spans, scale, out, precision, **override):

@@ -134,7 +134,7 @@ def plan_project(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) ->
         "BL": BL,
         "num_warps": 4 if chip.reads_shared else 8,
         "num_stages": 3,
-    }
+    } | _bound(wide, chip)
 
 
 def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
@@ -147,9 +147,14 @@ def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
         "BT": 64 if chip.reads_shared and not wide else 32,
         "BD": BD,
         "BL": BL,
-        "num_warps": 4 if chip.reads_shared else 8,
+        "num_warps": 4 if chip.reads_shared or wide else 8,
         "num_stages": 3,
-    }
+    } | _bound(wide, chip)
+
+
+def _bound(wide: bool, chip: Chip) -> dict:
+    """float32 tiles are spilled to reach one more block per processor unless ptxas is given a bound, and on sm_80 if it is."""
+    return {"maxnreg": 255} if wide and chip.reads_shared else {}
 
 
 def project(x, u, precision, weights=None, squares=None, **override):
