@@ -79,9 +79,10 @@ def run(
 
 
 def contents(output: Path) -> dict[str, Any]:
-    """What two runs of one recipe must share: all files but the plots; of the report all but the seconds."""
+    """What two runs of one recipe must share: all files but the plots; of the report all but the seconds and the commit."""
     report = json.loads((output / "report.json").read_text())
     report.pop("seconds")
+    report["versions"].pop("commit")
     report["recipe"].pop("output")
     files = ("adapter_model.safetensors", "adapter_config.json")
     return {"report": report} | {name: (output / name).read_bytes() for name in files}

@@ -17,9 +17,10 @@ FILES = {"rows", "report.json", "report.md", "compare.html"}
 
 
 def table(output: Path) -> dict:
-    """The report, but for its seconds and its own place."""
+    """The report, but for its seconds, its own place, and the commit, which may be another when work goes on beside the tests."""
     report = json.loads((output / "report.json").read_text())
     report["context"]["recipe"].pop("output")
+    report["context"]["versions"].pop("commit")
     for row in report["rows"]:
         row.pop("merge_seconds")
         row.pop("evaluation_seconds")
