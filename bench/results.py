@@ -113,6 +113,10 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{three(ratio)}x"
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
 def sources(rows: Iterable[Row | None]) -> str:
     """Machine, commits and dates of rows, as every table of the report states them."""
     machines: dict[tuple[str, str], dict[str, dict[str, None]]] = {}

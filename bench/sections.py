@@ -13,6 +13,7 @@ from bench.results import (
     is_gpu,
     milliseconds,
     parts,
+    percent,
     size,
     sources,
     table,
@@ -118,11 +119,20 @@ def _kfac(results: Results) -> dict[str, Any]:
     rows = []
     for name in LARGE:
         shape = SHAPES[name]
-        ours = estimates.row_bytes(shape, 16, 256)
-        rows.append([name, size(shape.kfac_bytes()), size(ours), f"{100 * ours / shape.kfac_bytes():.2f} %"])
-    return {
-        "kfac": table(["all-linear, r = 16", "dense K-FAC, one Fisher", "SST-Merge, 256 + 256 rows", "share"], rows)
-    }
+        dense, fishers = shape.kfac_bytes(), estimates.row_bytes(shape, 16, 256)
+        moments = 2 * estimates.input_bytes(shape, estimates.INPUT_RANK)
+        rows.append(
+            [name, size(dense), size(fishers), percent(fishers / dense), size(moments), percent(moments / dense)]
+        )
+    head = [
+        "all-linear, r = 16",
+        "dense K-FAC, one Fisher",
+        "both Fishers, 256 + 256 rows",
+        "share",
+        "both input passes, l=512",
+        "share",
+    ]
+    return {"kfac": table(head, rows)}
 
 
 def _peers(results: Results) -> dict[str, Any]:
