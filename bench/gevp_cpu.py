@@ -219,8 +219,8 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
             chosen = solvers()
             if large:
                 chosen = {name: solve for name, solve in chosen.items() if name.startswith(CONTENDERS)}
-            if n > 512 or batch > 1:
-                chosen.pop("torch lobpcg, inverse", None)
+            if n > 256 or batch > 1:
+                chosen.pop("torch lobpcg, inverse", None)  # a hundred times as long as the others
             answers, peaks, seconds = {}, {}, {}
             for name, solve in chosen.items():
                 solve(stacked, k)
@@ -229,7 +229,7 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
                 answers[name] = solve(stacked, k)
                 seconds[name] = time.process_time() - start
                 peaks[name] = peak.mib()
-            rounds = 15 if n * batch <= 128 else 5 if n * batch <= 512 else 1 if n * batch >= 32768 or n >= 2048 else 2
+            rounds = 15 if n * batch <= 128 else 5 if n * batch <= 512 else 1 if n * batch >= 32768 or n >= 1024 else 2
             near = [name for name in chosen if seconds[name] < 10 * min(seconds.values())]
             seconds |= timed({name: partial(chosen[name], stacked, k) for name in near}, rounds)
             for name in chosen:
