@@ -9,6 +9,7 @@ import sst_kernels as sst
 from bench import baselines
 from bench.shapes import Shape
 from bench.workload import build_model, token_batch
+from sst_kernels.fisher.structures.moment import dense
 from sst_kernels.testing import error_ratio
 
 # float32 forward and backward passes of a few hundred terms, taken in two orders.
@@ -54,11 +55,11 @@ def inputs_gate(device: str) -> float:
     batch, found = sides[0]
     ratios = {}
     for name, x in _reads(model, batch).items():
-        ratios[f"inputs of {name}"] = error_ratio(_dense(found[None][name]), x.mT @ x / len(x))
+        ratios[f"inputs of {name}"] = error_ratio(dense(found[None][name]), x.mT @ x / len(x))
     for rank in (None, 8):
         gain, cost = (moments[rank] for _, moments in sides)
         for name, filtered in sst.filter_inputs(gain, cost, 3.0).items():
-            x, y = _dense(gain[name]), _dense(cost[name])
+            x, y = dense(gain[name]), dense(cost[name])
             both = x + 3.0 * y
             both.diagonal().add_(1e-6 * both.diagonal().mean())
             expected = torch.linalg.solve(both, x @ gain.reads[name].double().mT).mT
@@ -121,10 +122,6 @@ def _input_moments(model: nn.Module, batch: dict[str, Tensor], rank: int | None)
     with torch.no_grad(), sst.input_moments(model, "safety", rank=rank) as moments:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return moments
-
-
-def _dense(factor) -> Tensor:
-    return factor.times(torch.eye(len(factor.vectors), dtype=torch.float64, device=factor.vectors.device))
 
 
 def _reads(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import Fisher
+from sst_kernels.fisher.structures.moment import dense
 from tests.models import tiny_batch, tiny_lora
 
 FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 shards on GPUs only
@@ -54,7 +55,7 @@ def inputs(share: list[int], sketch: int | None, group: Any = None) -> dict[str,
     with input_moments(model, "safety", rank=sketch, group=group) as pass_:
         for i in share:
             model(**data[i])
-    whole = {name: factor.times(torch.eye(len(factor.vectors), dtype=torch.float64)) for name, factor in pass_.items()}
+    whole = {name: dense(moment) for name, moment in pass_.items()}
     return {"tokens": pass_.tokens, "shared": pass_.shared, "moments": whole}
 
 

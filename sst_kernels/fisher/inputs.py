@@ -17,7 +17,7 @@ from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, 
 from sst_kernels.fisher.loss import named_inputs, read_spans
 from sst_kernels.fisher.memory import estimate_moments, require
 from sst_kernels.fisher.passes import flat_tokens
-from sst_kernels.fisher.structures.moment import LowRankFactor, SecondMoment
+from sst_kernels.fisher.structures.moment import Moment, SecondMoment
 from sst_kernels.memo import Memo
 
 
@@ -55,7 +55,7 @@ def input_moments(
     return InputMoments(model, sites, rank, seed, group)
 
 
-class InputMoments(Mapping[str, LowRankFactor]):
+class InputMoments(Mapping[str, Moment]):
     """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module."""
 
     def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
@@ -70,8 +70,8 @@ class InputMoments(Mapping[str, LowRankFactor]):
         self._batch: tuple[int, int, Tensor] | None = None  # N, T and the spans of the batch that is run
         self._handles: list[Any] = []
 
-    def __getitem__(self, name: str) -> LowRankFactor:
-        return self._moments[self._leaders[name]].factor(self.tokens)
+    def __getitem__(self, name: str) -> Moment:
+        return self._moments[self._leaders[name]].mean(self.tokens)
 
     def __iter__(self):
         return iter(self._leaders)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sst_kernels.fisher.inputs import InputMoments
-from sst_kernels.fisher.structures.moment import LowRankFactor
+from sst_kernels.fisher.structures.moment import Moment, dense
 
 _LEVEL = 1e-6  # share of the mean eigenvalue that is added everywhere: directions that nobody has shown are closed
+_ROUNDING = 1e-4  # share of the diagonal that is added to it: float32 sums of products are off by less, coordinate by coordinate
 
 
 def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str, Tensor]:
@@ -26,34 +29,34 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
     if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
         raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
     out: dict[str, Tensor] = {}
-    kept: dict[str, tuple[LowRankFactor, _Inverse]] = {}
+    kept: dict[str, tuple[Moment, Callable[[Tensor], Tensor]]] = {}
     for name, reads in gain.reads.items():
         leader = gain.shared[name]
         if leader not in kept:
-            kept = {leader: (gain[name], _Inverse(gain[name], cost[name], mu))}
+            moment = gain[name]
+            kept = {leader: (moment, _inverse(moment, cost[name], mu))}
         moment, inverse = kept[leader]
-        wide = reads.to(moment.vectors.device, torch.float64).mT
-        out[name] = inverse.times(moment.times(wide)).mT.to(reads)
+        wide = reads.to(moment.device, torch.float64).mT
+        out[name] = inverse(moment @ wide).mT.to(reads)
     return out
 
 
-class _Inverse:
-    """(X_g + μ X_c + ε I)⁻¹: through d×d where the factors have as many columns, else through theirs (Woodbury)."""
+def _inverse(gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor]:
+    """x [d, m] -> (X_g + μ X_c + ε)⁻¹ x: by Cholesky of d×d, or through the columns of two sketches (Woodbury)."""
+    if isinstance(gain, Tensor) or isinstance(cost, Tensor):
+        both = dense(gain) + mu * dense(cost)
+        both.diagonal().mul_(1 + _ROUNDING).add_(_level(both.trace(), len(both)))
+        factor = torch.linalg.cholesky(both)
+        return lambda x: torch.cholesky_solve(x, factor)
+    rest = gain.rest + mu * cost.rest + _level(gain.trace + mu * cost.trace, len(gain.vectors))
+    columns = torch.cat([gain.vectors * gain.values.sqrt(), cost.vectors * (mu * cost.values).sqrt()], 1)
+    inner = columns.mT @ columns
+    inner.diagonal().add_(rest)
+    factor = torch.linalg.cholesky(inner)
+    return lambda x: (x - columns @ torch.cholesky_solve(columns.mT @ x, factor)) / rest
 
-    def __init__(self, gain: LowRankFactor, cost: LowRankFactor, mu: float):
-        d = len(gain.vectors)
-        level = _LEVEL * float(gain.trace + mu * cost.trace) / d
-        if level == 0:
-            raise ValueError("the inputs of a module are zero in every token of both sides")
-        self.rest = float(gain.rest + mu * cost.rest) + level
-        self.columns = torch.cat([gain.vectors * gain.values.sqrt(), cost.vectors * (mu * cost.values).sqrt()], 1)
-        self.wide = self.columns.shape[1] >= d
-        inner = self.columns @ self.columns.mT if self.wide else self.columns.mT @ self.columns
-        inner.diagonal().add_(self.rest)
-        self.factor = torch.linalg.cholesky(inner)
 
-    def times(self, x: Tensor) -> Tensor:
-        """The inverse times x [d, m]."""
-        if self.wide:
-            return torch.cholesky_solve(x, self.factor)
-        return (x - self.columns @ torch.cholesky_solve(self.columns.mT @ x, self.factor)) / self.rest
+def _level(trace: Tensor, d: int) -> Tensor:
+    if not trace > 0:
+        raise ValueError("the inputs of a module are zero in every token of both sides")
+    return _LEVEL * trace / d

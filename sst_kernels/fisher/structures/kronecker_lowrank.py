@@ -71,8 +71,8 @@ class KroneckerLowRank(TwoSided):
     def matvec(self, vectors: Tensor) -> Tensor:
         left, right = self.factors()
         (p, q), v = self.shape, vectors.to(self.device, torch.float64)
-        out = left.times(v.reshape(p, -1)).reshape(p, q, -1)
-        return right.times(out.transpose(0, 1).reshape(q, -1)).reshape(q, p, -1).transpose(0, 1).reshape(v.shape)
+        out = (left @ v.reshape(p, -1)).reshape(p, q, -1)
+        return (right @ out.transpose(0, 1).reshape(q, -1)).reshape(q, p, -1).transpose(0, 1).reshape(v.shape)
 
     def operator(self) -> Any:
         """`SpectralKronecker` on the eigenvectors of both factors: product and damped inverse without a d×d matrix."""

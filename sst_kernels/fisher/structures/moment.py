@@ -31,9 +31,19 @@ class LowRankFactor:
     rest: Tensor
     bound: Tensor
 
-    def times(self, x: Tensor) -> Tensor:
+    def __matmul__(self, x: Tensor) -> Tensor:
         """This factor times x [d, m]."""
         return self.vectors @ (self.values[:, None] * (self.vectors.mT @ x)) + self.rest * x
+
+    def dense(self) -> Tensor:
+        """[d, d]."""
+        whole = (self.vectors * self.values) @ self.vectors.mT
+        whole.diagonal().add_(self.rest)
+        return whole
+
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
 
     @property
     def norm(self) -> Tensor:
@@ -43,6 +53,14 @@ class LowRankFactor:
     @property
     def trace(self) -> Tensor:
         return self.values.sum() + self.rest * len(self.vectors)
+
+
+Moment = Tensor | LowRankFactor  # a mean of x xᵀ: whole [d, d], float64, or the factor of its sketch
+
+
+def dense(moment: Moment) -> Tensor:
+    """[d, d] float64."""
+    return moment if isinstance(moment, Tensor) else moment.dense()
 
 
 _last_input = Memo()  # (its sketch, its trace): modules that read one tensor (q, k, v; gate, up) come one after another
@@ -76,10 +94,14 @@ class SecondMoment:
         self.sum += product
         self.trace += trace
 
+    def mean(self, count: float) -> Moment:
+        """M / count; where it is kept whole, PSD but for the rounding of float32 sums."""
+        return symmetric(self.sum) / count if self.dense else self.factor(count)
+
     def factor(self, count: float) -> LowRankFactor:
         """M / count, reconstructed."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.sum.device)
         if self.dense:
+            zero = torch.zeros((), dtype=torch.float64, device=self.sum.device)
             values, vectors = psd_eigh(symmetric(self.sum) / count)
             return LowRankFactor(vectors, values, zero, zero)
         vectors, values = nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
