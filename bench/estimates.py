@@ -10,9 +10,10 @@ from sst_kernels.fisher.inputs import columns as kept_columns
 from sst_kernels.subspace.memory import estimate_solve
 
 GIB = 2**30
-SOLVE_ARRAYS = (
-    10  # float64 arrays the size of a module's moments that filter_inputs holds at its peak: 8 to 10 measured
+SKETCH_ARRAYS = (
+    10  # float64 arrays the size of a module's sketch that filter_inputs holds at its peak: 8 to 10 measured
 )
+WHOLE_ARRAYS = 5  # and of whole moments: 4.75 measured
 INPUT_RANK = 512  # of the recipe
 
 
@@ -64,7 +65,9 @@ def input_peak(shape: Shape, columns: int | None, batch: int = 8, length: int = 
     """The moments of both sides beside the larger of a forward pass without logits and the solve of the widest input."""
     live = 2 * batch * length * (6 * shape.hidden + 3 * shape.intermediate)
     widest = max(shape.read_widths())
-    return 2 * input_bytes(shape, columns) + max(live, 8 * SOLVE_ARRAYS * widest * kept_columns(widest, columns))
+    kept = kept_columns(widest, columns)
+    arrays = WHOLE_ARRAYS if kept == widest else SKETCH_ARRAYS
+    return 2 * input_bytes(shape, columns) + max(live, 8 * arrays * widest * kept)
 
 
 def input_share(shape: Shape, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
