@@ -205,20 +205,18 @@ def test_a_sketch_of_enough_columns_filters_as_the_whole_and_a_small_one_nearly(
     assert gain.nbytes < whole[0].nbytes / 2
 
 
-def test_narrow_factors_are_inverted_through_their_columns():
+def test_sketches_are_inverted_through_their_columns():
     """Woodbury and the dense Cholesky factor agree where the sketches have fewer columns than d_in."""
-    from sst_kernels.fisher.structures.moment import LowRankFactor
+    from sst_kernels.fisher.structures.moment import Columns
     from sst_kernels.subspace.inputs import _inverse
 
     generator = torch.Generator().manual_seed(0)
 
-    def factor(d, k):
-        u = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))[0]
-        values = torch.logspace(0, -4, k, dtype=torch.float64)
-        rest = torch.tensor(1e-4, dtype=torch.float64)
-        return LowRankFactor(u, values, rest, rest)
+    def sketched(d, k):
+        columns = torch.randn(d, k, dtype=torch.float64, generator=generator) * torch.logspace(0, -2, k) / d**0.5
+        return Columns(columns, torch.tensor(1e-4, dtype=torch.float64))
 
-    gain, cost, mu = factor(60, 7), factor(60, 9), 3.0
+    gain, cost, mu = sketched(60, 7), sketched(60, 9), 3.0
     x = torch.randn(60, 4, dtype=torch.float64, generator=generator)
     whole = dense(gain) + mu * dense(cost)
     whole += 1e-6 * whole.diagonal().mean() * torch.eye(60, dtype=torch.float64)

@@ -48,8 +48,8 @@ def _inverse(gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor
         both.diagonal().mul_(1 + _ROUNDING).add_(_level(both.trace(), len(both)))
         factor = torch.linalg.cholesky(both)
         return lambda x: torch.cholesky_solve(x, factor)
-    rest = gain.rest + mu * cost.rest + _level(gain.trace + mu * cost.trace, len(gain.vectors))
-    columns = torch.cat([gain.vectors * gain.values.sqrt(), cost.vectors * (mu * cost.values).sqrt()], 1)
+    rest = gain.rest + mu * cost.rest + _level(gain.trace() + mu * cost.trace(), len(gain.columns))
+    columns = torch.cat([gain.columns, mu**0.5 * cost.columns], 1)
     inner = columns.mT @ columns
     inner.diagonal().add_(rest)
     factor = torch.linalg.cholesky(inner)

@@ -35,16 +35,6 @@ class LowRankFactor:
         """This factor times x [d, m]."""
         return self.vectors @ (self.values[:, None] * (self.vectors.mT @ x)) + self.rest * x
 
-    def dense(self) -> Tensor:
-        """[d, d]."""
-        whole = (self.vectors * self.values) @ self.vectors.mT
-        whole.diagonal().add_(self.rest)
-        return whole
-
-    @property
-    def device(self) -> torch.device:
-        return self.vectors.device
-
     @property
     def norm(self) -> Tensor:
         """Largest eigenvalue."""
@@ -55,7 +45,32 @@ class LowRankFactor:
         return self.values.sum() + self.rest * len(self.vectors)
 
 
-Moment = Tensor | LowRankFactor  # a mean of x xᵀ: whole [d, d], float64, or the factor of its sketch
+@dataclass(frozen=True)
+class Columns:
+    """F Fᵀ + rest·I, PSD: F = columns [d, k], float64."""
+
+    columns: Tensor
+    rest: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """This times x [d, m]."""
+        return self.columns @ (self.columns.mT @ x) + self.rest * x
+
+    def dense(self) -> Tensor:
+        """[d, d]."""
+        whole = self.columns @ self.columns.mT
+        whole.diagonal().add_(self.rest)
+        return whole
+
+    def trace(self) -> Tensor:
+        return self.columns.square().sum() + self.rest * len(self.columns)
+
+    @property
+    def device(self) -> torch.device:
+        return self.columns.device
+
+
+Moment = Tensor | Columns  # a mean of x xᵀ: whole [d, d], float64, or out of its sketch
 
 
 def dense(moment: Moment) -> Tensor:
@@ -96,7 +111,12 @@ class SecondMoment:
 
     def mean(self, count: float) -> Moment:
         """M / count; where it is kept whole, PSD but for the rounding of float32 sums."""
-        return symmetric(self.sum) / count if self.dense else self.factor(count)
+        if self.dense:
+            return symmetric(self.sum) / count
+        columns, _ = self._nystrom()
+        energy, trace = columns.square().sum().clamp_min(1e-300), self.trace.clamp_min(0)
+        rest = (trace - energy).clamp_min(0) / len(columns)
+        return Columns(columns * ((trace / energy).clamp_max(1) / count).sqrt(), rest / count)
 
     def factor(self, count: float) -> LowRankFactor:
         """M / count, reconstructed."""
@@ -104,17 +124,22 @@ class SecondMoment:
             zero = torch.zeros((), dtype=torch.float64, device=self.sum.device)
             values, vectors = psd_eigh(symmetric(self.sum) / count)
             return LowRankFactor(vectors, values, zero, zero)
-        vectors, values = nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
+        columns, shift = self._nystrom()
+        vectors, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
+        values = (sigma.square() - shift).clamp_min(0)
         trace = self.trace.clamp_min(0)
         values = values * (trace / values.sum().clamp_min(1e-300)).clamp_max(1)
         missing = trace - values.sum()
         rest = missing / len(vectors)
         return LowRankFactor(vectors, values / count, rest / count, torch.maximum(rest, missing - rest) / count)
 
+    def _nystrom(self) -> tuple[Tensor, Tensor]:
+        return nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
+
 
 def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors U [d, ℓ] and eigenvalues s [ℓ] ≥ 0, float64, of the Nyström approximation Y (ΩᵀY)⁺ Yᵀ of M from
-    Y = MΩ [d, ℓ], with the stabilising shift of Tropp et al. (1706.05736, algorithm 3) at float32 level."""
+    """F [d, ℓ] float64 with F Fᵀ = Y (ΩᵀY)⁺ Yᵀ, the Nyström approximation of M from Y = MΩ [d, ℓ]; and the stabilising shift of
+    Tropp et al. (1706.05736, algorithm 3), at float32 level, by which the eigenvalues of F Fᵀ are too large."""
     y = sketch.double()
     shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
     y = y + shift * omega
@@ -122,5 +147,4 @@ def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     floor = values[-1].clamp_min(0) * torch.finfo(torch.float64).eps * len(values)
     root = torch.where(values > floor, values, torch.inf).rsqrt()
-    u, sigma, _ = torch.linalg.svd(y @ (vectors * root), full_matrices=False)
-    return u, (sigma.square() - shift).clamp_min(0)
+    return y @ (vectors * root), shift
