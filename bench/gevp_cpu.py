@@ -219,8 +219,8 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
             chosen = solvers()
             if large:
                 chosen = {name: solve for name, solve in chosen.items() if name.startswith(CONTENDERS)}
-            if n > 256 or batch > 1:
-                chosen.pop("torch lobpcg, inverse", None)  # a hundred times as long as the others
+            if n > 256 or batch > 1 or n < 3 * k:  # a hundred times as long as the others; refused
+                chosen.pop("torch lobpcg, inverse", None)
             answers, peaks, seconds = {}, {}, {}
             for name, solve in chosen.items():
                 solve(stacked, k)
