@@ -10,7 +10,9 @@ from sst_kernels.fisher.inputs import columns as kept_columns
 from sst_kernels.subspace.memory import estimate_solve
 
 GIB = 2**30
-SKETCH_ARRAYS = 10  # float64 arrays the size of a module's sketch that filter_inputs holds at its peak: 9 measured
+SKETCH_ARRAYS = (
+    10  # float64 arrays the size of a module's sketch that filter_inputs holds at its peak: at most 9 measured
+)
 WHOLE_ARRAYS = 5  # and of whole moments: 4.75 measured
 INPUT_RANK = 512  # of the recipe
 

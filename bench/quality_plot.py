@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 WORDS = {"pair", "stage", "method", "scope", "metric", "filter", "gain_point", "cost_labels", "error", "device", "driver", "versions", "commit", "date"}  # fmt: skip
+CHOSEN_AT = 0.004  # the KL budget at which single choices are compared
 DEFAULTS = {"input_filter": 3.0, "input_rank": 512.0, "scope": "global", "metric": "kronecker", "filter": "soft", "gain_point": "reference", "opening": 3.0, "cost_labels": "model", "damping": 1.0}  # fmt: skip
 
 
@@ -87,20 +88,51 @@ def pareto(rows: Sequence[Row], pair: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def sweep(rows: Sequence[Row], field: str, series: Callable[[Row], str], title: str, path: Path) -> None:
-    """The ratio at equal refusal against one knob, with its interval."""
-    chosen = [r for r in rows if math.isfinite(r["ratio"]) and math.isfinite(r[field])]
-    if len({r[field] for r in chosen}) < 2:
+def choices(rows: Sequence[Row], path: Path) -> None:
+    """One small panel per question: the ratio at equal refusal NLL, with its interval, for every answer that was measured."""
+    at = [r for r in rows if r["method"] == "sst" and r["strength"] == CHOSEN_AT and math.isfinite(r["ratio"])]
+    stages = grouped(at, lambda r: r["stage"])
+    default = stages["main"]
+    as_is = [r for r in stages["reads"] if math.isnan(r["input_filter"])]
+    size = [r for r in stages["size"] if r["metric"] == "kronecker"]
+    panels: dict[str, list[tuple[str, Row]]] = {}
+    for title, part, key, text in (
+        ("reads: price of benign inputs", default + [r for r in stages["reads"] if r["input_rank"] != 128], "input_filter", "{:g}"),
+        ("damping", default + stages["damping"], "damping", "{:g}"),
+        ("metric of the damping", default + stages["metric"], "metric", "{}"),
+        ("pencils", default + [r for r in stages["scope"] if r["metric"] == "kronecker"], "scope", "{}"),
+        ("filter", default + stages["filters"], "filter", "{}"),
+        ("harmful prompts", default + [r for r in size if math.isnan(r["benign_prompts"]) and r["draws"] == 2], "harm_rows", "{:g} rows"),
+        ("benign prompts", default + [r for r in size if math.isnan(r["harm_prompts"])], "benign_rows", "{:g} rows"),
+        ("prompts of either kind, one draw", [r for r in size if math.isfinite(r["harm_prompts"] + r["benign_prompts"])], "benign_prompts", "{:g}"),
+        ("first words (reads as they are)", as_is + stages["opening"], "opening", "× {:g}"),
+        ("F_harm taken at (reads as they are)", as_is + stages["points"], "gain_point", "{}"),
+    ):  # fmt: skip
+        if len(part) > 1:
+            part = sorted(part, key=lambda r: r[key] if isinstance(r[key], str) or r[key] == r[key] else -math.inf)
+            panels[title] = [("none" if r[key] != r[key] else text.format(r[key]), r) for r in part]
+    if not panels:
         return
-    figure, axes = _axes(title, "plain KL / SST KL at equal refusal", "")
-    for label, points in grouped(chosen, series).items():
-        points.sort(key=lambda r: r[field])
-        x, y = ([r[k] for r in points] for k in (field, "ratio"))
-        low, high = ([abs(r[k] - r["ratio"]) for r in points] for k in ("ratio_lo", "ratio_hi"))
-        axes.errorbar(x, y, yerr=(low, high), fmt="o-", markersize=3, capsize=2, label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.legend(fontsize=7)
+    across = 5
+    figure = Figure(figsize=(2.7 * across, 2.5 * math.ceil(len(panels) / across)), layout="constrained", dpi=110)
+    every = figure.subplots(math.ceil(len(panels) / across), across, sharey=True, squeeze=False)
+    for axes, (title, points) in zip(every.flat, panels.items()):
+        y = [r["ratio"] for _, r in points]
+        low, high = ([abs(r[k] - r["ratio"]) for _, r in points] for k in ("ratio_lo", "ratio_hi"))
+        axes.errorbar(range(len(points)), y, yerr=(low, high), fmt="o", markersize=4, capsize=3)
+        for x, (_, r) in enumerate(points):
+            if r["stage"] == "main":
+                axes.plot(x, r["ratio"], "o", color="black", markersize=5, zorder=3)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(points)), [label for label, _ in points], fontsize=7)
+        axes.set_xlim(-0.5, len(points) - 0.5)
+        axes.set_title(title, fontsize=8)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    for axes in every.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.supylabel("plain KL / SST KL at equal refusal NLL", fontsize=8)
+    figure.suptitle(f"KL budget {CHOSEN_AT:g}; black: the default", fontsize=9)
     figure.savefig(path)
 
 
@@ -165,19 +197,10 @@ def main() -> None:
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     rows = read(source)
-    for pair in dict.fromkeys(r["pair"] for r in rows):
+    for pair in dict.fromkeys(r["pair"] for r in rows if r["method"] == "sst"):
         pareto(rows, pair, folder / f"pareto_{pair.replace('+', '_')}.png")
     calibration(rows, folder / "calibration.png")
-    stages = grouped(rows, lambda r: r["stage"])
-    at = {r["strength"] for r in stages["size"]}
-    whole = [r for r in stages["main"] if r["strength"] in at]
-    few = [r for r in stages["size"] if r["draws"] == 1 and math.isfinite(r["harm_prompts"])]
-    one = [r for r in stages["size"] if r not in few]
-    benign, harm = ([r for r in one if math.isfinite(r[k])] for k in ("benign_prompts", "harm_prompts"))
-    sweep(benign + whole, "benign_rows", name, "benign rows (two per prompt)", folder / "benign_rows.png")
-    sweep(harm + whole, "harm_rows", name, "harmful rows (six per prompt)", folder / "harm_rows.png")
-    sweep(few, "benign_prompts", name, "prompts of each kind, one draw", folder / "few.png")
-    sweep(stages["damping"] + whole, "damping", lambda r: "SST", "damping", folder / "damping.png")
+    choices([r for r in rows if r["pair"] == rows[0]["pair"]], folder / "choices.png")
     machines = sorted({f"{r['device']}, {r['versions']}, commit {r['commit']}, {r['date']}" for r in rows})
     (folder / "tables.md").write_text(
         "\n".join(["# Rows of the quality study", "", *(f"- {m}" for m in machines), *table(rows), ""]),

@@ -109,7 +109,7 @@ _PLANS = {
     "diagonal": "the moments are summed per module; one launch per shape, as core_outer has, removes the launches",
     "streamed": "modules of one input share its sketch already; the L2 hit rate of `ncu` says whether X is read once",
     "both": "a forward pass is about half of a training step, so no kernel meets this; `input_filter: 0` leaves the input pass out, and "
-    "`--limit` reads fewer rows; inputs of a quarter of the prompts filtered nearly as well (quality.md)",
+    "`--limit` reads fewer rows; inputs of a quarter of the prompts cost 1.4 times the benign KL at equal NLL, and nothing at equal refusal rate (quality.md)",
     "solve": "the stage table of section (b) says where the time goes",
     "solves": "one eigendecomposition of order ℓ per input and side, one after the other; batched by width they would be few",
     "moments": "the target would allow ℓ = 117; on a 135M model ℓ = 128 cost 1.5 times the benign KL ([fisher.md](fisher.md#what-a-patch-reads)). It is a "

@@ -205,6 +205,22 @@ def test_a_sketch_of_enough_columns_filters_as_the_whole_and_a_small_one_nearly(
     assert gain.nbytes < whole[0].nbytes / 2
 
 
+@pytest.mark.parametrize("outlier", [1.0, 1e3, 1e4])
+def test_a_sketch_is_read_as_its_eigenvalues_are(outlier):
+    """Also where one coordinate holds nearly all of the trace, and the shift that steadies the sketch is as large as the rest."""
+    from sst_kernels.fisher.structures.moment import SecondMoment
+    from sst_kernels.ops.spans import spans_from_lengths
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 384, generator=generator) * torch.logspace(0, -3, 384)
+    x[:, 0] *= outlier
+    moment = SecondMoment(384, 64, 0, torch.device("cpu"))
+    moment.add(x, spans_from_lengths(1, 2000, None), None)
+    sketched, factor = moment.mean(2000).dense(), moment.factor(2000)
+    difference = sketched - factor @ torch.eye(384, dtype=torch.float64)
+    assert float(difference.abs().max()) < 1e-12 * float(factor.trace)
+
+
 def test_sketches_are_inverted_through_their_columns():
     """Woodbury and the dense Cholesky factor agree where the sketches have fewer columns than d_in."""
     from sst_kernels.fisher.structures.moment import Columns
@@ -220,15 +236,15 @@ def test_sketches_are_inverted_through_their_columns():
     x = torch.randn(60, 4, dtype=torch.float64, generator=generator)
     whole = dense(gain) + mu * dense(cost)
     whole += 1e-6 * whole.diagonal().mean() * torch.eye(60, dtype=torch.float64)
-    torch.testing.assert_close(_inverse(gain, cost, mu)(x), torch.linalg.solve(whole, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(_inverse("q", gain, cost, mu)(x), torch.linalg.solve(whole, x), rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_refused():
     model = tiny_lora(adapters=ADAPTERS)
     gain, cost = both(model)
-    with pytest.raises(ValueError, match="mu must not be negative, got -1"):
+    with pytest.raises(ValueError, match="mu must be finite and not negative, got -1"):
         sst.filter_inputs(gain, cost, -1.0)
-    with pytest.raises(ValueError, match="mu must not be negative, got nan"):
+    with pytest.raises(ValueError, match="mu must be finite and not negative, got nan"):
         sst.filter_inputs(gain, cost, float("nan"))
     with pytest.raises(ValueError, match="different adapters or modules"):
         sst.filter_inputs(gain, moments_of(tiny_lora(adapters=ADAPTERS, seed=5), [tiny_batch(2)]), 1.0)

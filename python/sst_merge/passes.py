@@ -176,7 +176,8 @@ def filtered_reads(
     start = time.monotonic()
     options: dict[str, Any] = {"rank": rank, "tokens_per_batch": tokens_per_batch, "seed": seed}
     gain, cost = (input_pass(session, data, name=n, **options) for n, data in (("harm", harm), ("benign", benign)))
-    reads = sst.filter_inputs(gain, cost, mu)
+    with headlined("the reads cannot be filtered"):
+        reads = sst.filter_inputs(gain, cost, mu)
     session.seconds["inputs"] = time.monotonic() - start
     if path is not None:
         write_tensors(path, reads, {"kind": "reads", "identity": identity})

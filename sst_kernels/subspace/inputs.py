@@ -10,8 +10,14 @@ from torch import Tensor
 from sst_kernels.fisher.inputs import InputMoments
 from sst_kernels.fisher.structures.moment import Moment, dense
 
-_LEVEL = 1e-6  # share of the mean eigenvalue that is added everywhere: directions that nobody has shown are closed
-_ROUNDING = 1e-4  # share of the diagonal that is added to it: float32 sums of products are off by less, coordinate by coordinate
+_LEVEL = (
+    1e-6  # share of the mean eigenvalue that is added everywhere: whole moments close directions that nobody has shown
+)
+_ROUNDING = (
+    1e-4,
+    1e-3,
+    1e-2,
+)  # shares of the diagonal added to it, the first that suffices: float32 sums round coordinate by coordinate
 
 
 def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str, Tensor]:
@@ -22,10 +28,11 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
     I ⊗ E[x xᵀ] in the entries of A. It is RegMean (arXiv:2212.09849) between the patch and no patch. ΔW' = c·B A' does not depend on
     the gauge and keeps the rank; core coordinates, which leave A's row space as it is, cannot do this.
 
-    Raises ValueError for a negative μ and for moments of different modules or adapters.
+    Raises ValueError for a μ that is negative or not finite, for moments of different modules or adapters, and for a module that
+    read nothing but zeros; FloatingPointError for sums that rounding has made useless.
     """
-    if not mu >= 0:
-        raise ValueError(f"mu must not be negative, got {mu}")
+    if not 0 <= mu < float("inf"):
+        raise ValueError(f"mu must be finite and not negative, got {mu}")
     if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
         raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
     out: dict[str, Tensor] = {}
@@ -34,21 +41,28 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
         leader = gain.shared[name]
         if leader not in kept:
             moment = gain[name]
-            kept = {leader: (moment, _inverse(moment, cost[name], mu))}
+            kept = {leader: (moment, _inverse(leader, moment, cost[name], mu))}
         moment, inverse = kept[leader]
         wide = reads.to(moment.device, torch.float64).mT
         out[name] = inverse(moment @ wide).mT.to(reads)
     return out
 
 
-def _inverse(gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor]:
+def _inverse(name: str, gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor]:
     """x [d, m] -> (X_g + μ X_c + ε)⁻¹ x: by Cholesky of d×d, or through the columns of two sketches (Woodbury)."""
     if isinstance(gain, Tensor) or isinstance(cost, Tensor):
         both = dense(gain) + mu * dense(cost)
-        both.diagonal().mul_(1 + _ROUNDING).add_(_level(both.trace(), len(both)))
-        factor = torch.linalg.cholesky(both)
-        return lambda x: torch.cholesky_solve(x, factor)
-    rest = gain.rest + mu * cost.rest + _level(gain.trace() + mu * cost.trace(), len(gain.columns))
+        diagonal = both.diagonal().clone()
+        for share in _ROUNDING:
+            wider = (1 + share) * diagonal
+            both.diagonal().copy_(wider + _level(name, wider.sum(), len(both)))
+            factor, failed = torch.linalg.cholesky_ex(both)
+            if not failed:
+                return lambda x: torch.cholesky_solve(x, factor)
+        raise FloatingPointError(
+            f"the sums of what {name} reads are not positive definite, by more than float32 sums round: take a sketch (rank=), or fewer tokens"
+        )
+    rest = gain.rest + mu * cost.rest + _level(name, gain.trace() + mu * cost.trace(), len(gain.columns))
     columns = torch.cat([gain.columns, mu**0.5 * cost.columns], 1)
     inner = columns.mT @ columns
     inner.diagonal().add_(rest)
@@ -56,7 +70,9 @@ def _inverse(gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor
     return lambda x: (x - columns @ torch.cholesky_solve(columns.mT @ x, factor)) / rest
 
 
-def _level(trace: Tensor, d: int) -> Tensor:
+def _level(name: str, trace: Tensor, d: int) -> Tensor:
     if not trace > 0:
-        raise ValueError("the inputs of a module are zero in every token of both sides")
+        raise ValueError(
+            f"what {name} reads is zero in every token that counts: are there tokens that are not padding?"
+        )
     return _LEVEL * trace / d

@@ -113,7 +113,9 @@ class SecondMoment:
         """M / count; where it is kept whole, PSD but for the rounding of float32 sums."""
         if self.dense:
             return symmetric(self.sum) / count
-        columns, _ = self._nystrom()
+        columns, shift = self._nystrom()
+        values, turn = torch.linalg.eigh(columns.mT @ columns)
+        columns = (columns @ turn) * ((values - shift).clamp_min(0) / values.clamp_min(1e-300)).sqrt()
         energy, trace = columns.square().sum().clamp_min(1e-300), self.trace.clamp_min(0)
         rest = (trace - energy).clamp_min(0) / len(columns)
         return Columns(columns * ((trace / energy).clamp_max(1) / count).sqrt(), rest / count)

@@ -153,7 +153,7 @@ def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
 
 
 def _bound(wide: bool, chip: Chip) -> dict:
-    """float32 tiles are spilled to reach one more block per processor unless ptxas is given a bound, and on sm_80 if it is."""
+    """float32 tiles are spilled to reach one more block per processor unless ptxas is given a bound; on sm_80 it is the bound that spills."""
     return {"maxnreg": 255} if wide and chip.reads_shared else {}
 
 
