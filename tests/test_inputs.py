@@ -239,6 +239,20 @@ def test_sketches_are_inverted_through_their_columns():
     torch.testing.assert_close(_inverse("q", gain, cost, mu)(x), torch.linalg.solve(whole, x), rtol=1e-9, atol=1e-9)
 
 
+def test_sums_that_rounding_made_indefinite_are_steadied_or_refused_by_name():
+    from sst_kernels.subspace.inputs import _inverse
+
+    nearly = torch.tensor([[1.0, 1.0 + 5e-4], [1.0 + 5e-4, 1.0]], dtype=torch.float64)  # smallest eigenvalue -5e-4
+    nothing = torch.zeros(2, 2, dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64)
+    wider = nearly + torch.diag(1e-3 * nearly.diagonal()) + 1e-6 * (1 + 1e-3) * eye
+    torch.testing.assert_close(_inverse("q", nearly, nothing, 3.0)(eye), torch.linalg.inv(wider), rtol=1e-8, atol=1e-8)
+    with pytest.raises(FloatingPointError, match="the sums of what q reads are not positive definite"):
+        _inverse("q", torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), nothing, 3.0)
+    with pytest.raises(ValueError, match="what q reads is zero in every token"):
+        _inverse("q", nothing, nothing, 3.0)
+
+
 def test_what_is_refused():
     model = tiny_lora(adapters=ADAPTERS)
     gain, cost = both(model)
