@@ -15,6 +15,7 @@ SKETCH_ARRAYS = (
 )
 WHOLE_ARRAYS = 5  # and of whole moments: 4.75 measured
 INPUT_RANK = 512  # of the recipe
+RATE = 0.4 * 989e12  # operations per second, assumed: 40 % of an H100's dense bfloat16 peak (NVIDIA's data sheet)
 
 
 def coordinates(shape: Shape, rank: int, targets: str = "all-linear") -> int:
@@ -75,6 +76,16 @@ def input_share(shape: Shape, columns: int | None, rank: int = 16, batch: int = 
     tokens = batch * length
     work = shape.forward_flops(batch, length, rank) + tokens * input_flops(shape, columns)
     return work / shape.step_flops(batch, length, rank)
+
+
+def step_ms(shape: Shape, batch: int = 8, length: int = 512, rank: int = 16) -> float:
+    """A training step at RATE; a Fisher step is taken to be as long."""
+    return 1e3 * shape.step_flops(batch, length, rank) / RATE
+
+
+def input_ms(shape: Shape, batch: int = 8, length: int = 512) -> float:
+    """A batch of the input pass at RATE."""
+    return input_share(shape, INPUT_RANK, 16, batch, length) * step_ms(shape, batch, length)
 
 
 def fits_inputs(shape: Shape, columns: int | None, gib: float) -> bool:

@@ -50,6 +50,13 @@ def reads_alone(s: Study, mu: float) -> None:
             s.record("reads", config, mu, whole, full=True)
 
 
+def lighter(s: Study) -> None:
+    """For a patch whose filter ends early: small budgets, and lower prices of benign inputs."""
+    s.run("main", Config(), BUDGETS[:2], full=True)
+    for mu in (1.0, 0.3):
+        s.run("reads", Config(input_filter=mu), FEW, full=True)
+
+
 def opening(s: Study) -> None:
     """The weight of a refusal's first words."""
     for weight in (1.0, 6.0):
@@ -119,5 +126,7 @@ def random_control(s: Study) -> None:
         s.record("scope", config, share, cores)
 
 
-STAGES = {f.__name__: f for f in (plain, main, reads, opening, metric, points, scope, filters, size, damping, labels)}
+STAGES = {
+    f.__name__: f for f in (plain, main, reads, lighter, opening, metric, points, scope, filters, size, damping, labels)
+}
 SHORT = ("plain", "main", "metric")  # for every pair but the first

@@ -104,7 +104,14 @@ def _against_step(results: Results) -> dict[str, Any]:
         row for _, where in STATIONS for row in results.all(where, stage="pass") if row["ratio"] and row["rank"] == "16"
     ]
     body = [
-        [r["model"], r["variant"], "GPU" if is_gpu(r) else "CPU", times(value(r, "ratio")), r["basis"]] for r in rows
+        [
+            f"{r['model']}, {r['targets']}",
+            r["variant"],
+            "GPU" if is_gpu(r) else "CPU",
+            times(value(r, "ratio")),
+            r["basis"],
+        ]
+        for r in rows
     ]
     head = ["model", "Fisher pass", "machine", "of the plain step", "basis"]
     return {"against_step": table(head, body) if body else "Not measured yet.", "against_step_sources": sources(rows)}

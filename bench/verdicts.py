@@ -111,7 +111,7 @@ _PLANS = {
     "both": "a forward pass is about half of a training step, so no kernel meets this; `input_filter: 0` leaves the input pass out, and "
     "`--limit` reads fewer rows; inputs of a quarter of the prompts cost 1.4 times the benign KL at equal NLL, and nothing at equal refusal rate (quality.md)",
     "solve": "the stage table of section (b) says where the time goes",
-    "solves": "two eigendecompositions of order ℓ per input and side, one after the other; batched by width they would be few",
+    "solves": "two eigendecompositions of order ℓ per input and side, one after the other; batched by width they would be few calls",
     "moments": "the target would allow ℓ = 117; on a 135M model ℓ = 128 cost 1.5 times the benign KL ([fisher.md](fisher.md#what-a-patch-reads)). It is a "
     "peak before the Fishers, and fits beside the weights (section (d))",
     "core": "a fold has a metric, hence a QR, of its own; metric='frobenius' shares one among all folds, folds=2 halves them",
@@ -164,7 +164,29 @@ def _models(results: Results) -> dict[str, Any]:
         "256 + 256 sequences, whole",
         "peak with weights",
     ]
-    return {"models": table(head, body) if body else "Not measured yet.", "models_sources": sources(cited)}
+    return {
+        "models": table(head, body) if body else "Not measured yet.",
+        "models_sources": sources(cited) if body else "",
+        "models_arithmetic": _arithmetic(),
+        "rate": f"{estimates.RATE / 1e12:.0f} TFLOP/s",
+    }
+
+
+def _arithmetic() -> str:
+    """The passes of a merge of 256 + 256 sequences at an assumed rate."""
+    body = []
+    for name in LARGE:
+        shape, batches = SHAPES[name], 64
+        step, reading = estimates.step_ms(shape), estimates.input_ms(shape)
+        peak = estimates.weight_bytes(shape) + max(
+            estimates.input_peak(shape, estimates.INPUT_RANK),
+            estimates.row_bytes(shape, 16, 256)
+            + max(estimates.activation_bytes(shape, 8, 512), estimates.solve_bytes(shape, 16, 256)),
+        )
+        spent = (step, batches * reading, batches * step, batches * (reading + step))
+        body.append([name, *map(milliseconds, spent), size(peak)])
+    head = ["model, r = 16", "training step 8 x 512", "input passes", "Fisher passes", "both", "peak with weights"]
+    return table(head, body)
 
 
 def _fits(results: Results) -> dict[str, Any]:
@@ -195,13 +217,13 @@ def _needs(results: Results) -> dict[str, Any]:
     shape = SHAPES["llama-2-7b"]
     store = study.models * study.tasks * study.seeds
     adapter = 2 * 4 * 16 * sum(p + q for p, q in shape.modules().values())
-    rows = []
-    if plain is not None and reading is not None:
-        hours = study.hours(value(plain), value(fisher), value(reading))
-        rows = [[part, f"{three(h)} GPU hours"] for part, h in hours.items()]
-        rows.append(["in total, on one GPU of this kind", f"{three(sum(hours.values()))} GPU hours"])
-    else:
-        rows.append(["GPU hours", "open: needs the measured step"])
+    measured = plain is not None and reading is not None
+    steps = [value(plain), value(fisher), value(reading)]
+    if not measured:
+        steps = [estimates.step_ms(shape), estimates.step_ms(shape), estimates.input_ms(shape)]
+    hours = study.hours(*steps)
+    rows = [[part, f"{three(h)} GPU hours"] for part, h in hours.items()]
+    rows.append(["in total, on one GPU", f"{three(sum(hours.values()))} GPU hours"])
     rows += [
         ["models in bfloat16", size(sum(estimates.weight_bytes(SHAPES[n]) for n in LARGE[:2]))],
         ["Fishers, 512 + 1 024 rows each run", size(store * estimates.row_bytes(shape, 16, 768))],
@@ -211,10 +233,15 @@ def _needs(results: Results) -> dict[str, Any]:
             "refusals and harmful prompts (AdvBench 520, HarmBench 400), benign instructions (10 000), GSM8K (7 473 + 1 319)",
         ],
     ]
-    note = (
-        "Estimated. The hours take the measured step of Llama-2-7B for both models, and "
-        f"{study.generated_per_second:.0f} generated tokens per second and GPU. " + sources([plain, fisher, reading])
+    basis = (
+        "the measured step" if measured else f"a step at {estimates.RATE / 1e12:.0f} TFLOP/s (assumed, not measured)"
     )
+    note = (
+        f"Estimated. The hours take {basis} of Llama-2-7B for both models, and "
+        f"{study.generated_per_second:.0f} generated tokens per second and GPU (assumed)."
+    )
+    if measured:
+        note += " " + sources([plain, fisher, reading])
     return {"needs": table(["what", "how much"], rows), "needs_note": note}
 
 
