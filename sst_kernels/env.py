@@ -26,6 +26,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "1 runs the Triton kernels in NumPy on CPU tensors, for debugging; read when triton is imported",
     "WORLD_SIZE": "set by torchrun: sst-merge shares its passes over that many processes; default: 1",
     "LOCAL_RANK": "set by torchrun: which GPU of its machine a process of sst-merge takes; default: 0",
+    "SST_MEMORY": "warn tries what the memory available would not hold by its estimate; default: refuse, before the first batch",
     "SST_CACHE": "where sst_merge unpacks SmolLM2; default: $XDG_CACHE_HOME/sst-merge",
     "XDG_CACHE_HOME": "parent of the default of SST_CACHE; default: ~/.cache",
     "SST_CUDA": "build: OFF leaves the CUDA module out even where nvcc is found",

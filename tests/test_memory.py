@@ -99,7 +99,8 @@ def test_a_pass_takes_what_was_estimated():
 def test_passes_that_do_not_fit_are_refused_before_the_first_batch(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
     with pytest.raises(
-        MemoryError, match=r'would take .* on cpu and 1\.00 MiB are free; these would fit: .*rank=64 .*"diagonal"'
+        MemoryError,
+        match=r'would take .* on cpu and 1\.00 MiB are available; these would fit: .*rank=64 .*"diagonal".*SST_MEMORY=warn',
     ):
         fisher_accumulate(tiny_lora(), "safety", sequences=10**6)
     fisher_accumulate(tiny_lora(), "safety", sequences=10)
@@ -143,12 +144,14 @@ def test_input_moments_that_do_not_fit_are_refused_before_the_first_batch(monkey
     layer = nn.Sequential(nn.Linear(600, 8))
     model = get_peft_model(layer, LoraConfig(target_modules=["0"], r=2), adapter_name="safety")
     monkeypatch.setattr(memory, "available", lambda device: 1200 << 10)
-    would_take = r"inputs would take 1\.60 MiB on cpu and 1\.17 MiB are free; these would fit: rank=64 \(1\.03 MiB\)$"
+    would_take = (
+        r"inputs would take 1\.60 MiB on cpu and 1\.17 MiB are available; these would fit: rank=64 \(1\.03 MiB\);"
+    )
     with pytest.raises(MemoryError, match=would_take):
         input_moments(model, "safety")
     input_moments(model, "safety", rank=64)
     monkeypatch.setattr(memory, "available", lambda device: 300 << 10)
-    with pytest.raises(MemoryError, match="are free; take fewer modules"):
+    with pytest.raises(MemoryError, match="are available; take fewer modules"):
         input_moments(model, "safety", rank=64)
     input_moments(model, "safety", rank=16)
 
@@ -194,5 +197,32 @@ def test_solves_take_what_was_estimated(scope, rank, rows, metric, folds):
     assert estimated == pytest.approx(peak, rel=0.1, abs=64 * 1024)
 
 
-def test_the_host_says_what_is_available():
-    assert memory.available("cpu") > 1 << 20
+def test_a_refusal_can_be_made_a_warning(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1 << 10)
+    monkeypatch.setenv("SST_MEMORY", "warn")
+    with pytest.warns(UserWarning, match=r"would take .* and 0\.00 MiB are available; use fewer"):
+        fisher_accumulate(tiny_lora(), "safety", sequences=100)
+    monkeypatch.setenv("SST_MEMORY", "off")
+    with pytest.raises(ValueError, match='SST_MEMORY: expected "refuse" or "warn", got \'off\''):
+        fisher_accumulate(tiny_lora(), "safety", sequences=0)
+
+
+def test_rows_that_cannot_be_had_in_one_piece_are_a_memory_error(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: None)
+    with pytest.raises(MemoryError, match="in one piece are not free on cpu"):
+        fisher_accumulate(tiny_lora(), "safety", sequences=1 << 50)
+
+
+def test_each_device_holds_its_own_modules(monkeypatch):
+    """What is refused on one GPU fits on two."""
+    model = tiny_lora()
+    with fisher_accumulate(model, "safety", structure="kronecker", space="factor") as pass_:
+        sequence_nll(model, tiny_batch(2)).backward()
+    parts = list(pass_.fisher.values())
+    room = sum(part.nbytes for part in parts) * 3 // 4
+    monkeypatch.setattr(memory, "available", lambda device: room)
+    with pytest.raises(MemoryError, match="on cpu"):
+        memory.reserve(pass_.fisher, 2, {})
+    for part in parts[::2]:
+        monkeypatch.setattr(part, "device", torch.device("meta"))
+    memory.reserve(pass_.fisher, 2, {})

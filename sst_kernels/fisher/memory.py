@@ -6,13 +6,15 @@ any time. The model, its activations and the logits are the caller's.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from sst_kernels.fisher.available import available
 from sst_kernels.fisher.base import Block
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.structures.algebra import CHUNK
@@ -74,25 +76,25 @@ def estimate_moments(shapes: Sequence[tuple[int, int]]) -> Estimate:
     return Estimate(state, state + max(SINGLE * tile * max(tile, widest - tile), drawing))
 
 
-def available(device: torch.device | str) -> int | None:
-    """Bytes that this process may still take on a device; None where that cannot be known."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = [_meminfo(), _cgroup()]
-    return min((f for f in found if f is not None), default=None)
-
-
 def require(
     what: str, needed: Estimate, device: torch.device | str, alternatives: Mapping[str, Estimate], otherwise: str
 ) -> None:
-    """MemoryError, naming those alternatives that would fit or else `otherwise`, unless `needed.peak` bytes are free on `device`."""
+    """MemoryError, naming those alternatives that would fit or else `otherwise`, unless `needed.peak` bytes are available on `device`.
+
+    With SST_MEMORY=warn in the environment a warning. ValueError when that variable is neither "warn" nor "refuse".
+    """
+    asked = os.environ.get("SST_MEMORY", "refuse")
+    if asked not in ("refuse", "warn"):
+        raise ValueError(f'SST_MEMORY: expected "refuse" or "warn", got {asked!r}')
     free = available(device)
     if free is None or needed.peak <= free:
         return
     fitting = [f"{instead} ({_gib(e.peak)})" for instead, e in alternatives.items() if e.peak <= free]
     advice = f"these would fit: {'; '.join(fitting)}" if fitting else otherwise
-    raise MemoryError(f"{what} would take {_gib(needed.peak)} on {device} and {_gib(free)} are free; {advice}")
+    text = f"{what} would take {_gib(needed.peak)} on {device} and {_gib(free)} are available; {advice}"
+    if asked == "refuse":
+        raise MemoryError(f"{text}; SST_MEMORY=warn in the environment tries all the same")
+    warnings.warn(text, stacklevel=3)
 
 
 def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: int = 1) -> None:
@@ -102,28 +104,30 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: i
     """
     if sequences < 0:
         raise ValueError(f"sequences must not be negative, got {sequences}")
-    meta, blocks, joint = fisher.meta, list(fisher.blocks.values()), fisher.joint
+    meta, joint = fisher.meta, fisher.joint
     about = {"space": meta["space"], "scope": meta["scope"], "sample": meta["sample"]}
     total = sequences * ranks
-    needed = estimate(meta["structure"], blocks, total, options=options, **about)
-    if isinstance(joint, Full):  # nothing has to double; a rank's own rows stand beside the total while it arrives
-        needed = Estimate(needed.state, needed.state + (needed.state // ranks if ranks > 1 else 0))
     others: dict[str, tuple[str, dict[str, Any]]] = {
         f'structure="lowrank", rank={rank}': ("lowrank", {"rank": rank}) for rank in (1024, 256, 64)
     }
     others |= {'scope="module"': ("full", {"rows": "fold"}), 'structure="diagonal"': ("diagonal", {})}
-    alternatives = {
-        what: estimate(kind, blocks, total, options=given, **about)
-        for what, (kind, given) in others.items()
-        if meta["space"] == "core"
-    }
-    device = next(iter(fisher.values())).device
-    require("the Fisher state", needed, device, alternatives, "use fewer sequences, fewer modules or a lower rank")
+    homes = {name: (fisher[name] if joint is None else joint).device for name in fisher.blocks}
+    for device in dict.fromkeys(homes.values()):
+        blocks = [block for name, block in fisher.blocks.items() if homes[name] == device]
+        needed = estimate(meta["structure"], blocks, total, options=options, **about)
+        if isinstance(joint, Full):  # nothing has to double; a rank's own rows stand beside the total while it arrives
+            needed = Estimate(needed.state, needed.state + (needed.state // ranks if ranks > 1 else 0))
+        alternatives = {
+            what: estimate(kind, blocks, total, options=given, **about)
+            for what, (kind, given) in others.items()
+            if meta["space"] == "core"
+        }
+        require("the Fisher state", needed, device, alternatives, "use fewer sequences, fewer modules or a lower rank")
     if isinstance(joint, Full):
         try:
             joint.reserve(sequences)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{_gib(needed.state)} in one piece are not free on {device}: {error}") from error
+        except RuntimeError as error:  # torch's, of a host or a device whose memory is in pieces
+            raise MemoryError(f"{_gib(needed.state)} in one piece are not free on {joint.device}: {error}") from error
 
 
 def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
@@ -197,21 +201,6 @@ _SIZES: dict[str, Callable[[tuple[int, int], int, int, Mapping[str, Any]], Estim
     "lowrank": _lowrank,
     "kronecker_svd": _kronecker_svd,
 }
-
-
-def _meminfo() -> int | None:
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    fields = (line.split() for line in path.read_text().splitlines())
-    return next((int(f[1]) * 1024 for f in fields if f[0] == "MemAvailable:"), None)
-
-
-def _cgroup() -> int | None:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not limit.exists() or not used.exists() or (text := limit.read_text().strip()) == "max":
-        return None
-    return max(0, int(text) - int(used.read_text()))
 
 
 def _gib(size: int) -> str:
