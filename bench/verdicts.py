@@ -111,7 +111,7 @@ _PLANS = {
     "both": "a forward pass is about half of a training step, so no kernel meets this; `input_filter: 0` leaves the input pass out, and "
     "`--limit` reads fewer rows; inputs of a quarter of the prompts cost 1.4 times the benign KL at equal NLL, and nothing at equal refusal rate (quality.md)",
     "solve": "the stage table of section (b) says where the time goes",
-    "solves": "two eigendecompositions of order ℓ per input and side, one after the other; batched by width they would be few calls",
+    "solves": "nearly all of it is products of d·ℓ² and Cholesky factors of order ℓ and 2ℓ, input after input; inputs of one width could be stacked",
     "moments": "the target would allow ℓ = 117; on a 135M model ℓ = 128 cost 1.5 times the benign KL ([fisher.md](fisher.md#what-a-patch-reads)). It is a "
     "peak before the Fishers, and fits beside the weights (section (d))",
     "core": "a fold has a metric, hence a QR, of its own; metric='frobenius' shares one among all folds, folds=2 halves them",

@@ -221,6 +221,28 @@ def test_a_sketch_is_read_as_its_eigenvalues_are(outlier):
     assert float(difference.abs().max()) < 1e-12 * float(factor.trace)
 
 
+@pytest.mark.parametrize("outlier", [1.0, 1e4])
+def test_sketches_without_cholesky_factors(outlier, monkeypatch):
+    """Where rounding leaves no Cholesky factor, eigendecompositions give the same; a sketch of an indefinite sum gives a PSD one."""
+    from sst_kernels.fisher.structures.moment import SecondMoment, sign_matrix
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 384, generator=generator) * torch.logspace(0, -3, 384)
+    x[:, 0] *= outlier
+    moment, omega = SecondMoment(384, 64, 0, torch.device("cpu")), sign_matrix(384, 64, 0, x.device, x.dtype)
+    moment.sum += x.T @ (x @ omega)
+    moment.trace += x.double().square().sum()
+    usual = moment.mean(2000).dense()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky_ex", lambda a: (a, torch.ones((), dtype=torch.int32)))
+        other = moment.mean(2000).dense()
+    assert float((usual - other).abs().max()) < 1e-12 * float(usual.trace())
+
+    moment.sum -= 0.5 * moment.trace.float() * omega  # M - tr(M)/2 I
+    indefinite = moment.mean(2000)
+    assert torch.isfinite(indefinite.columns).all() and indefinite.rest >= 0
+
+
 def test_sketches_are_inverted_through_their_columns():
     """Woodbury and the dense Cholesky factor agree where the sketches have fewer columns than d_in."""
     from sst_kernels.fisher.structures.moment import Columns

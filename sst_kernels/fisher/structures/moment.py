@@ -113,9 +113,7 @@ class SecondMoment:
         """M / count; where it is kept whole, PSD but for the rounding of float32 sums."""
         if self.dense:
             return symmetric(self.sum) / count
-        columns, shift = self._nystrom()
-        values, turn = torch.linalg.eigh(columns.mT @ columns)
-        columns = (columns @ turn) * ((values - shift).clamp_min(0) / values.clamp_min(1e-300)).sqrt()
+        columns = _shortened(*self._nystrom())
         energy, trace = columns.square().sum().clamp_min(1e-300), self.trace.clamp_min(0)
         rest = (trace - energy).clamp_min(0) / len(columns)
         return Columns(columns * ((trace / energy).clamp_max(1) / count).sqrt(), rest / count)
@@ -140,13 +138,32 @@ class SecondMoment:
 
 
 def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """F [d, ℓ] float64 with F Fᵀ = Y (ΩᵀY)⁺ Yᵀ, the Nyström approximation of M from Y = MΩ [d, ℓ]; and the stabilising shift of
+    """F [d, ℓ] float64 with F Fᵀ = Y (ΩᵀY)⁺ Yᵀ, the Nyström approximation of M from Y = MΩ [d, ℓ], by Cholesky of ΩᵀY where
+    rounding leaves that positive definite (an eigendecomposition takes ten times as long); and the stabilising shift of
     Tropp et al. (1706.05736, algorithm 3), at float32 level, by which the eigenvalues of F Fᵀ are too large."""
     y = sketch.double()
     shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
     y = y + shift * omega
     core = omega.mT @ y
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    core = (core + core.mT) / 2
+    factor, failed = torch.linalg.cholesky_ex(core)
+    if not failed:
+        return torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False), shift
+    values, vectors = torch.linalg.eigh(core)
     floor = values[-1].clamp_min(0) * torch.finfo(torch.float64).eps * len(values)
     root = torch.where(values > floor, values, torch.inf).rsqrt()
     return y @ (vectors * root), shift
+
+
+def _shortened(columns: Tensor, shift: Tensor) -> Tensor:
+    """F' with F'F'ᵀ = F Fᵀ less `shift` on its range, and eigenvalues that would be negative 0."""
+    gram = columns.mT @ columns
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        rest = -shift * torch.cholesky_inverse(factor)
+        rest.diagonal().add_(1)
+        root, failed = torch.linalg.cholesky_ex(rest)
+        if not failed:
+            return columns @ root
+    values, turn = torch.linalg.eigh(gram)
+    return (columns @ turn) * ((values - shift).clamp_min(0) / values.clamp_min(1e-300)).sqrt()
