@@ -50,7 +50,19 @@ def test_the_mean_of_a_declared_loss_is_over_its_own_labels():
     assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
 
 
-def test_reduction_sum_and_stated_scale():
+def test_models_whose_own_loss_is_a_sum():
+    model, batch = tiny_lora().double(), tiny_batch(3)
+
+    def summed(logits, labels, **_):
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+    model.get_base_model().loss_function = summed
+    with fisher_accumulate(model, "safety", reduction="sum") as pass_:
+        model(**batch).loss.backward()
+    assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(model, batch, "safety")) < ROUNDING
+
+
+def test_declared_sums_and_stated_scales():
     model, batch = tiny_lora().double(), tiny_batch(3)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with fisher_accumulate(model, "safety", grad_scale=8.0) as pass_, declared_loss(batch["labels"], reduction="sum"):

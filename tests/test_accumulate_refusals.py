@@ -39,6 +39,10 @@ def refusals():
         layers[0].lora_A["safety"].weight = layers[1].lora_A["safety"].weight
         return model
 
+    def parameters():
+        config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])
+        return get_peft_model(tiny_model(), config, adapter_name="safety").eval()
+
     def disabled():
         model = tiny_lora()
         model.base_model.disable_adapter_layers()
@@ -53,9 +57,11 @@ def refusals():
     yield "merged", merged, "are merged into the base weight"
     yield "disabled", disabled, "adapters are disabled"
     yield "dora", lambda: variant(use_dora=True), "DoRA is not plain LoRA"
+    yield "activated", lambda: variant(alora_invocation_tokens=[1, 2]), "ALoraLinearVariant is not plain LoRA"
     yield "bias", lambda: variant(lora_bias=True, init_lora_weights=True), "lora_bias=True"
     yield "dropout", lambda: variant(lora_dropout=0.1).train(), "dropout 0.1 is active"
     yield "tied", tied, "shares its LoRA weights"
+    yield "parameters", parameters, "LoRA on the bare parameter 'weight'"
     yield (
         "embedding",
         lambda: get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["embed_tokens"]), adapter_name="safety"),
@@ -67,6 +73,13 @@ def refusals():
 def test_models_that_would_give_wrong_statistics_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         fisher_accumulate(make(), "safety")
+
+
+def test_misspelt_module_names_are_refused():
+    names = ["model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.q"]
+    with pytest.raises(ValueError, match=r"modules= names \['model.layers.0.self_attn.q'\], which do not carry"):
+        fisher_accumulate(tiny_lora(), "safety", modules=names)
+    assert list(fisher_accumulate(tiny_lora(), "safety", modules=iter(names[:1])).fisher) == names[:1]
 
 
 def test_loops_that_would_give_wrong_statistics_are_refused():

@@ -73,14 +73,16 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
 
     `modules` restricts them: a regular expression that must match the whole module name, or the names themselves.
     Raises ValueError, naming the module and the remedy, for whatever would make core- or factor-space gradients wrong:
-    an unknown, inactive, merged or disabled adapter, LoRA variants (DoRA and others), embedding and convolution layers,
-    a bias in `lora_B`, shared (tied) LoRA weights, active dropout.
+    an unknown, inactive, merged or disabled adapter, names in `modules` that do not carry it, LoRA variants (DoRA and others),
+    bare parameters, embedding and convolution layers, a bias in `lora_B`, shared (tied) LoRA weights, active dropout.
     """
     if isinstance(modules, str):
         try:
             re.compile(modules)
         except re.error as error:
             raise ValueError(f"modules={modules!r} is no regular expression ({error})") from error
+    elif modules is not None:
+        modules = set(modules)
     sites: list[LoraSite] = []
     known: set[str] = set()
     seen: dict[int, str] = {}
@@ -106,6 +108,10 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
                 f"no module carries the adapter {adapter!r}; this model has {sorted(known) or 'no LoRA adapters'}"
             )
         raise ValueError(f"modules={modules!r} selects none of the modules that carry the adapter {adapter!r}")
+    if isinstance(modules, set) and (missing := sorted(modules - {site.name for site in sites})):
+        raise ValueError(
+            f"modules= names {missing}, which do not carry the adapter {adapter!r}: the first that does is {sites[0].name!r}"
+        )
     _check_dropout(model)
     _check_finite(sites)
     return sites
@@ -125,7 +131,7 @@ def fingerprint(sites: Iterable[LoraSite]) -> str:
 def _selected(name: str, modules: str | Iterable[str] | None) -> bool:
     if modules is None:
         return True
-    return re.fullmatch(modules, name) is not None if isinstance(modules, str) else name in set(modules)
+    return re.fullmatch(modules, name) is not None if isinstance(modules, str) else name in modules
 
 
 def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
@@ -148,6 +154,11 @@ def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
         kind = "DoRA" if getattr(layer, "use_dora", {}).get(adapter, False) or "Dora" in variant else variant
         raise ValueError(
             f"{name}: {kind} is not plain LoRA (ΔW = scaling · B A) and is not supported; retrain with plain LoRA"
+        )
+    if parameter := getattr(layer, "parameter_name", None):
+        raise ValueError(
+            f"{name}: LoRA on the bare parameter {parameter!r} (target_parameters) is not supported; train linear layers "
+            "(target_modules), or leave this module out with modules="
         )
     if getattr(layer, "lora_bias", {}).get(adapter, False):
         raise ValueError(
