@@ -3,6 +3,7 @@
 from sst_kernels.gevp.certified import Certified, certified, quadratic_bounds
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, KroneckerSum, LowRank, Operator
 from sst_kernels.gevp.result import GEVPError, GEVPResult, GEVPStatus
+from sst_kernels.gevp.settings import Settings
 from sst_kernels.gevp.solve import gevp
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "KroneckerSum",
     "LowRank",
     "Operator",
+    "Settings",
     "certified",
     "gevp",
     "quadratic_bounds",

@@ -8,11 +8,10 @@ from sst_kernels import _native
 from sst_kernels.gevp.dense import PRECONDITIONERS, empty_outputs
 from sst_kernels.gevp.operators import Operator
 from sst_kernels.gevp.result import GEVPResult
+from sst_kernels.gevp.settings import Settings
 
 
-def operator_jacobi_davidson(
-    gain: Operator, cost: Operator, k: int, tol: float, max_cycles: int, seed: int, route: str
-) -> GEVPResult:
+def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: Settings, route: str) -> GEVPResult:
     """Top-k pairs of a pencil that is only known by its products.
 
     The native solver asks for A X, B X and K^-1 R on blocks that lie in one workspace tensor; each is answered by slicing
@@ -22,7 +21,7 @@ def operator_jacobi_davidson(
     native = _native.cuda() if device.type == "cuda" else _native.cpu()
     probe = cost.solve(torch.zeros(n, 1, dtype=torch.float64, device=device))
     options = native.Options.for_problem(n, k, device.type == "cuda")
-    options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
+    options.tolerance, options.max_cycles, options.seed = settings.tol, settings.max_cycles, settings.seed
     options.preconditioner = PRECONDITIONERS["diagonal" if probe is None else "exact"]
     options.inner_steps = 20 if probe is None else 0
     lanes = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 1

@@ -2,70 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import cast, overload
+from inspect import signature
+from typing import Any, cast, overload
 
 from torch import Tensor
 
 from sst_kernels.gevp import lowrank, structured
-from sst_kernels.gevp.checks import check_settings, operand
-from sst_kernels.gevp.dense import PRECONDITIONERS
+from sst_kernels.gevp.checks import operand
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
 from sst_kernels.gevp.ragged import Side, solve_list
 from sst_kernels.gevp.result import GEVPResult
+from sst_kernels.gevp.settings import Settings, check_count
 from sst_kernels.gevp.stored import solve_stored
 from sst_kernels.profiling import stage
 
-METHODS = ("auto", "direct", "jacobi_davidson")
+
+@overload
+def gevp(A: Tensor | Operator, B: Tensor | Operator, k: int, **settings: Any) -> GEVPResult: ...
 
 
 @overload
-def gevp(
-    A: Tensor | Operator,
-    B: Tensor | Operator,
-    k: int,
-    *,
-    method: str = ...,
-    damping: float = ...,
-    tol: float = ...,
-    max_cycles: int = ...,
-    seed: int = ...,
-    preconditioner: str = ...,
-    memory_budget: int | None = ...,
-) -> GEVPResult: ...
-
-
-@overload
-def gevp(
-    A: Side,
-    B: Side,
-    k: int,
-    *,
-    method: str = ...,
-    damping: float = ...,
-    tol: float = ...,
-    max_cycles: int = ...,
-    seed: int = ...,
-    preconditioner: str = ...,
-    memory_budget: int | None = ...,
-) -> list[GEVPResult]: ...
+def gevp(A: Side, B: Side, k: int, **settings: Any) -> list[GEVPResult]: ...
 
 
 @stage("gevp")
 def gevp(
-    A: Tensor | Operator | Side,
-    B: Tensor | Operator | Side,
-    k: int,
-    *,
-    method: str = "auto",
-    damping: float = 0.0,
-    tol: float = 1e-10,
-    max_cycles: int = 100,
-    seed: int = 0,
-    preconditioner: str = "cholesky",
-    memory_budget: int | None = None,
+    A: Tensor | Operator | Side, B: Tensor | Operator | Side, k: int, **settings: Any
 ) -> GEVPResult | list[GEVPResult]:
     """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem, a batch, or a list of any orders.
 
@@ -77,66 +43,41 @@ def gevp(
         B: symmetric positive definite once damped; a tensor of the same shape, dtype and device, or an operator. Two lists of
             matrices or operators of different orders are solved in groups that agree in order.
         k: pairs per problem, 0 <= k <= n.
-        method: "auto" follows the structure and a measured crossover table; "direct" and "jacobi_davidson" insist.
-        damping: added to the diagonal of B.
-        tol: an iterative solve stops when sqrt(r' B^-1 r) <= tol * |lambda_1|; a direct one is as exact as float64 allows.
-        max_cycles: restart cycles before `max_iterations` is reported.
-        seed: of the random start block, the same on every device.
-        preconditioner: how a stored B is inverted: "cholesky", "cholesky_single" (float32 factor, float64 refinement),
-            "diagonal" or "none" (projected block CG).
-        memory_budget: bytes that the solve may take beside the caller's matrices and the result: copies, temporaries and workspace.
-            A batch or list of matrices is solved in as few pieces as that allows, with the same bits.
+        **settings: those of `Settings`, which has their meanings and defaults.
 
     Returns:
         Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route; for lists, a list of these.
 
     Raises:
-        ValueError: shapes, k, method or preconditioner do not fit; a budget for a pencil of operators, which cannot be split.
+        ValueError: shapes, k or a setting do not fit; a memory budget for a pencil of operators, which cannot be split.
         MemoryError: `memory_budget` does not hold one problem; the message says what would fit.
-        TypeError: a dtype that is neither float32 nor float64 nor convertible to them.
+        TypeError: a dtype that is neither float32 nor float64 nor convertible to them; a setting that there is not.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if preconditioner not in PRECONDITIONERS or preconditioner == "exact":
-        raise ValueError(
-            f"preconditioner must be one of {[name for name in PRECONDITIONERS if name != 'exact']}, got {preconditioner!r}"
-        )
-    check_settings(k, damping, tol, max_cycles, seed, memory_budget)
+    chosen = Settings(**settings)
+    check_count("k", k, 0)
     if isinstance(A, list | tuple) or isinstance(B, list | tuple):
-        alone = partial(
-            gevp,
-            k=k,
-            method=method,
-            damping=damping,
-            tol=tol,
-            max_cycles=max_cycles,
-            seed=seed,
-            preconditioner=preconditioner,
-            memory_budget=memory_budget,
-        )
-        return solve_list(alone, cast(Side, A), cast(Side, B))
+        return solve_list(partial(gevp, k=k, **settings), cast(Side, A), cast(Side, B))
+    return _solve(cast(Any, A), cast(Any, B), k, chosen)
+
+
+_FREE, _KEYWORD = signature(gevp), signature(Settings)
+gevp.__signature__ = _FREE.replace(  # type: ignore[attr-defined]
+    parameters=[*list(_FREE.parameters.values())[:3], *_KEYWORD.parameters.values()]
+)
+
+
+def _solve(A: Tensor | Operator, B: Tensor | Operator, k: int, settings: Settings) -> GEVPResult:
     gain, cost = operand("A", A), operand("B", B)
     _check(gain, cost, k)
     if isinstance(gain, Dense) and isinstance(cost, Dense):
-        return solve_stored(
-            gain,
-            cost,
-            k,
-            choose(gain, cost, k, method),
-            damping=damping,
-            preconditioner=preconditioner,
-            tol=tol,
-            max_cycles=max_cycles,
-            seed=seed,
-            memory_budget=memory_budget,
-        )
-    if memory_budget is not None:
+        return solve_stored(gain, cost, k, choose(gain, cost, k, settings.method), settings)
+    if settings.memory_budget is not None:
         raise ValueError(
             f"memory_budget splits batches of stored matrices; a pencil of {type(gain).__name__} and {type(cost).__name__} is one "
             "problem and cannot be split: leave it out"
         )
-    cost = cost.damped(damping)
-    chosen = choose(gain, cost, k, method)
+    cost, settings = cost.damped(settings.damping), replace(settings, damping=0.0)
+    chosen = choose(gain, cost, k, settings.method)
     route = str(chosen)
     match chosen.name, gain, cost:
         case "diagonal", Diagonal(), Diagonal():
@@ -144,32 +85,19 @@ def gevp(
         case "eigenbasis", EigenKronecker(), EigenKronecker():
             return structured.eigenbasis_pair(gain, cost, k, route)
         case "kronecker", Kronecker(), Kronecker():
-            left, right = (
-                gevp(a, b, min(k, len(a)), tol=tol, max_cycles=max_cycles, seed=seed)
-                for a, b in structured.sides(gain, cost)
-            )
+            left, right = (_solve(a, b, min(k, len(a)), settings) for a, b in structured.sides(gain, cost))
             return structured.kronecker_pair(left, right, k, f"{route} (left {left.route}; right {right.route})")
         case "split_projection", LowRank(), LowRank():
-            return lowrank.split_projection(gain, cost, k, seed, route)
+            return lowrank.split_projection(gain, cost, k, settings.seed, route)
         case "split_projection", LowRank(), Diagonal():
-            return lowrank.split_projection(gain, LowRank(gain.rows[:0], cost.diag), k, seed, route)
+            return lowrank.split_projection(gain, LowRank(gain.rows[:0], cost.diag), k, settings.seed, route)
         case "cholesky_projection", LowRank(), Dense():
-            return lowrank.cholesky_projection(gain, cost.matrix, k, seed, route)
+            return lowrank.cholesky_projection(gain, cost.matrix, k, settings.seed, route)
         case "operator_jacobi_davidson", _, _:
-            return operator_jacobi_davidson(gain, cost, k, tol, max_cycles, seed, route)
+            return operator_jacobi_davidson(gain, cost, k, settings, route)
         case "stored", _, _:
-            inner = "auto" if method == "auto" else "direct"
-            result = gevp(
-                gain.dense().double(), cost.dense().double(), k, method=inner, tol=tol, max_cycles=max_cycles, seed=seed
-            )
-            return GEVPResult(
-                result.values,
-                result.vectors,
-                result.error_bound,
-                result.status,
-                f"{route} ({result.route})",
-                result.cycles,
-            )
+            result = _solve(gain.dense().double(), cost.dense().double(), k, settings)
+            return replace(result, route=f"{route} ({result.route})")
     raise AssertionError(f"{route} is no route for {type(gain).__name__} and {type(cost).__name__}")
 
 

@@ -13,23 +13,12 @@ from sst_kernels.gevp.dense import empty_outputs, gevp_dense, workspace_bytes
 from sst_kernels.gevp.operators import Dense
 from sst_kernels.gevp.pencils import Route, iterable
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.gevp.settings import Settings
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def solve_stored(
-    gain: Dense,
-    cost: Dense,
-    k: int,
-    route: Route,
-    *,
-    damping: float,
-    preconditioner: str,
-    tol: float,
-    max_cycles: int,
-    seed: int,
-    memory_budget: int | None,
-) -> GEVPResult:
+def solve_stored(gain: Dense, cost: Dense, k: int, route: Route, settings: Settings) -> GEVPResult:
     """Top-k pairs of `gain` against `cost` + damping I, in as few pieces as `memory_budget` bytes allow (None: in one).
 
     A problem's bits do not depend on its company, so they do not depend on the pieces either.
@@ -39,13 +28,14 @@ def solve_stored(
     """
     batch, count, n = gain.batch, gain.batch.numel(), gain.n
     dtype = torch.float64 if torch.float64 in (gain.dtype, cost.dtype) else torch.float32
-    settings = (k, route.name, preconditioner, tol, max_cycles, seed)
+    damping, preconditioner, budget = settings.damping, settings.preconditioner, settings.memory_budget
+    how = (k, route.name, preconditioner, settings.tol, settings.max_cycles, settings.seed)
 
     def piece(first: int, last: int) -> Outputs:
         damped = Dense(cost.problems(first, last)).damped(damping).matrix
-        return _solve(_packed(gain.problems(first, last), dtype), _packed(damped, dtype), settings)
+        return _solve(_packed(gain.problems(first, last), dtype), _packed(damped, dtype), how)
 
-    size = count if memory_budget is None else _fitting(gain, cost, damping, dtype, settings, memory_budget)
+    size = count if budget is None else _fitting(gain, cost, damping, dtype, how, budget)
     if size >= count:
         outputs = piece(0, count)
     else:
@@ -68,12 +58,12 @@ def solve_stored(
     )
 
 
-def _solve(a: Tensor, b: Tensor, settings: tuple) -> Outputs:
-    outputs = gevp_dense(a, b, *settings)
+def _solve(a: Tensor, b: Tensor, how: tuple) -> Outputs:
+    outputs = gevp_dense(a, b, *how)
     if GEVPStatus.not_symmetric in outputs[3].tolist():
         skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
         skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])]
-        again = gevp_dense(*((x + x.mT).div_(2) for x in (a[skewed], b[skewed])), *settings)
+        again = gevp_dense(*((x + x.mT).div_(2) for x in (a[skewed], b[skewed])), *how)
         for old, new in zip(outputs, again):
             old[skewed] = new
     return outputs
@@ -90,9 +80,9 @@ def _nearly_symmetric(x: Tensor) -> Tensor:
     return (x - x.mT).abs_().amax((-2, -1)) <= 1e-5 * x.abs().amax((-2, -1))
 
 
-def _bytes(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, settings: tuple, problems: int) -> int:
+def _bytes(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, how: tuple, problems: int) -> int:
     """What that many problems take at most beside the caller's matrices and the result, symmetric parts of both sides included."""
-    k, method, preconditioner = settings[:3]
+    k, method, preconditioner = how[:3]
     entries = gain.n * gain.n
     matrix, result = entries * dtype.itemsize, 8 * (k * (gain.n + 2) + 1)
     copied = 0
@@ -104,11 +94,11 @@ def _bytes(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, setting
     return problems * (copied + 2 * matrix + 2 * result) + max(workspace, 2 * problems * matrix)
 
 
-def _fitting(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, settings: tuple, budget: int) -> int:
-    count, n, k = gain.batch.numel(), gain.n, settings[0]
+def _fitting(gain: Dense, cost: Dense, damping: float, dtype: torch.dtype, how: tuple, budget: int) -> int:
+    count, n, k = gain.batch.numel(), gain.n, how[0]
     if not (count and n and k):
         return count
-    need = partial(_bytes, gain, cost, damping, dtype, settings)
+    need = partial(_bytes, gain, cost, damping, dtype, how)
     size = bisect_right(range(1, count + 1), budget, key=need)
     if size:
         return size
