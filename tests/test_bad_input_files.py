@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -148,6 +149,64 @@ def test_what_stands_there_is_not_replaced(tmp_path):
     with pytest.raises(OutputError), output_file(precious / "thesis.tex"):
         pytest.fail("must not begin")
     assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("make", [output_folder, output_file])
+def test_of_two_runs_with_one_output_none_is_lost(make, tmp_path):
+    """The second to end finds its name taken, overwrites nothing, and says where its own result stands."""
+
+    def fill(place, text):
+        (place if place.is_file() else place / "report.json").write_text(text)
+
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="not free any more") as raised, make(out) as slow:
+        fill(slow, "slow")
+        with make(out) as quick:
+            fill(quick, "quick")
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.read_text(): p.relative_to(tmp_path).parts[0] for p in written} == {"quick": "out", "slow": slow.name}
+    assert str(slow) in str(raised.value)
+
+
+def test_an_output_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "report.json").write_text("old")
+    rename = Path.rename
+
+    def full(self, target):
+        if "-partial-" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with (
+        pytest.raises(OutputError, match=r"No space left on device.*complete and stands in .*out-partial-"),
+        output_folder(tmp_path / "out", force=True) as folder,
+    ):
+        (folder / "report.json").write_text("new")
+    assert (tmp_path / "out/report.json").read_text() == "old"
+    assert (folder / "report.json").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_inputs_are_not_replaced_whatever_they_are_called(tmp_path):
+    """By another way to write the path, or as a file inside an adapter."""
+    adapter, data = tmp_path / "adapter", tmp_path / "data.jsonl"
+    adapter.mkdir()
+    for file in (adapter / "adapter_model.safetensors", data):
+        file.write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (data, tmp_path / "link/data.jsonl", adapter / "../data.jsonl", adapter / "adapter_model.safetensors"):
+        with (
+            pytest.raises(OutputError, match="belongs to the input"),
+            output_file(path, force=True, inputs=[adapter, data]),
+        ):
+            pytest.fail("must not begin")
+    base = {"model": "m", "safety": str(adapter), "harm_data": "h", "benign_data": "b"}
+    for path in (tmp_path / "link/adapter", tmp_path / "nowhere/../adapter"):
+        with pytest.raises(RecipeError, match="holds the safety"):
+            Recipe.parse({**base, "output": str(path)})
+    assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"precious"}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/below", "zero\0byte"])

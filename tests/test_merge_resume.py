@@ -75,6 +75,12 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checkpoints_that_have_no_room_of_their_own(tmp_path):
+    (tmp_path / ".out-checkpoints").touch()
+    with pytest.raises(OutputError, match=r"\.out-checkpoints: cannot be created \(File exists\)"):
+        Continuity.beside(tmp_path / "out", 1, False)
+
+
 def test_a_resumed_run_finds_its_reads(root, session, data, tmp_path, monkeypatch):
     """What the patch reads is part of the adapter that the checkpointed Fishers belong to: it is not made a second time."""
     keep = Continuity.beside(tmp_path / "out", 1, False)

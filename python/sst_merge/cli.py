@@ -157,7 +157,8 @@ def fisher(
     from .passes import Continuity, fisher_pass, leader, ranks
     from .session import open_session
 
-    with ranks(), output_file(output, force=force) if leader() else nullcontext(output) as partial:
+    inputs = [model, safety, data, *([task] if task is not None else [])]
+    with ranks(), output_file(output, force=force, inputs=inputs) if leader() else nullcontext(output) as partial:
         reporter = Reporter(quiet or not leader())
         continuity = Continuity.beside(output, checkpoint_every, resume)
         session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
@@ -224,6 +225,7 @@ def evaluate(
         ],
         output=output,
         force=force,
+        inputs=[path for path in (harmful, benign) if path is not None],
         generate_tokens=generate_tokens,
         tokens_per_batch=tokens_per_batch,
         device=device,

@@ -24,6 +24,7 @@ from .adapters import Adapter
 from .algebra import with_reads
 from .data import Batch, Dataset, batches, collate
 from .errors import MergeError, OutputError, headlined
+from .output import creating
 from .paths import expanded
 from .progress import batch_tokens
 from .recipe import options_of
@@ -42,7 +43,8 @@ class Continuity:
     def beside(cls, output: Path, every: int | None, resume: bool) -> Continuity | None:
         """Checkpoints in a hidden folder beside the output; None without `every` and `resume`.
 
-        Raises OutputError when checkpoints of an unfinished run stand there and `resume` does not ask for them.
+        Raises OutputError when checkpoints of an unfinished run stand there and `resume` does not ask for them, and when the folder
+        cannot be created.
         """
         if every is None and not resume:
             return None
@@ -52,7 +54,8 @@ class Continuity:
             raise OutputError(
                 f"{folder} holds the checkpoints of an unfinished run: go on with --resume, or remove that folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with creating(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return cls(folder, every or 100, resume)
 
     def path(self, name: str) -> Path:

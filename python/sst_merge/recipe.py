@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import MAX_SEED, RecipeError
-from .paths import expanded
+from .paths import expanded, within
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -125,11 +125,10 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _inputs_stand_outside_the_output(self) -> Recipe:
         """`--force` replaces the whole output folder, with whatever lies in it."""
-        output = expanded(self.output).absolute()
         for name in ("model", *PATHS[:-1]):
             given = getattr(self, name)
-            if given is not None and expanded(given).absolute().is_relative_to(output):
-                raise ValueError(f"output {output} holds the {name} {given}; choose another output")
+            if given is not None and within(given, self.output):
+                raise ValueError(f"output {self.output} holds the {name} {given}; choose another output")
         return self
 
     @classmethod

@@ -98,6 +98,7 @@ def evaluate_folders(
     load: Callable[[Any], list[Dataset | None]],
     output: Path | None = None,
     force: bool = False,
+    inputs: Sequence[Path] = (),
     generate_tokens: int = 24,
     tokens_per_batch: int = 1024,
     device: str = "auto",
@@ -106,9 +107,11 @@ def evaluate_folders(
 ) -> dict[str, Evaluation]:
     """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
 
-    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON.
+    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON; `force` replaces a file
+    there, but none of the model, the adapters and `inputs`.
     """
-    with output_file(output, force=force) if output is not None else nullcontext() as partial:
+    given = [model, *adapters, *([task] if task is not None else []), *inputs]
+    with output_file(output, force=force, inputs=given) if output is not None else nullcontext() as partial:
         folders = {str(path): load_adapter(path) for path in adapters}
         base_task = load_adapter(task) if task is not None else None
         network, tokenizer = load_model(model, dtype=dtype, device=device)
