@@ -145,6 +145,16 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert report["evaluation"] == {}
 
 
+def test_a_patch_of_the_head_is_merged_with_the_rest(world, tmp_path):
+    cases.adapter_folder(tmp_path / "safety", seed=4, target_modules=["q_proj", "lm_head"])
+    recipe = Recipe.load(
+        world / "recipe.yml", safety=tmp_path / "safety", task=None, eval_harm_data=None, output=tmp_path / "out"
+    )
+    report = pipeline.merge(recipe, reporter=QUIET)
+    assert set(report["patch"]["kept_energy"]) == set(load_adapter(tmp_path / "safety").terms)
+    assert "lm_head" in cases.peft_deltas(PeftModel.from_pretrained(cases.model(), tmp_path / "out"))
+
+
 def test_a_failed_run_leaves_nothing(world, tmp_path):
     late = {"structure": "lowrank", "structure_options": {"rank": 0}}
     for change, text in (({"folds": 11}, "pencil cannot be solved"), (late, "Fisher pass .* failed")):

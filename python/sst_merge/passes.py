@@ -196,8 +196,9 @@ def input_pass(
     steps = batches(data, tokens_per_batch)
     if group is not None:
         steps = steps[dist.get_rank() :: dist.get_world_size()]
-    takes = inspect.signature(session.model.get_base_model().forward).parameters
-    few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    base = session.model.get_base_model()
+    takes = "logits_to_keep" in inspect.signature(base.forward).parameters
+    few = {"logits_to_keep": 1} if takes and not hasattr(base.get_output_embeddings(), "lora_A") else {}
     with (
         headlined(f"the pass over the inputs of {data.path or name} failed"),
         torch.no_grad(),
