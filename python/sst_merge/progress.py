@@ -43,7 +43,7 @@ class Reporter:
         items = list(items)
         columns = (
             TextColumn("{task.description:<30}", markup=False),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=6),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(unit),
             TimeElapsedColumn(),

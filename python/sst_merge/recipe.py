@@ -156,6 +156,8 @@ class Recipe(BaseModel):
         for name in PATHS:
             if name in values:
                 values[name] = str(expanded(values[name]).absolute())
+        if (folder := expanded(self.model)).is_dir():
+            values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
