@@ -155,14 +155,18 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert report["evaluation"] == {}
 
 
-def test_a_patch_of_the_head_is_merged_with_the_rest(world, tmp_path):
-    cases.adapter_folder(tmp_path / "safety", seed=4, target_modules=["q_proj", "lm_head"])
-    recipe = Recipe.load(
-        world / "recipe.yml", safety=tmp_path / "safety", task=None, eval_harm_data=None, output=tmp_path / "out"
-    )
-    report = pipeline.merge(recipe, reporter=QUIET)
+def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_path, capsys):
+    tied = cases.model(tied=True)
+    tied.save_pretrained(tmp_path / "model")
+    cases.tokenizer().save_pretrained(tmp_path / "model")
+    cases.adapter_folder(tmp_path / "safety", seed=4, target_modules=["q_proj", "lm_head"], base=tied)
+    given = {"model": str(tmp_path / "model"), "safety": tmp_path / "safety", "task": None, "eval_harm_data": None}
+    report = pipeline.merge(Recipe.load(world / "recipe.yml", output=tmp_path / "out", **given), reporter=Reporter())
+    assert "ties input and output embeddings" in " ".join(capsys.readouterr().err.split())
+    assert "- note: lm_head: this model ties input and output embeddings" in (tmp_path / "out/report.md").read_text()
     assert set(report["patch"]["kept_energy"]) == set(load_adapter(tmp_path / "safety").terms)
-    assert "lm_head" in cases.peft_deltas(PeftModel.from_pretrained(cases.model(), tmp_path / "out"))
+    loaded = PeftModel.from_pretrained(cases.model(tied=True), tmp_path / "out")
+    assert "lm_head" in cases.peft_deltas(loaded)
 
 
 def test_a_failed_run_leaves_nothing(world, tmp_path):

@@ -19,6 +19,7 @@ from .algebra import recompress
 from .data import Dataset, load_dataset
 from .errors import headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
+from .models import check_fit
 from .output import output_folder
 from .passes import Continuity, filtered_reads, fisher_pass, leader, world
 from .progress import Reporter
@@ -177,7 +178,7 @@ def describe(
     adapter: Adapter,
 ) -> dict[str, Any]:
     """The report's facts, as JSON-able values; `report.write_report` turns them into files."""
-    values = space.values
+    values, summary = space.values, adapter.summary()
     positive = values[values > 0].log10()
     path = curve = positive
     if len(positive):
@@ -210,7 +211,7 @@ def describe(
             "prediction": asdict(patch.prediction),
             "kept_energy": patch.kept,
         },
-        "adapter": adapter.summary(),
+        "adapter": summary | {"notes": summary["notes"] + check_fit(session.model, adapter)},
         "seconds": {name: round(value, 2) for name, value in session.seconds.items()},
         "versions": versions(),
     }
