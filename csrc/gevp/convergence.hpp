@@ -24,8 +24,9 @@ SST_HD inline double spectral_size(const Batch<double>& theta, int64_t p, int64_
     return first > last ? first : last;
 }
 
-/// Judges every active problem from theta (m Ritz values) and rho: sets done, verifying, status, cycles. `patience`
-/// cycles without halving the worst residual are a stagnation: the problem stops, its bound says where.
+/// Judges every active problem from theta (m Ritz values) and rho: sets done, verifying, status, cycles. `patience` cycles in which
+/// all residuals together have not come one halving nearer to the tolerance are a stagnation: the problem stops, its bound says
+/// where. The worst residual alone would not do: it stands still while the pairs above it are corrected.
 template <class Backend>
 void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cycle, const Result& result) {
     const Options options = state.options;
@@ -35,16 +36,18 @@ void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cyc
     const int32_t* const indefinite = state.ortho.indefinite;
     backend.each(active, SST_LAMBDA(int64_t p) {
         const double size = spectral_size(theta, p, m);
-        double worst = 0.0, sum = 0.0;
+        const double limit = options.tolerance * size;
+        double worst = 0.0, sum = 0.0, missing = 0.0;
         bool finite = !indefinite[p];
         for (int64_t j = 0; j < options.k; ++j) {
             finite = finite && 0.0 * rho(p, j, 0) == 0.0 && 0.0 * theta(p, j, 0) == 0.0;
             worst = rho(p, j, 0) > worst ? rho(p, j, 0) : worst;
+            missing += rho(p, j, 0) > limit ? log2(rho(p, j, 0) / limit) : 0.0;
             sum += theta(p, j, 0);
         }
         cycles[p] = static_cast<int32_t>(cycle + 1);
         codes[p] = code(finite ? Status::max_iterations : Status::not_positive_definite);
-        if (finite && worst <= options.tolerance * size) {
+        if (finite && worst <= limit) {
             const bool settled = verifying[p] && sum - trace(p, 0, 0) <= 10 * options.tolerance * size;
             if (settled || (!verifying[p] && !options.verify && !hides_copies(options, theta, p, size))) {
                 done[p] = 1;
@@ -57,8 +60,8 @@ void judge(Backend& backend, Active active, State& state, int64_t m, int64_t cyc
         }
         const bool searching = verifying[p] == 1;  // what the fresh block has found is now refined like anything else
         if (searching) verifying[p] = 2;
-        if (cycle == 0 || searching || worst < 0.5 * best(p, 0, 0)) {
-            best(p, 0, 0) = worst;
+        if (cycle == 0 || searching || missing <= best(p, 0, 0) - 1.0) {
+            best(p, 0, 0) = missing;
             best(p, 1, 0) = static_cast<double>(cycle);
         }
         if (!finite || cycle - static_cast<int64_t>(best(p, 1, 0)) >= patience) done[p] = 1;

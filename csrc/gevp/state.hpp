@@ -20,7 +20,7 @@ struct State {
     Batch<double> residual; ///< n x wanted
     Batch<double> rho;      ///< wanted x 1, residual norms
     Batch<double> trace;    ///< 1 x 1, sum of the wanted Ritz values when last found converged
-    Batch<double> best;     ///< 2 x 1, smallest worst residual so far and the cycle of its last clear progress
+    Batch<double> best;     ///< 2 x 1, fewest halvings that the residuals lacked so far, and the cycle of the last clear progress
     Batch<int64_t> pick;    ///< block x 1, the Ritz pairs whose residuals make the next block
     OrthoScratch ortho;
     int32_t* bad = nullptr;        ///< [batch] without an answer: screened out, or B does not factor
