@@ -30,8 +30,8 @@ def test_python_blocks_of_the_readme(capsys):
         "benign_batches": [tiny_batch(4, seed=s) for s in range(2, 5)],
     }
     for block in blocks("README.md", "python"):
+        assert len([line for line in block.splitlines() if line.strip()]) < 20
         exec(compile(block, "README.md", "exec"), setting)
-    assert setting["S"].shape == (3, 3)
     assert setting["patch"].prediction.cost_per_label <= 0.02
     assert "Prediction(held_out=True" in capsys.readouterr().out
 
