@@ -248,7 +248,16 @@ def fishers() -> tuple[sst.Fisher, sst.Fisher]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"scope": "galaxy"}, {"damping": 0.0}, {"damping": NAN}, {"damping": INF}, {"folds": 1}, {"folds": 9}]
+    "options",
+    [
+        {"scope": "galaxy"},
+        {"damping": 0.0},
+        {"damping": NAN},
+        {"damping": INF},
+        {"damping": 1e-320},
+        {"folds": 1},
+        {"folds": 9},
+    ],
 )
 def test_subspace_refuses_settings(options, fishers):
     with pytest.raises(ValueError, match=r"scope|damping|folds"):

@@ -86,7 +86,9 @@ def test_skipped_samples_keep_their_batch_numbers(tmp_path):
     ],
 )
 def test_checkpoints_of_other_passes_are_refused(checkpoint, options, differing):
-    with pytest.raises(ValueError, match=rf"is of another pass: .*{differing.split(',')[0]}"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint: the saved state is of another pass: .*{differing.split(',')[0]}"
+    ):
         start(checkpoint, **options)
 
 

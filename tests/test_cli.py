@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import tempfile
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sst_kernels as sst
@@ -138,10 +140,12 @@ def test_env_reports(capsys):
 
 @pytest.fixture
 def handlers():
-    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    numbers, hook = (signal.SIGTERM, signal.SIGHUP), sys.unraisablehook
+    before = [signal.getsignal(number) for number in numbers]
     yield
     sys.unraisablehook = hook
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -153,8 +157,49 @@ def test_errors_are_one_text_without_traceback(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == f"sst-merge: {tmp_path / 'no.yml'}: cannot be read (No such file or directory)\n"
 
 
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
-    "strike", ["os.kill(os.getpid(), signal.SIGTERM)", "Finalizer()", "signal.setitimer = early; Finalizer()"]
+    "error", [MemoryError(), torch.OutOfMemoryError("no room\nat all"), RuntimeError("can't allocate memory: no room")]
+)
+def test_a_lack_of_memory_is_one_text_with_a_remedy(error, monkeypatch, capsys):
+    def demo():
+        raise error
+
+    monkeypatch.setattr(cli, "app", demo)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert re.fullmatch(r"sst-merge: out of memory \(.*\w\); lower tokens_per_batch, .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_errors_of_torch_that_are_no_lack_of_memory_are_raised(monkeypatch):
+    def demo():
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(cli, "app", demo)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        cli.main()
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_terminal_without_our_letters_shows_others(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(cli, "app", lambda: cli.print_table({"µ": {"refusal_nll": 1.0}}))
+    cli.main()
+    terminal.flush()
+    assert b"refusal NLL ?" in terminal.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "os.kill(os.getpid(), signal.SIGHUP)",
+        "Finalizer()",
+        "signal.setitimer = early; Finalizer()",
+    ],
 )
 def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
     """Also where it strikes in a finalizer, which swallows what it raises, and where it comes back before that has ended."""

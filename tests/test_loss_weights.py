@@ -15,8 +15,8 @@ def test_opening_weights_count_labels_not_columns():
     assert (opening_weights(labels, tokens=0, weight=3.0)[answers] == 1).all()
     everywhere = torch.tensor([[5, 6, 7, 8, 9]])  # no position predicts the first column
     assert opening_weights(everywhere, tokens=2, weight=3.0)[0, 1:].tolist() == [3, 3, 1, 1]
-    for wrong in ({"tokens": -1}, {"weight": float("nan")}, {"weight": float("inf")}):
-        with pytest.raises(ValueError, match="finite and not negative"):
+    for wrong in ({"tokens": -1}, {"weight": float("nan")}, {"weight": float("inf")}, {"weight": 1e39}):
+        with pytest.raises(ValueError, match="of float32 and not negative"):
             opening_weights(labels, **wrong)
 
 
@@ -48,3 +48,11 @@ def test_weights_of_another_shape_are_refused():
         sequence_nll(model, batch, weights=torch.ones(3, 2))
     with pytest.raises(ValueError, match='go with labels="data"'):
         sequence_nll(model, batch, "model", weights=torch.ones_like(batch["labels"]))
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+def test_labels_are_not_drawn_from_logits_that_are_not_finite(spoiled):
+    model, batch = tiny_lora(), tiny_batch(2)
+    model.get_base_model().lm_head.weight.data[3] = spoiled
+    with pytest.raises(FloatingPointError, match="logits are not finite, so that no labels can be drawn"):
+        sequence_nll(model, batch, "model")

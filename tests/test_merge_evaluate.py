@@ -108,3 +108,22 @@ def test_kl_of_known_distributions():
 )
 def test_refusal_phrases(answer, refused):
     assert is_refusal(answer) is refused
+
+
+def test_answers_end_where_the_context_of_the_model_does(setting, tmp_path):
+    """Positions beyond it were never trained, and some models have no more."""
+    model, _, _ = setting
+    tokenizer = cases.tokenizer()
+    tokenizer.model_max_length = 60
+    data = load_dataset(cases.write_jsonl(tmp_path / "h.jsonl", cases.pairs(3, "steal")), tokenizer)
+    widths = []
+    hook = (
+        model.get_base_model().model.layers[0].register_forward_hook(lambda _, args, out: widths.append(out[0].shape))
+    )
+    try:
+        with torch.no_grad():
+            Evaluator(model, tokenizer, harmful=data)("merged", generate_tokens=10**9)
+    finally:
+        hook.remove()
+    answers = [size for size in widths if size[-2] == 1]
+    assert 0 < len(answers) < 60 - min(e.prompt_tokens for e in data)

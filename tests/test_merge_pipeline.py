@@ -143,9 +143,10 @@ def test_a_written_recipe_runs_from_anywhere(world, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"filter": "top_k", "k": 3}, {"filter": "threshold", "mu": 0.5}, {"mu": 1.0, "scope": "module"}, {"task": None}],
-    ids=["top_k", "threshold", "module", "no task"],
-)
+    [{"filter": "top_k", "k": 3}, {"filter": "threshold", "mu": 0.5}, {"mu": 1.0, "scope": "module"}, {"task": None},
+     {"structure": "lowrank"}, {"structure": "kronecker", "scope": "module"}],
+    ids=["top_k", "threshold", "module", "no task", "sketch", "kronecker"],
+)  # fmt: skip
 def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     values = Recipe.load(world / "recipe.yml").model_dump() | {"eval_harm_data": None, "eval_benign_data": None}
     values |= {"kl_budget": None if "k" in change or "mu" in change else 0.05, "output": tmp_path / "out"}
@@ -153,6 +154,9 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert report["patch"]["parameter"] == change.get("k", change.get("mu", report["patch"]["parameter"]))
     assert load_adapter(tmp_path / "out").terms
     assert report["evaluation"] == {}
+    told = (tmp_path / "out/report.md").read_text()
+    assert ("on held-out rows" in told) == ("structure" not in change)
+    assert ("on the samples of the Fisher itself" in told) == ("structure" in change)
 
 
 def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_path, capsys):
@@ -207,8 +211,21 @@ def test_fishers_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
     data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     monkeypatch.setattr(sst, "sequence_nll", lambda *_, **__: pytest.fail("must not begin"))
-    with pytest.raises(MergeError, match=r"would take .* and 0\.00 MiB are free"):
+    with pytest.raises(MergeError, match=r"would take .* and 0\.00 MiB are available"):
         pipeline.fisher_pass(session, data, name="x", point="reference")
+
+
+@pytest.mark.parametrize("run", [pipeline.merge, plan])
+def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world, monkeypatch):
+    monkeypatch.setattr(pipeline, "both_passes", lambda *_: pytest.fail("must not begin"))
+    with pytest.raises(RecipeError, match=r"folds: 11 need as many examples, .*harm\.jsonl has 10"):
+        run(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds"))
+    assert not (world / "folds").exists()
+
+
+def test_only_passes_that_keep_rows_need_as_many_examples_as_folds(world):
+    for change in ({"scope": "module"}, {"structure": "lowrank"}):
+        plan(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds", **change))
 
 
 def test_adapters_that_name_different_base_models_are_warned_about(world, tmp_path, capsys):
@@ -306,4 +323,6 @@ def test_markdown_names_the_calibration(merged):
     text = markdown(report)
     assert f"measured {report['evaluation']['merged']['benign_kl']:.4g} nats" in text
     assert "held-out rows" in text
+    closed = markdown(report | {"patch": report["patch"] | {"parameter": None}})  # JSON has no infinity
+    assert "`soft` at μ = inf" in closed
     assert isinstance(sst.__version__, str)

@@ -200,3 +200,10 @@ def test_registry():
         make_structure("hessian", SHAPE)
     with pytest.raises(TypeError):
         make_structure("full", SHAPE, rank=3)
+
+
+@pytest.mark.parametrize("option", [{"rank": 1.5}, {"rank": True}, {"rank": "4"}, {"rank": 0}, {"rank": None}])
+@pytest.mark.parametrize("kind", ["lowrank", "kronecker_lowrank", "kronecker_svd"])
+def test_ranks_are_whole_numbers(kind, option):
+    with pytest.raises(ValueError, match="rank: expected a whole number of at least 1, got"):
+        make_structure(kind, (4, 6), **option)

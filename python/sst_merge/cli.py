@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .compare_cli import compare
-from .errors import MAX_SEED, MergeError
+from .errors import MAX_SEED, MergeError, out_of_memory
 from .paths import expanded
 from .progress import Reporter
 
@@ -101,6 +102,7 @@ def merge(
         return
     from . import pipeline
     from .passes import leader, ranks
+    from .report import foundation
 
     with ranks():
         reporter = Reporter(quiet or not leader())
@@ -112,7 +114,7 @@ def merge(
     if report["evaluation"]:
         print_table(report["evaluation"])
     prediction = report["patch"]["prediction"]
-    print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token")
+    print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}")
     print(f"written to {expanded(recipe.output).absolute()}")
 
 
@@ -125,7 +127,7 @@ def fisher(
     task: Task = None,
     point: Annotated[str, typer.Option(help="reference or patched.")] = "reference",
     labels: Annotated[str, typer.Option(help="data, or model: sampled from the model.")] = "data",
-    draws: Annotated[int, typer.Option(min=1, help="Passes with fresh labels.")] = 1,
+    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Passes with fresh labels.")] = 1,
     opening_tokens: Annotated[int, typer.Option(min=0, help="First tokens of each answer that count more.")] = 4,
     opening_weight: Annotated[
         float, typer.Option(min=0, help="What they count (labels of the data only); a merge's refusals take 3.")
@@ -157,7 +159,7 @@ def fisher(
     from .passes import Continuity, fisher_pass, leader, ranks
     from .session import open_session
 
-    inputs = [model, safety, data, *([task] if task is not None else [])]
+    inputs: list[str | Path] = [model, safety, data, *([task] if task is not None else [])]
     with ranks(), output_file(output, force=force, inputs=inputs) if leader() else nullcontext(output) as partial:
         reporter = Reporter(quiet or not leader())
         continuity = Continuity.beside(output, checkpoint_every, resume)
@@ -277,10 +279,13 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Entry point: a MergeError is the user's to read, so its text is printed without a traceback.
+    """Entry point: a MergeError is the user's to read, so its text is printed without a traceback, and so is a lack of memory.
 
-    SIGTERM ends a run like an error does: unfinished outputs are removed.
+    SIGTERM, and SIGHUP where it is not ignored, end a run like an error does: unfinished outputs are removed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our arrows is no reason to fail
     _end_on_sigterm()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")  # not the user's to act on
     try:
@@ -291,6 +296,15 @@ def main() -> None:
         raise
     except MergeError as error:
         print(f"sst-merge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        print(
+            f"sst-merge: out of memory ({reason}); lower tokens_per_batch, or use a smaller dtype or another device",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -315,6 +329,8 @@ def _end_on_sigterm() -> None:
 
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     sys.unraisablehook = unraisable
 
 

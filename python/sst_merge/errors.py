@@ -32,6 +32,13 @@ class OutputError(MergeError):
     """An output folder that exists already or cannot be written."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the host or on a device."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def headlined(what: str) -> Iterator[None]:
     """sst_kernels raises with advice (ValueError, FloatingPointError, MemoryError, StorageError, GEVPError, TypeError), torch where a

@@ -4,7 +4,8 @@ The reference is base + task adapter, the patch absent. All quantities are per l
 answers in the data, in nats:
 
     refusal NLL   −log p(refusal)                 on harmful prompts; lower = refuses more readily
-    refusal rate  share of greedy answers that hold a refusal phrase (keyword match: a coarse measure, by design)
+    refusal rate  share of greedy answers that hold a refusal phrase (keyword match: a coarse measure, by design); answers end
+                  where the longest prompt of their batch meets the model's context
     benign NLL    −log p(answer)                  on benign prompts
     benign KL     KL(p_reference ‖ p)             on benign prompts, over the whole vocabulary; the safety tax
 """
@@ -143,7 +144,7 @@ class Evaluator:
     ) -> float:
         device = next(self.model.parameters()).device
         by_line = {r["line"]: r for r in records if r["set"] == "harmful"}
-        refused = 0
+        refused, room = 0, getattr(self.tokenizer, "model_max_length", math.inf)
         chunks = self.reporter.track(
             prompt_batches(data, 32), f"{label}: greedy answers", size=lambda c: len(c[0]), unit="prompts"
         )
@@ -152,7 +153,7 @@ class Evaluator:
                 out = self.model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    max_new_tokens=tokens,
+                    max_new_tokens=min(tokens, room - ids.shape[1]),
                     do_sample=False,
                     pad_token_id=data.pad_id,
                 )

@@ -23,7 +23,7 @@ from sst_kernels.fisher.storage import read_tensors, write_tensors
 from .adapters import Adapter
 from .algebra import with_reads
 from .data import Batch, Dataset, batches, collate
-from .errors import MergeError, OutputError, headlined
+from .errors import MergeError, OutputError, headlined, out_of_memory
 from .output import creating
 from .paths import expanded
 from .progress import batch_tokens
@@ -290,9 +290,3 @@ class _BatchRunner:
     def _halves(self, batch: Batch) -> list[Batch]:
         middle = (len(batch.rows) + 1) // 2
         return [collate(self.data, rows) for rows in (batch.rows[:middle], batch.rows[middle:])]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the host or on a device."""
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text

@@ -17,7 +17,7 @@ from sst_kernels.env import versions
 from .adapters import Adapter, write_adapter
 from .algebra import recompress
 from .data import Dataset, load_dataset
-from .errors import headlined
+from .errors import RecipeError, headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .models import check_fit
 from .output import output_folder
@@ -118,6 +118,15 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 
 
+def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
+    """RecipeError for more folds than examples, which the pencil would refuse after the passes."""
+    for name in ("harm", "benign") if recipe.keeps_rows else ():
+        if len(data[name]) < recipe.folds:
+            raise RecipeError(
+                f"folds: {recipe.folds} need as many examples, {data[name].path} has {len(data[name])}; add some, or lower folds"
+            )
+
+
 def merge(
     recipe: Recipe,
     *,
@@ -141,6 +150,7 @@ def merge(
             recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
         )
         data = load_data(recipe, session.tokenizer)
+        check_folds(recipe, data)
         gain, cost = both_passes(session, recipe, data["harm"], data["benign"], continuity)
         space = solve(session, recipe, gain, cost)
         if not leading:

@@ -18,7 +18,7 @@ from .errors import headlined
 from .models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
 from .output import check_output
 from .paths import expanded
-from .pipeline import load_data
+from .pipeline import check_folds, load_data
 from .recipe import Recipe
 
 _EFFICIENCY = 0.5  # of a large matrix product's rate, which forward and backward passes of small batches reach
@@ -61,6 +61,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         prepare_tokenizer(tokenizer, config)
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     data = load_data(recipe, tokenizer)
+    check_folds(recipe, data)
     rate = _flops_per_second(resolve_device(recipe.device), DTYPES[recipe.dtype])
 
     def stage(name: str, repeats: int, flops: int) -> tuple[int, float]:
@@ -95,7 +96,7 @@ def _fisher_memory(recipe: Recipe, safety: Adapter, harm: int, benign: int) -> d
             estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.scope, options=given)
             for n in (harm, benign)
         ]
-    exact = recipe.structure == "full" and (recipe.scope == "global" or given.get("rows") == "keep")
+    exact = recipe.keeps_rows
     most = 2 * given.get("rank", 128) if recipe.structure == "lowrank" else 0
     rows = (harm, benign) if exact else (min(harm, most), min(benign, most))
     sizes = [b.size for b in blocks]

@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     metric: Literal["kronecker", "frobenius"] = Field(
         "kronecker", description="shape of the damping (sst_kernels.subspace)"
     )
-    damping: float = Field(1.0, gt=0, allow_inf_nan=False, description="trace of the damping over that of F_benign")
+    damping: float = Field(1.0, ge=1e-100, le=1e100, description="trace of the damping over that of F_benign")
     folds: int = Field(4, ge=2, description="cross-fitting folds of the held-out predictions")
     harm_points: list[Point] = Field(
         ["reference"],
@@ -71,7 +71,7 @@ class Recipe(BaseModel):
     benign_labels: Literal["model", "data"] = Field(
         "model", description="sampled from the model, or the data's answers"
     )
-    label_draws: int = Field(2, ge=1, description="passes over the benign data with fresh labels")
+    label_draws: int = Field(2, ge=1, le=10_000, description="passes over the benign data with fresh labels")
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
     kl_budget: float | None = Field(
@@ -130,6 +130,12 @@ class Recipe(BaseModel):
             if given is not None and within(given, self.output):
                 raise ValueError(f"output {self.output} holds the {name} {given}; choose another output")
         return self
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether both Fishers tell their samples apart, as cross-fitting needs."""
+        rows = self.structure_options.get("rows", "keep" if self.scope == "global" else "fold")
+        return self.structure == "full" and rows == "keep"
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:

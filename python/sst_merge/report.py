@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
     return [["", *columns.values()], *body]
 
 
+def foundation(prediction: Mapping[str, Any]) -> str:
+    """What a predicted cost rests on, in words."""
+    if prediction["held_out"]:
+        return "on held-out rows (cross-fitting)"
+    return "on the samples of the Fisher itself: the true cost may be a hundred times as large, measure it"
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
@@ -44,14 +52,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
     price = report["recipe"]["input_filter"]
     reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
-    how = "on held-out rows (cross-fitting)" if prediction["held_out"] else "on the pencil's own rows: optimistic"
+    strength = math.inf if patch["parameter"] is None else patch["parameter"]
     parts += [
         "## The patch",
         "",
         f"- reads {reads}",
-        f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {patch['parameter']:.4g}, "
+        f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {strength:.4g}, "
         f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
-        f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token {how}; "
+        f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; "
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
         f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these reads",
         f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "

@@ -110,7 +110,7 @@ def evaluate_folders(
     `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON; `force` replaces a file
     there, but none of the model, the adapters and `inputs`.
     """
-    given = [model, *adapters, *([task] if task is not None else []), *inputs]
+    given: list[str | Path] = [model, *adapters, *([task] if task is not None else []), *inputs]
     with output_file(output, force=force, inputs=given) if output is not None else nullcontext() as partial:
         folders = {str(path): load_adapter(path) for path in adapters}
         base_task = load_adapter(task) if task is not None else None

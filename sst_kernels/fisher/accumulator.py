@@ -165,7 +165,10 @@ class Accumulator:
             raise ValueError(
                 f"{path} holds a {header.get('kind')!r}, expected a checkpoint: load a Fisher with Fisher.load"
             )
-        self._fisher.unpack(header, tensors)
+        try:
+            self._fisher.unpack(header, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         about = header["accumulator"]
         self._skipped = [tuple(position) for position in about["skipped"]]
         self.progress, self._resumed = about["progress"], about["batches"]

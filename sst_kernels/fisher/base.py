@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,6 +29,13 @@ from torch import Tensor
 from sst_kernels.distributed import Reduction, Sum, reduce_over_ranks
 
 COUNTS = ("sequences", "tokens", "labels")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int. ValueError, naming the option, for anything but a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return int(value)
 
 
 @dataclass

@@ -256,7 +256,9 @@ class Fisher(Mapping[str, Structure]):
         options = {name: held["options"] for name, held in mine["holders"].items()}
         differing += ["options"] * (options != {name: held["options"] for name, held in saved.items()})
         if differing:
-            raise ValueError(f"the saved state is of another pass: {', '.join(differing)} differ; start this pass anew")
+            raise ValueError(
+                f"the saved state is of another pass: {', '.join(differing)} differ; go on with the settings of that pass, or start anew"
+            )
         for name, structure in self._holders().items():
             prefix = f"state/{name}/"
             state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

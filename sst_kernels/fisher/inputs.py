@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sst_kernels.distributed import raise_together, sum_over_ranks
+from sst_kernels.fisher.base import whole
 from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, whole_weight
 from sst_kernels.fisher.loss import named_inputs, read_spans
 from sst_kernels.fisher.memory import estimate_moments, require
@@ -47,8 +48,7 @@ def input_moments(
     the sums would not; on exit RuntimeError when no module was run, and FloatingPointError naming a module whose inputs are not
     finite.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank: expected a positive number of sketch columns, got {rank}")
+    rank = None if rank is None else whole("rank", rank)
     model = unwrapped(model)
     sites = find_sites(model, adapter, modules)
     _require_memory(model, sites, rank)

@@ -79,7 +79,7 @@ def sequence_nll(
     they are; labels="model" draws each one anew from the model's own prediction at its position (teacher-forced on the
     batch's tokens), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL divergence
     (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="data"
-    only: the Fisher then says "weighted data". Raises ValueError without `labels` in the batch, with none left unmasked, or with
+    only: the Fisher then says "weighted data". Raises FloatingPointError where labels cannot be drawn from logits, and ValueError without `labels` in the batch, with none left unmasked, or with
     weights of another shape or for drawn labels, whose Fisher has none.
     """
     if labels not in ("data", "model"):
@@ -100,7 +100,13 @@ def sequence_nll(
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         if labels == "model":
             with torch.no_grad():
-                answers = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+                predicted = logits.softmax(-1)
+                if predicted[:, 0].isnan().any():  # a row of NaN: CUDA would end the process
+                    raise FloatingPointError(
+                        "the model's logits are not finite, so that no labels can be drawn: load it in bfloat16 or float32, or take the "
+                        "Fisher at another point"
+                    )
+                answers = torch.multinomial(predicted, 1, generator=generator).squeeze(-1)
         if weights is None:
             return declaration.loss(nn.functional.cross_entropy(logits, answers, reduction="sum"))
         factors = weights[:, 1:][batch["labels"][:, 1:] != IGNORE].to(logits)
@@ -112,10 +118,10 @@ def opening_weights(labels: Tensor, *, tokens: int = 4, weight: float = 3.0) -> 
 
     Whether a model refuses is decided in the first words of its answer (Qi et al. 2024, arXiv:2406.05946), which are a small part of
     a refusal's log-likelihood. One sequence a row: of a packed row only the first would be weighted. Raises ValueError for a negative
-    number of tokens, and a negative or infinite weight.
+    number of tokens, and a weight that is negative or beyond float32.
     """
-    if tokens < 0 or not 0 <= weight < float("inf"):
-        raise ValueError(f"tokens and weight must be finite and not negative, got {tokens} and {weight}")
+    if tokens < 0 or not 0 <= weight <= torch.finfo(torch.float32).max:
+        raise ValueError(f"tokens and weight must be numbers of float32 and not negative, got {tokens} and {weight}")
     predicted = labels != IGNORE
     predicted[:, 0] = False
     opening = predicted.cumsum(1) <= tokens

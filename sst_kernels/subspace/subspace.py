@@ -54,7 +54,7 @@ def subspace(
             ("lowrank"); "module" one per module (any structure), ranked on one λ scale.
         metric: "kronecker", the Kronecker product per module with the marginals of F_cost itself (see `Coordinates`), or
             "frobenius", ‖ΔW‖². Nothing depends on the gauge of the adapter in either.
-        damping: trace of the damping term over that of F_cost, positive.
+        damping: trace of the damping term over that of F_cost, 1e-100 to 1e100.
         folds: cross-fitting folds for held-out predictions (at least 2); groups of samples stay together.
         mix_points: allow Fishers taken at different evaluation points. Points that were both given explicitly to
             `fisher_accumulate` count as asked for.
@@ -68,8 +68,8 @@ def subspace(
         raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
     if metric not in ("kronecker", "frobenius"):
         raise ValueError(f'metric: expected "kronecker" or "frobenius", got {metric!r}')
-    if not 0 < damping < float("inf"):
-        raise ValueError(f"damping must be positive and finite (the cost Fisher alone is singular), got {damping}")
+    if not 1e-100 <= damping <= 1e100:  # its products with F stay within float64
+        raise ValueError(f"damping must lie in 1e-100 … 1e100 (the cost Fisher alone is singular), got {damping}")
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
     gain.check_same(cost, what="solve the pencil of two Fishers")

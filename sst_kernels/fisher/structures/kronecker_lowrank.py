@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sst_kernels.fisher.base import whole
 from sst_kernels.fisher.structures.kronecker import TwoSided
 from sst_kernels.fisher.structures.moment import LowRankFactor, SecondMoment
 
@@ -29,9 +30,7 @@ class KroneckerLowRank(TwoSided):
 
     def __init__(self, shape: tuple[int, int], *, rank: int = 64, seed: int = 0, **options: Any):
         super().__init__(shape, **options)
-        if rank < 1:
-            raise ValueError(f"rank: expected a positive number of sketch columns, got {rank}")
-        self.rank, self.seed = int(rank), int(seed)
+        self.rank, self.seed = whole("rank", rank), whole("seed", seed, 0)
         self._left = SecondMoment(self.shape[0], self.rank, self.seed, self.device)
         self._right = SecondMoment(self.shape[1], self.rank, self.seed, self.device)
 

@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from sst_kernels.distributed import Reduction
-from sst_kernels.fisher.base import Counts, Structure, TokenBatch
+from sst_kernels.fisher.base import Counts, Structure, TokenBatch, whole
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh
 from sst_kernels.fisher.structures.lowrank import LowRank
 
@@ -38,10 +38,10 @@ class KroneckerSVD(Structure):
 
     def __init__(self, shape: tuple[int, int], *, rank: int = 1, sketch: int | None = None, **options: Any):
         super().__init__(shape, **options)
-        if not 1 <= rank <= min(self.shape) ** 2:
+        self.rank = whole("rank", rank)
+        if self.rank > min(self.shape) ** 2:
             raise ValueError(f"rank: expected 1 to {min(self.shape) ** 2} for shape {self.shape}, got {rank}")
-        self.rank = int(rank)
-        self.sketch = int(sketch or min(self.size, 256))
+        self.sketch = min(self.size, 256) if sketch is None else whole("sketch", sketch)
         self._rows = LowRank(shape, rank=self.sketch, **options)
 
     def options(self) -> dict[str, Any]:

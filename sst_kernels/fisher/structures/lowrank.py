@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
-from sst_kernels.fisher.base import Counts, Joint, TokenBatch
+from sst_kernels.fisher.base import Counts, Joint, TokenBatch, whole
 from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
 from sst_kernels.fisher.structures.rows import check_columns
 
@@ -35,9 +35,7 @@ class LowRank(Joint):
 
     def __init__(self, shape: tuple[int, int], *, rank: int = 128, **options: Any):
         super().__init__(shape, **options)
-        if rank < 1:
-            raise ValueError(f"rank: expected a positive number of sketch rows, got {rank}")
-        self.rank = int(rank)
+        self.rank = whole("rank", rank)
         self._buffer = torch.empty(0, self.size, dtype=torch.float32, device=self.device)
         self._used = 0
         self._is_view = False
