@@ -314,6 +314,8 @@ def test_energy_grid_and_table():
     assert (layers, kinds) == (["0", "1", "–"], ["q", "k", "lm_head"])
     assert cells[0][0] == 0.5
     assert cells[0][1] != cells[0][1]
+    gpt2 = {"h.0.attn.c_attn": 0.1, "h.0.attn.c_proj": 0.2, "h.0.mlp.c_proj": 0.3}
+    assert energy_grid(gpt2) == (["0"], ["c_attn", "attn.c_proj", "mlp.c_proj"], [[0.1, 0.2, 0.3]])
     rows = table({"x": {"refusal_nll": 1.23456, "refusal_rate": 0.5, "benign_kl": 0.01, "benign_nll": None}})
     assert rows[1] == ["x", "1.235", "50%", "0.0100", "–"]
 

@@ -186,14 +186,17 @@ def _energy(kept: Mapping[str, float], path: Path) -> None:
 
 
 def energy_grid(kept: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Kept energy as a table: layer numbers, module kinds (last name parts), NaN where a layer lacks a kind."""
+    """Kept energy as a table: layer numbers, module kinds (what follows the number, its last part where that is unique), NaN where
+    a layer lacks a kind."""
     places = {}
     for name, value in kept.items():
         number = re.search(r"\.(\d+)\.", name)
-        places[(number[1] if number else "–", name.rsplit(".", 1)[-1])] = value
+        places[(number[1], name[number.end() :]) if number else ("–", name)] = value
     layers = list(dict.fromkeys(layer for layer, _ in places))
     kinds = list(dict.fromkeys(kind for _, kind in places))
-    return layers, kinds, [[places.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
+    lasts = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    shown = [last if lasts.count(last) == 1 else kind for last, kind in zip(lasts, kinds)]
+    return layers, shown, [[places.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
 
 
 def _calibration(report: Mapping[str, Any], path: Path) -> None:
