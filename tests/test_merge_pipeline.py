@@ -168,6 +168,7 @@ def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_pat
     report = pipeline.merge(Recipe.load(world / "recipe.yml", output=tmp_path / "out", **given), reporter=Reporter())
     assert "ties input and output embeddings" in " ".join(capsys.readouterr().err.split())
     assert "- note: lm_head: this model ties input and output embeddings" in (tmp_path / "out/report.md").read_text()
+    assert "# Safety patch, filtered by SST-Merge" in (tmp_path / "out/README.md").read_text()
     assert set(report["patch"]["kept_energy"]) == set(load_adapter(tmp_path / "safety").terms)
     loaded = PeftModel.from_pretrained(cases.model(tied=True), tmp_path / "out")
     assert "lm_head" in cases.peft_deltas(loaded)

@@ -109,6 +109,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the adapter folder, with the front matter that model hubs read."""
     recipe, base = report["recipe"], report["adapter"]["base_model"] or report["recipe"]["model"]
+    title = "Task adapter with a safety patch, merged" if report["inputs"]["task"] else "Safety patch, filtered"
     evaluation = ""
     if report.get("evaluation"):
         evaluation = "\n".join(["## Measured", "", *_markdown_table(table(report["evaluation"])), "", _UNITS, ""])
@@ -118,7 +119,7 @@ library_name: peft
 tags: [lora, peft, sst-merge, safety]
 ---
 
-# Task adapter with a safety patch, merged by SST-Merge
+# {title} by SST-Merge
 
 A LoRA adapter for `{base}`: {"the task adapter plus " if report["inputs"]["task"] else ""}those directions of a safety
 adapter that buy much refusal per unit of change in benign behaviour.
