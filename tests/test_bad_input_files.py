@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,18 @@ def test_places_that_cannot_be_created(make, name, tmp_path):
 def test_a_full_disk_names_the_output(make, error, tmp_path):
     with pytest.raises(OutputError, match=r"out: could not be written .*nothing was left"), make(tmp_path / "out"):
         raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [output_folder, output_file])
+def test_a_place_that_goes_away_names_the_output(make, tmp_path):
+    """A disk that turns read-only, or a parent that is deleted, while a run works."""
+    with (
+        pytest.raises(OutputError, match=r"gone/out: could not be written \(No such file or directory\)"),
+        make(tmp_path / "gone/out") as partial,
+    ):
+        shutil.rmtree(tmp_path / "gone")
+        (partial / "report.json" if make is output_folder else partial).write_text("lost")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,7 +60,7 @@ def output_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-partial-", dir=path.parent))
     try:
-        with _filling(path):
+        with _filling(path, partial):
             yield partial
             for file in (p for p in partial.rglob("*") if p.is_file()):
                 _sync(file)
@@ -91,7 +91,7 @@ def output_file(path: str | Path, *, force: bool = False, inputs: Iterable[str |
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     try:
-        with _filling(path):
+        with _filling(path, partial):
             yield partial
             _sync(partial)
     except BaseException:
@@ -115,13 +115,14 @@ def creating(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _filling(path: Path) -> Iterator[None]:
+def _filling(path: Path, partial: Path) -> Iterator[None]:
     from sst_kernels.fisher import StorageError
 
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL and not isinstance(error, StorageError):
+        ours = isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_relative_to(partial)
+        if not ours and error.errno not in _FULL and not isinstance(error, StorageError):
             raise
         raise OutputError(
             f"{path}: could not be written ({error.strerror or error}), and nothing was left under that name; free space or "
