@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from typer.testing import CliRunner
 
+from sst_kernels import fisher_accumulate
 from sst_merge import cli
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
@@ -34,6 +36,30 @@ def test_python_blocks_of_the_readme(capsys):
         exec(compile(block, "README.md", "exec"), setting)
     assert setting["patch"].prediction.cost_per_label <= 0.02
     assert "Prediction(held_out=True" in capsys.readouterr().out
+
+
+def test_python_blocks_of_the_eigensolvers_page(capsys):
+    for block in blocks("docs/gevp.md", "python"):
+        exec(compile(block, "docs/gevp.md", "exec"), {})
+    assert "split_projection" in capsys.readouterr().out
+
+
+def test_the_script_for_many_processes_runs_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    init = dist.init_process_group
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "init_process_group", lambda _: init("gloo", store=store, rank=0, world_size=1))
+    model, batches = tiny_lora(), [tiny_batch(4, seed=s) for s in range(2)]
+    with fisher_accumulate(model, "safety") as benign:
+        model(**tiny_batch(8, seed=2)).loss.backward()
+    setting = {"model": model, "batches": batches, "benign": benign}
+    (script,) = blocks("docs/scaling.md", "python")
+    try:
+        exec(compile(script, "docs/scaling.md", "exec"), setting)
+    finally:
+        dist.destroy_process_group()
+    assert setting["harm"].fisher.counts.sequences == 8
+    assert len(setting["space"].values)
 
 
 def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
