@@ -49,7 +49,7 @@ def both_passes(
         "structure": recipe.structure,
         "structure_options": recipe.structure_options,
         "space": recipe.space,
-        "scope": recipe.scope,
+        "scope": recipe.fisher_scope,
         "tokens_per_batch": recipe.tokens_per_batch,
         "seed": recipe.seed,
         "continuity": continuity,

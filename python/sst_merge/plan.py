@@ -93,7 +93,7 @@ def _fisher_memory(recipe: Recipe, safety: Adapter, harm: int, benign: int) -> d
     given = recipe.structure_options
     with headlined("the memory of this recipe cannot be estimated"):
         states = [
-            estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.scope, options=given)
+            estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.fisher_scope, options=given)
             for n in (harm, benign)
         ]
     exact = recipe.keeps_rows

@@ -134,8 +134,12 @@ class Recipe(BaseModel):
     @property
     def keeps_rows(self) -> bool:
         """Whether both Fishers tell their samples apart, as cross-fitting needs."""
-        rows = self.structure_options.get("rows", "keep" if self.scope == "global" else "fold")
-        return self.structure == "full" and rows == "keep"
+        return self.structure == "full" and self.structure_options.get("rows", "keep") == "keep"
+
+    @property
+    def fisher_scope(self) -> str:
+        """What the Fishers keep: rows over all modules serve both scopes of the pencil."""
+        return "global" if self.keeps_rows else self.scope
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any
 PLOTS = {
     "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
     "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
-    "calibration.png": "benign KL predicted on held-out rows along the filter path, and as measured",
+    "calibration.png": "benign KL predicted along the filter path, and as measured",
 }
 
 
@@ -203,7 +203,7 @@ def energy_grid(kept: Mapping[str, float]) -> tuple[list[str], list[str], list[l
 def _calibration(report: Mapping[str, Any], path: Path) -> None:
     figure, axes = _figure()
     curve, patch = report["subspace"]["soft_path"], report["patch"]
-    axes.loglog(curve["mu"], curve["predicted_kl"], label="soft filter, predicted on held-out rows")
+    axes.loglog(curve["mu"], curve["predicted_kl"], label="soft filter, predicted")
     points = report.get("calibration", [])
     if points and patch["filter"] != "top_k":
         axes.loglog([p["parameter"] for p in points], [p["measured_kl"] for p in points], "o", label="measured")
