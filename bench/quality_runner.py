@@ -159,11 +159,13 @@ class Study:
         return over_points(POINTS[c.gain_point], at)
 
     def cost(self, c: Config) -> sst.Fisher:
-        """The reference's own answers, with `draws` label samples each."""
-        prompts, draws = self.args.prompts, self.args.draws
+        """Benign prompts with the reference's own answers and `draws` label samples or probes each; or with answers as labels, its
+        own ("own") or the data's ("data")."""
+        prompts, sampled = self.args.prompts, c.cost_labels in ("model", "probe")
+        draws, labels = (self.args.draws, c.cost_labels) if sampled else (1, "data")
+        rows = (lambda: self.benign("fisher")[:prompts]) if c.cost_labels == "data" else lambda: self.own("fisher")
         name = f"cost {c.cost_labels} {prompts} x {draws}{_inputs(c)}"
-        whole = self.fisher(name, lambda: self.own("fisher"), c.cost_labels, 0.0, draws)
-        return subset(whole, c.benign_prompts, c.draws)
+        return subset(self.fisher(name, rows, labels, 0.0, draws), c.benign_prompts, c.draws)
 
     def reads(self, c: Config) -> dict[str, Tensor] | None:
         """What the patch reads by, from the prompts of both Fishers."""

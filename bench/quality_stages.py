@@ -104,7 +104,10 @@ def damping(s: Study) -> None:
 
 
 def labels(s: Study) -> None:
-    """Random-sign probes in place of sampled labels, at equal numbers of rows."""
+    """Answers as labels, the reference's own or the data's; and random-sign probes in place of sampled labels."""
+    for answers in ("own", "data"):
+        s.run("labels", Config(cost_labels=answers, draws=1), ONE)
+    s.run("labels", Config(draws=1), ONE)
     for draws in (1, 2):
         s.run("labels", Config(cost_labels="probe", draws=draws), ONE)
 
