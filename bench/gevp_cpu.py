@@ -7,8 +7,9 @@ is `wrong`. Peers that are not installed are left out and named. A batch is one 
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m bench.gevp_cpu [--n 256,1024] [--k 8,16] [--batch 1,32]
         [--fishers GAIN.safetensors COST.safetensors]      Fishers in core space, of which leading columns make the family `fisher`
-    ... python -m bench.gevp_cpu --crossover               times the two routes, writes gevp_crossover.csv and crossover.json
-    python -m bench.gevp_cpu --derive                      crossover.json from the gevp_crossover.csv that is there
+    ... python -m bench.gevp_cpu --crossover single        times the two routes on dense pencils, or on the matrices that low-rank
+        pencils come down to ("projected"); writes gevp_crossover*.csv and crossover.json
+    python -m bench.gevp_cpu --derive                      crossover.json from the csv files that are there
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ import torch
 
 from bench.common import ROOT, machine
 from sst_kernels import Fisher
-from sst_kernels.gevp import gevp
+from sst_kernels.gevp import Settings, gevp
+from sst_kernels.gevp.lowrank import top_pairs
 
 RESULTS = ROOT / "bench" / "results"
 TABLE = ROOT / "sst_kernels" / "gevp" / "crossover.json"
-FAMILIES = ("decay", "flat", "steep")
+POWERS = {"decay": 0.8, "flat": 0.25, "steep": 2.0}
+FAMILIES = tuple(POWERS)
 CONTENDERS = ("sst", "scipy eigh gvx", "arpack", "primme", "slepc")
 Pencil = tuple[np.ndarray, np.ndarray]
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -48,8 +51,7 @@ Pairs = tuple[np.ndarray, np.ndarray]
 def pencil(n: int, kind: str, seed: int = 0) -> Pencil:
     """FIM-like pencils: "decay" (A of rank n/4 sharing B's power law), "flat" (full rank, other directions), "steep"."""
     rng = np.random.default_rng(seed)
-    power = {"decay": 0.8, "flat": 0.25, "steep": 2.0}[kind]
-    weights = np.arange(1, n + 1) ** -power
+    weights = np.arange(1, n + 1) ** -POWERS[kind]
     rows = n if kind == "flat" else n // 4
     turn = np.linalg.qr(rng.standard_normal((n, n)))[0]
     other = np.linalg.qr(rng.standard_normal((n, n)))[0] if kind == "flat" else turn
@@ -242,14 +244,30 @@ def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> I
                 yield row | {"verdict": "wrong" if error > 1e-8 else "ok"}
 
 
-def crossover(orders: list[int], ks: list[int]) -> Iterable[dict[str, object]]:
+def single(n: int, family: str) -> Callable[[int, str], object]:
+    """A dense pencil, as a solve of k pairs by a route."""
+    stacked = tuple(x[None] for x in pencil(n, family))
+    return lambda k, route: ours(route)(stacked, k)
+
+
+def projected(p: int, family: str) -> Callable[[int, str], object]:
+    """What a pencil with p gain rows comes down to: U Uᵀ of rows with 4p columns that decay as those of `pencil` do."""
+    weights = torch.arange(1, 4 * p + 1, dtype=torch.float64) ** -POWERS[family]
+    rows = torch.randn(p, 4 * p, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * weights
+    matrix = rows @ rows.mT
+    return lambda k, route: top_pairs(matrix, k, Settings(method=route))
+
+
+KINDS = {"single": (single, "gevp_crossover.csv"), "projected": (projected, "gevp_crossover_projected.csv")}
+
+
+def crossover(kind: str, orders: list[int], ks: list[int]) -> Iterable[dict[str, object]]:
     for n in orders:
         for family in FAMILIES[:2]:
-            stacked = tuple(x[None] for x in pencil(n, family))
+            solve = KINDS[kind][0](n, family)
             for k in ks:
-                routes = ("direct", "jacobi_davidson")
-                runs = {route: partial(ours(route), stacked, k) for route in routes}
-                seconds = timed(runs, 15 if n <= 256 else 4)
+                runs = {route: partial(solve, k, route) for route in ("direct", "jacobi_davidson")}
+                seconds = timed(runs, 15 if n <= 256 else 4 if n <= 1024 else 1)
                 times = {f"{route}_ms": f"{1e3 * spent:.3f}" for route, spent in seconds.items()}
                 yield {"pencil": family, "n": n, "batch": 1, "k": k} | times
 
@@ -272,8 +290,8 @@ def derive(rows: Iterable[dict[str, str]]) -> list[list[int]]:
     return table
 
 
-def store(table: list[list[int]]) -> None:
-    kept = json.loads(TABLE.read_text()) | {"cpu": {"single": table}}
+def store(tables: dict[str, list[list[int]]]) -> None:
+    kept = json.loads(TABLE.read_text()) | {"cpu": tables}
     lines = (f"  {json.dumps(device)}: {json.dumps(kinds)}" for device, kinds in sorted(kept.items()))
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print("wrote", TABLE, kept["cpu"])
@@ -303,12 +321,11 @@ def main() -> None:
     parser.add_argument("--k", default="8,16,32")
     parser.add_argument("--batch", default="1,32", help="batches are measured up to n = 1024, above 128 for k = 16")
     parser.add_argument("--fishers", nargs=2, metavar=("GAIN", "COST"))
-    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--crossover", choices=("single", "projected"))
     parser.add_argument("--derive", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     orders, ks, batches = ([int(x) for x in text.split(",")] for text in (arguments.n, arguments.k, arguments.batch))
-    measured = arguments.out / "gevp_crossover.csv"
     if not arguments.derive:
         if os.environ.get("OPENBLAS_NUM_THREADS") != "1" or os.environ.get("OMP_NUM_THREADS") != "1":
             raise SystemExit(
@@ -318,9 +335,13 @@ def main() -> None:
         if not arguments.crossover:
             rows = [Fisher.load(path).rows().double().numpy() for path in arguments.fishers or ()]
             return write(arguments.out / "gevp_cpu.csv", measure(_pencils(orders, batches, rows), ks))
-        write(measured, crossover(orders, ks))
-    with measured.open(encoding="utf-8") as stream:
-        store(derive(csv.DictReader(stream)))
+        write(arguments.out / KINDS[arguments.crossover][1], crossover(arguments.crossover, orders, ks))
+    store(
+        {
+            kind: derive(csv.DictReader((arguments.out / name).open(encoding="utf-8")))
+            for kind, (_, name) in KINDS.items()
+        }
+    )
 
 
 def _pencils(orders: list[int], batches: list[int], rows: list[np.ndarray]) -> Iterable[tuple[str, int, int, Pencil]]:

@@ -49,6 +49,9 @@ def problems():
     yield "diagonal", lambda: sst.gevp(Diagonal(a[0, 0].abs()), Diagonal(b[0, 1].abs() + 1), 5)
     yield "kronecker", lambda: sst.gevp(Kronecker(a[0], b[0]), Kronecker(b[1], b[2]), 5)
     yield "split projection", lambda: sst.gevp(LowRank(rows), LowRank(rows.flip(1), 0.5), 8)
+    more = torch.randn(72, 100, generator=torch.Generator().manual_seed(2))
+    iterated = {"method": "jacobi_davidson"}
+    yield "iterated projection", lambda: sst.gevp(LowRank(more), LowRank(more.flip(1), 0.5), 8, **iterated)
 
 
 def same(a: sst.GEVPResult, b: sst.GEVPResult) -> bool:

@@ -235,21 +235,96 @@ def test_operators_are_iterated_without_being_stored(route):
     assert_solves(result, gain.dense(), cost.dense() + 0.05 * torch.eye(gain.n, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-10])
-def test_split_projection_does_not_cancel(damping):
-    """The hard case: A's rows inside the span of B's, where Gram-Woodbury loses 3.5 % in float32."""
+def test_residuals_that_wait_their_turn_are_no_stagnation():
+    """Values as evenly spaced as can be: the last of them stay where they are until those above have converged."""
+    d = torch.linspace(1, 2, 500, dtype=torch.float64)
+    result = gevp(Diagonal(d), Diagonal(torch.ones(500)), 32, method="jacobi_davidson").raise_if_failed()
+    assert result.statuses() == [GEVPStatus.converged]
+    assert (result.values - d.flip(0)[:32]).abs().max() < 1e-12
+
+
+def hard_rows(p, q, n, smallest, dtype=torch.float64):
+    """A's rows in the span of B's, whose singular values reach down to `smallest`: where Gram-Woodbury subtracts."""
     g = torch.Generator().manual_seed(0)
-    n, p, q = 600, 16, 48
-    w = torch.randn(q, n, dtype=torch.float64, generator=g)
-    w /= torch.linalg.matrix_norm(w, 2)
-    u = torch.randn(p, q, dtype=torch.float64, generator=g) @ w
+    w = torch.randn(q, n, dtype=torch.float64, generator=g) * torch.logspace(0, np.log10(smallest), q)[:, None]
+    w = (w / torch.linalg.matrix_norm(w, 2)).to(dtype)
+    u = torch.randn(p, q, dtype=torch.float64, generator=g) @ w.double()
+    return u.to(dtype), w
+
+
+def projected_values(u, w, damping):
+    """QR of [W; sqrt(damping) I] and a singular value decomposition: nothing is squared or subtracted."""
+    r = np.linalg.qr(np.vstack([w.double().numpy(), damping**0.5 * np.eye(w.shape[1])]), mode="r")
+    return np.linalg.svd(sl.solve_triangular(r, u.double().numpy().T, trans=1), compute_uv=False) ** 2
+
+
+@pytest.mark.parametrize("smallest", [1, 1e-4])
+@pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-8, 1e-12])
+def test_split_projection_does_not_cancel(damping, smallest):
+    p = 16
+    u, w = hard_rows(p, 48, 600, smallest)
     result = gevp(LowRank(u), LowRank(w, damping), p + 3)
-    r = np.linalg.qr(np.vstack([w.numpy(), damping**0.5 * np.eye(n)]), mode="r")
-    exact = np.linalg.svd(sl.solve_triangular(r, u.numpy().T, trans=1), compute_uv=False) ** 2
-    assert np.abs(result.values[:p].numpy() / exact - 1).max() < 1e-10
+    assert np.abs(result.values[:p].numpy() / projected_values(u, w, damping) - 1).max() < 1e-10
     assert result.statuses() == [GEVPStatus.rank_deficient]
     b = LowRank(w, damping).dense()
     assert (result.vectors.mT @ b @ result.vectors - torch.eye(p + 3)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-2, 1e-8])
+def test_both_ways_to_the_pairs_of_the_reduced_problem(method, dtype, damping):
+    """p = 96 leaves room to iterate; float32 rows are 6e-8 outside of the span, which counts at a damping of 1e-8."""
+    u, w = hard_rows(96, 80, 300, 1e-2, dtype)
+    result = gevp(LowRank(u), LowRank(w, damping), 8, method=method)
+    assert result.route.startswith("split_projection")
+    assert f"({method}: asked for)" in result.route
+    assert result.statuses() == [GEVPStatus.converged]
+    assert (result.cycles > 0) == (method == "jacobi_davidson")
+    exact = projected_values(u, w, damping)[:8]
+    error = np.abs(result.values.numpy() - exact)
+    assert (error <= 1e-11 * exact[0]).all()
+    assert (error <= result.error_bound.numpy() + 1e-12 * exact[0]).all()
+    assert (result.error_bound <= 2e-10 * result.values[0]).all()
+    gain, cost = LowRank(u), LowRank(w, damping)
+    v = result.vectors
+    assert (v.mT @ cost.matmul(v) - torch.eye(8)).abs().max() < 1e-9
+    r = gain.matmul(v) - result.values * cost.matmul(v)
+    true = (r * torch.linalg.solve(cost.dense(), r)).sum(0).clamp_min(0).sqrt()
+    assert (true <= 2 * result.error_bound + 1e-15 * (1 + damping**-0.5) * result.values[0]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reduced_problems_with_copies_without_rank_and_without_gain(method):
+    n, p = 120, 64
+    basis = torch.linalg.qr(torch.randn(n, p, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0].mT
+    size = torch.linspace(1, 2, p, dtype=torch.float64).flip(0)
+    size[:12] = 3.0
+    cost = Diagonal(torch.full((n,), 0.5, dtype=torch.float64))
+    copies = gevp(LowRank(size[:, None] * basis), cost, 14, method=method).raise_if_failed()
+    assert (copies.values - 2 * size[:14] ** 2).abs().max() < 1e-10
+    size[5:] = 0.0
+    for rows, rank in ((size[:, None] * basis, 5), (torch.zeros(p, n), 0)):
+        short = gevp(LowRank(rows), cost, 8, method=method)
+        assert short.statuses() == [GEVPStatus.rank_deficient]
+        assert (short.values - 18.0 * (torch.arange(8) < rank)).abs().max() < 1e-12
+        assert not short.values[rank:].any()
+        assert not short.error_bound[rank:].any()
+        assert (short.vectors.mT @ cost.matmul(short.vectors) - torch.eye(8)).abs().max() < 1e-12
+    rows = basis.clone()
+    rows[3, 4] = float("inf")
+    assert gevp(LowRank(rows), cost, 8, method=method).statuses() == [GEVPStatus.non_finite]
+
+
+def test_a_reduced_problem_that_is_cut_short_says_so():
+    g = torch.Generator().manual_seed(3)
+    u, w = torch.randn(200, 400, generator=g), torch.randn(50, 400, generator=g)
+    cut = gevp(LowRank(u), LowRank(w, 0.1), 8, method="jacobi_davidson", max_cycles=1)
+    exact = gevp(LowRank(u), LowRank(w, 0.1), 200, method="direct").values
+    assert cut.statuses() == [GEVPStatus.max_iterations]
+    nearest = (cut.values[:, None] - exact).abs().amin(1)
+    assert (nearest <= cut.error_bound).all()
+    assert (cut.error_bound > 1e-6 * exact[0]).any()
 
 
 def test_low_rank_with_diagonal_damping_and_bad_input():

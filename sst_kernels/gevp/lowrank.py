@@ -1,92 +1,105 @@
-"""Exact reductions for A = U^T U with few rows: no iteration, one p x p symmetric eigenproblem.
+"""Exact reductions for A = U^T U with few rows. With B = F^T F and X = F^-T U^T the pairs of the pencil are those of the p x p
+matrix M = X^T X, v = F^-1 X y / sqrt(lambda), and M costs no subtraction.
 
-Split projection: with B = W^T W + D the space is split into range(W^T) and its complement, on which B acts as S + 1 and as 1
-(after scaling by D^-1/2). M = U B^-1 U^T is then a sum of two positive semi-definite terms. The Gram-Woodbury form subtracts
-them instead and loses 3.5 % in float32, 6e-5 in float64 at hard dampings.
+Split projection: for B = W^T W + D, scaled by D^-1/2, Householder's Q with W^T = Q [R; 0] splits the space into range(W^T), where B
+acts as I + R R^T = T^T T, and its complement, where it acts as 1. T is the triangle of [R^T; I], so that W counts with its own
+condition and not with that of its Gram matrix. The Gram-Woodbury form subtracts and loses 3.5 % in float32, 6e-5 in float64 at
+hard dampings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sst_kernels.gevp.operators import LowRank
+from sst_kernels.gevp.iterate import operator_jacobi_davidson
+from sst_kernels.gevp.operators import Dense, Diagonal, LowRank
+from sst_kernels.gevp.pencils import dense_route
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.gevp.settings import Settings
 
 _EPS = torch.finfo(torch.float64).eps
 
+Map = Callable[[Tensor], Tensor]
 
-def split_projection(gain: LowRank, cost: LowRank, k: int, seed: int, route: str) -> GEVPResult:
+
+def split_projection(gain: LowRank, cost: LowRank, k: int, settings: Settings, route: str) -> GEVPResult:
     """Top-k pairs of U^T U v = lambda (W^T W + D) v; rows of `gain` U [p, n], of `cost` W [q, n], D > 0.
 
-    Work 2 n (q^2 + 4 p q + p^2) flops in float64; memory n (p + q) float64 beyond the inputs.
+    Work 2 n (q^2 + 2 p q + p^2) flops in float64 and the p x p problem; memory 2 n (p + q) float64 beyond the inputs.
     """
-    damping = cost.diagonal_part()
-    root = damping.rsqrt()
-    u, w = gain.rows.double() * root, cost.rows.double() * root
-    s, z = torch.linalg.eigh(w @ w.mT)
-    live = s > s.amax().clamp_min(0) * len(s) * 10 * _EPS if len(s) else s > 0
-    s, z = s[live], z[:, live] / s[live].sqrt()  # columns of w^T z are orthonormal: they are never formed
+    root = cost.diagonal_part().rsqrt()
+    reflectors, tau = torch.geqrf((cost.rows * root).mT)
+    r = len(tau)
+    inside = torch.cat([reflectors[:r].triu().mT, torch.eye(r, dtype=torch.float64, device=tau.device)])
+    triangle = torch.linalg.qr(inside, mode="r").R
+    turn = partial(torch.ormqr, reflectors[:, :r], tau)
 
-    c = z.mT @ (w @ u.mT)
-    outside = u - (z @ c).mT @ w
-    again = z.mT @ (w @ outside.mT)
-    outside -= (z @ again).mT @ w
-    c += again
-    inside = c / (s + 1).sqrt()[:, None]
-    m = outside @ outside.mT + inside.mT @ inside
+    x = turn((gain.rows * root).mT, transpose=True)
+    x[:r] = torch.linalg.solve_triangular(triangle.mT, x[:r], upper=False)
 
-    def inverse(y: Tensor) -> Tensor:
-        return root[:, None] * (outside.mT @ y + w.mT @ (z @ ((c @ y) / (s + 1)[:, None])))
+    def back(z: Tensor) -> Tensor:
+        z[:r] = torch.linalg.solve_triangular(triangle, z[:r], upper=True)
+        return root[:, None] * turn(z)
 
-    return _from_projected(m, inverse, gain.rows, cost.matmul, k, seed, route)
+    return _from_projected(x, back, gain.rows, cost.matmul, k, settings, route)
 
 
-def cholesky_projection(gain: LowRank, cost: Tensor, k: int, seed: int, route: str) -> GEVPResult:
-    """Top-k pairs of U^T U v = lambda B v with a dense B [n, n]: M = (L^-1 U^T)^T (L^-1 U^T)."""
+def cholesky_projection(gain: LowRank, cost: Tensor, k: int, settings: Settings, route: str) -> GEVPResult:
+    """Top-k pairs of U^T U v = lambda B v with a dense B [n, n] = L L^T: X = L^-1 U^T."""
     cost = cost.double()
     factor, info = torch.linalg.cholesky_ex(cost)
     if int(info) != 0:
         return failed(cost.shape[0], k, GEVPStatus.not_positive_definite, route, cost.device)
     x = torch.linalg.solve_triangular(factor, gain.rows.double().mT, upper=False)
-
-    def inverse(y: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(factor.mT, x @ y, upper=True)
-
-    return _from_projected(x.mT @ x, inverse, gain.rows, cost.__matmul__, k, seed, route)
+    back = partial(torch.linalg.solve_triangular, factor.mT, upper=True)
+    return _from_projected(x, back, gain.rows, cost.__matmul__, k, settings, route)
 
 
 def _from_projected(
-    m: Tensor,
-    inverse: Callable[[Tensor], Tensor],
-    rows: Tensor,
-    cost: Callable[[Tensor], Tensor],
-    k: int,
-    seed: int,
-    route: str,
+    x: Tensor, back: Map, rows: Tensor, cost: Map, k: int, settings: Settings, route: str
 ) -> GEVPResult:
-    """Pairs of the pencil from M = U B^-1 U^T: v = B^-1 U^T y / sqrt(lambda); what M's rank does not give is padded."""
-    n = rows.shape[1]
+    """Pairs of the pencil from X [n, p]; what the rank of M does not give is padded. `back` is F^-1 and may overwrite."""
+    p, n = rows.shape
+    m = x.mT @ x
     if not bool(torch.isfinite(m).all()):
         return failed(n, k, GEVPStatus.non_finite, route, rows.device)
-    values, y = torch.linalg.eigh(m)
-    values, y = values.flip(0)[:k], y.flip(1)[:, :k]
-    rank = int((values > values[:1].clamp_min(0) * len(m) * _EPS).sum()) if len(values) else 0
-    values, y = values[:rank], y[:, :rank]
+    solved = top_pairs(m, min(k, p), settings)
+    route, status = f"{route} ({solved.route})", GEVPStatus(int(solved.status))
+    if not status.usable and status is not GEVPStatus.max_iterations:
+        return failed(n, k, status, route, rows.device)
+    rank = int((solved.values > 0).sum())
+    values, y = solved.values[:rank], solved.vectors[:, :rank]
 
-    vectors = inverse(y) / values.sqrt()
+    vectors = back((y.mT @ x.mT).mT / values.sqrt())
     # r = U^T e with e = U v - sqrt(lambda) y, hence r' B^-1 r = e' M e.
     e = rows.double() @ vectors - values.sqrt() * y
     bound = (e * (m @ e)).sum(0).clamp_min(0).sqrt()
     if rank < k:
-        vectors = torch.cat([vectors, _complement(vectors, cost, n, k - rank, seed)], dim=1)
-        values, bound = (torch.cat([x, x.new_zeros(k - rank)]) for x in (values, bound))
-    status = GEVPStatus.converged if rank == k else GEVPStatus.rank_deficient
-    return GEVPResult(
-        values, oriented(vectors), bound, torch.tensor(int(status), dtype=torch.int32), route, _no_cycles()
-    )
+        vectors = torch.cat([vectors, _complement(vectors, cost, n, k - rank, settings.seed)], dim=1)
+        values, bound = (torch.cat([a, a.new_zeros(k - rank)]) for a in (values, bound))
+    if status is not GEVPStatus.max_iterations:
+        status = GEVPStatus.converged if rank == k else GEVPStatus.rank_deficient
+    code = torch.tensor(int(status), dtype=torch.int32, device=values.device)
+    return GEVPResult(values, oriented(vectors), bound, code, route, solved.cycles)
+
+
+def top_pairs(m: Tensor, k: int, settings: Settings) -> GEVPResult:
+    """The k largest pairs of a positive semi-definite M [p, p], by eigh or from the measured crossover on by Jacobi-Davidson."""
+    p = len(m)
+    chosen = dense_route(p, k, settings.method, m.device.type, "projected")
+    if chosen.name == "jacobi_davidson":
+        ones = torch.ones(p, dtype=torch.float64, device=m.device)
+        return operator_jacobi_davidson(Dense(m), Diagonal(ones), k, settings, str(chosen))
+    values, y = torch.linalg.eigh(m)
+    values, y = values.flip(0)[:k], y.flip(1)[:, :k]
+    rounding = values[:1].clamp_min(0) * p * _EPS
+    values = values.where(values > rounding, 0.0)
+    code = torch.tensor(int(GEVPStatus.converged), dtype=torch.int32)
+    return GEVPResult(values, y, rounding.expand(k), code, str(chosen), _no_cycles())
 
 
 def _complement(vectors: Tensor, cost: Callable[[Tensor], Tensor], n: int, count: int, seed: int) -> Tensor:

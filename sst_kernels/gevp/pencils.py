@@ -34,6 +34,9 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
         k: pairs wanted.
         method: "auto", or "direct" / "jacobi_davidson" to force the family.
     """
+    if isinstance(gain, Dense) and isinstance(cost, Dense):
+        kind = "batched" if gain.batch.numel() >= 8 else "single"
+        return dense_route(gain.n, k, method, gain.device.type, kind)
     iterate = method == "jacobi_davidson"
     if not iterate:
         if isinstance(gain, Diagonal) and isinstance(cost, Diagonal):
@@ -42,20 +45,10 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
             return Route("eigenbasis", "both operators are diagonal in the same Kronecker eigenbasis")
         if _same_factors(gain, cost):
             return Route("kronecker", "a pair of Kronecker products is two small pencils and their top-k products")
-        if isinstance(gain, LowRank) and not bool(gain.damping.any()):
-            if isinstance(cost, LowRank) and bool((cost.damping > 0).all()):
-                return Route(
-                    "split_projection",
-                    f"A has {len(gain.rows)} rows, B {len(cost.rows)} rows plus damping: exact reduction",
-                )
-            if isinstance(cost, Diagonal):
-                return Route("split_projection", f"A has {len(gain.rows)} rows and B is diagonal: exact reduction")
-            if isinstance(cost, Dense) and not cost.batch and 4 * len(gain.rows) <= gain.n:
-                return Route(
-                    "cholesky_projection", f"A has {len(gain.rows)} <= n/4 rows and B factors: exact reduction"
-                )
-    if isinstance(gain, Dense) and isinstance(cost, Dense):
-        return _dense(gain, k, method)
+    if isinstance(gain, LowRank) and (not iterate or iterable(len(gain.rows), k)):
+        reduced = _reduction(gain, cost)
+        if reduced is not None:
+            return reduced
     if not iterate and (method == "direct" or gain.n <= DENSE_LIMIT):
         return Route("stored", f"n = {gain.n}: the operators are stored and solved as dense matrices")
     if any(isinstance(side, Dense) and side.batch for side in (gain, cost)):
@@ -68,6 +61,20 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
     )
 
 
+def _reduction(gain: LowRank, cost: Operator) -> Route | None:
+    """The exact way to a problem of the order of A's rows, where there is one."""
+    p = len(gain.rows)
+    if bool(gain.damping.any()):
+        return None
+    if isinstance(cost, LowRank) and bool((cost.damping > 0).all()):
+        return Route("split_projection", f"A has {p} rows, B {len(cost.rows)} rows plus damping: exact reduction")
+    if isinstance(cost, Diagonal):
+        return Route("split_projection", f"A has {p} rows and B is diagonal: exact reduction")
+    if isinstance(cost, Dense) and not cost.batch and 4 * p <= gain.n:
+        return Route("cholesky_projection", f"A has {p} <= n/4 rows and B factors: exact reduction")
+    return None
+
+
 def has_inverse(cost: Operator) -> bool:
     """Whether the structure of B gives B^-1 x."""
     return type(cost).solve is not Operator.solve
@@ -77,14 +84,14 @@ def _same_factors(gain: Operator, cost: Operator) -> bool:
     return isinstance(gain, Kronecker) and isinstance(cost, Kronecker) and gain.left.shape == cost.left.shape
 
 
-def _dense(gain: Dense, k: int, method: str) -> Route:
-    n, batch = gain.n, gain.batch.numel()
+@cache
+def dense_route(n: int, k: int, method: str, device: str, kind: str) -> Route:
+    """The route of stored matrices of order n; `kind` names the rows of the crossover table: "single", "batched" or "projected"."""
     if method != "auto":
         if method == "jacobi_davidson" and not iterable(n, k):
             return Route("direct", f"n = {n} leaves no room for a restarted basis with k = {k}")
         return Route(method, "asked for")
-    device = gain.device.type
-    from_n = crossover(device, k, batch)
+    from_n = crossover(device, k, kind)
     basis = "measured" if device == "cpu" else "estimated"
     if iterable(n, k) and n >= from_n:
         return Route("jacobi_davidson", f"n = {n} >= {from_n}, the {basis} crossover on {device} for k = {k}")
@@ -103,10 +110,10 @@ def _table() -> dict[str, dict[str, list[list[float]]]]:
     return json.loads(Path(__file__).with_name("crossover.json").read_text())
 
 
-def crossover(device: str, k: int, batch: int) -> int:
+def crossover(device: str, k: int, kind: str) -> int:
     """Order from which iterating beat the direct route in bench/gevp_cpu.py (CPU) or bench/gevp_gpu.py (CUDA)."""
     kinds = _table().get(device, _table()["cpu"])
-    rows = kinds["batched" if batch >= 8 and "batched" in kinds else "single"]
+    rows = kinds.get(kind, kinds["single"])
     position = bisect_right([limit for limit, _ in rows], k - 1)
     if position == len(rows):
         limit, order = rows[-1]

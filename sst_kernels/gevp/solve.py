@@ -88,11 +88,11 @@ def _solve(A: Tensor | Operator, B: Tensor | Operator, k: int, settings: Setting
             left, right = (_solve(a, b, min(k, len(a)), settings) for a, b in structured.sides(gain, cost))
             return structured.kronecker_pair(left, right, k, f"{route} (left {left.route}; right {right.route})")
         case "split_projection", LowRank(), LowRank():
-            return lowrank.split_projection(gain, cost, k, settings.seed, route)
+            return lowrank.split_projection(gain, cost, k, settings, route)
         case "split_projection", LowRank(), Diagonal():
-            return lowrank.split_projection(gain, LowRank(gain.rows[:0], cost.diag), k, settings.seed, route)
+            return lowrank.split_projection(gain, LowRank(gain.rows[:0], cost.diag), k, settings, route)
         case "cholesky_projection", LowRank(), Dense():
-            return lowrank.cholesky_projection(gain, cost.matrix, k, settings.seed, route)
+            return lowrank.cholesky_projection(gain, cost.matrix, k, settings, route)
         case "operator_jacobi_davidson", _, _:
             return operator_jacobi_davidson(gain, cost, k, settings, route)
         case "stored", _, _:

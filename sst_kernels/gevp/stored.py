@@ -32,8 +32,9 @@ def solve_stored(gain: Dense, cost: Dense, k: int, route: Route, settings: Setti
     how = (k, route.name, preconditioner, settings.tol, settings.max_cycles, settings.seed)
 
     def piece(first: int, last: int) -> Outputs:
-        damped = Dense(cost.problems(first, last)).damped(damping).matrix
-        return _solve(_packed(gain.problems(first, last), dtype), _packed(damped, dtype), how)
+        b = cost.problems(first, last)
+        b = Dense(b).damped(damping).matrix if damping else b
+        return _solve(_packed(gain.problems(first, last), dtype), _packed(b, dtype), how)
 
     size = count if budget is None else _fitting(gain, cost, damping, dtype, how, budget)
     if size >= count:
