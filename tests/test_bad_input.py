@@ -185,6 +185,9 @@ def test_single_tokens_and_duplicate_rows_are_samples_like_others(kind, lengths)
         ({"structure": "lowrank", "rank": 0}, ValueError),
         ({"rank": 3}, TypeError),
         ({"sequences": -1}, ValueError),
+        ({"sequences": 1.5}, ValueError),
+        ({"state_device": "nowhere"}, ValueError),
+        ({"state_device": "cuda:99"}, ValueError),
     ],
 )
 def test_fisher_accumulate_refuses(options, error):

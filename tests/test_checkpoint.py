@@ -74,6 +74,24 @@ def test_skipped_samples_keep_their_batch_numbers(tmp_path):
     assert resumed.fisher.counts.sequences == 3
 
 
+@pytest.mark.parametrize("settings", [{"every": 0}, {"every": 1.5}, {"seconds": -1.0}, {"seconds": float("nan")}])
+def test_intervals_that_never_end_are_refused(settings, tmp_path):
+    with start() as pass_, pytest.raises(ValueError, match=r"(every|seconds): expected"):
+        feed(pass_)
+        Checkpoints(pass_, tmp_path / "pass.checkpoint", **settings)
+
+
+def test_places_that_hold_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        Fisher.load(tmp_path)
+    with start() as pass_:
+        feed(pass_)
+    for path in (tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(StorageError, match="could not be written"):
+            pass_.save(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "differing"),
     [

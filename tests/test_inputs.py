@@ -285,6 +285,8 @@ def test_what_is_refused():
         sst.filter_inputs(gain, cost, float("nan"))
     with pytest.raises(ValueError, match="different adapters or modules"):
         sst.filter_inputs(gain, moments_of(tiny_lora(adapters=ADAPTERS, seed=5), [tiny_batch(2)]), 1.0)
+    with pytest.raises(TypeError, match="expected the moments of two passes of input_moments, got dict"):
+        sst.filter_inputs({}, {}, 1.0)
     with pytest.raises(ValueError, match="rank: expected a whole number"):
         sst.input_moments(model, "safety", rank=0)
     with pytest.raises(ValueError, match="no module carries the adapter 'other'"):

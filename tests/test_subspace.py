@@ -201,8 +201,10 @@ def test_what_does_not_belong_together_is_refused():
             call()
     with pytest.raises(ValueError, match="must not be negative"):
         space.soft(-1.0)
-    with pytest.raises(ValueError, match="k must lie in"):
+    with pytest.raises(ValueError, match="k must be a whole number in"):
         space.top_k(10**6)
+    with pytest.raises(ValueError, match="k must be a whole number in"):
+        space.top_k(1.5)
     diagonal = [fisher_of(f.rows(), f.metric, structure="diagonal") for f in (gain, cost)]
     with pytest.raises(ValueError, match="needs cross-module statistics"):
         subspace(*diagonal, scope="global")

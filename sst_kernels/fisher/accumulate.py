@@ -82,6 +82,7 @@ def fisher_accumulate(
     _choice("space", space, SPACES)
     _choice("reduction", reduction, ("mean", "sum"))
     _choice("nonfinite", nonfinite, ("raise", "skip"))
+    _usable(state_device)
     if grad_scale is not None and not 0 < abs(grad_scale) < float("inf"):
         raise ValueError(f"grad_scale must be finite and not zero, got {grad_scale}")
     model = unwrapped(model)
@@ -149,6 +150,14 @@ def _digest(cores: Mapping[str, Any]) -> str:
     for name, core in cores.items():
         digest.update(name.encode() + core.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _usable(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'state_device {device!r} cannot be used ({reason}); give "cpu" or "cuda:0"') from error
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 from sst_kernels.fisher.accumulator import Accumulator
+from sst_kernels.fisher.base import whole
 from sst_kernels.fisher.storage import StorageError, partial_prefix
 
 T = TypeVar("T")
@@ -67,8 +68,9 @@ class Checkpoints:
         seconds: float | None = 600.0,
         identity: str = "",
     ):
-        if every is not None and every < 1:
-            raise ValueError(f"every: expected a positive number of items, got {every}")
+        every = None if every is None else whole("every", every)
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"seconds: expected a number that is not negative, got {seconds}")
         self.accumulator, self.path = accumulator, Path(path)
         self.every, self.seconds, self.identity = every, seconds, identity
         self.done = int(accumulator.progress.get("items", 0))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sst_kernels.fisher.available import available
-from sst_kernels.fisher.base import Block
+from sst_kernels.fisher.base import Block, whole
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.structures.algebra import CHUNK
 from sst_kernels.fisher.structures.full import Full
@@ -102,8 +102,7 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: i
 
     Each of `ranks` processes brings about as many, and holds the total in the end.
     """
-    if sequences < 0:
-        raise ValueError(f"sequences must not be negative, got {sequences}")
+    sequences = whole("sequences", sequences, 0)
     meta, joint = fisher.meta, fisher.joint
     about = {"space": meta["space"], "scope": meta["scope"], "sample": meta["sample"]}
     total = sequences * ranks

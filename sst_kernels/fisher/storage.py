@@ -40,7 +40,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        before = "the previous one is intact" if path.exists() else "nothing was left there"
+        before = "the previous one is intact" if os.path.exists(path) else "nothing was left there"
         raise StorageError(
             f"{path} could not be written ({error}); {before}: free space or choose another place"
         ) from error
@@ -60,7 +60,9 @@ def read_tensors(
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}): write it again") from error
     checksum, _, text = metadata.get("sst_kernels", "- null").partition(" ")
     try:

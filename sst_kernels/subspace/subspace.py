@@ -221,8 +221,10 @@ class Subspace:
 
     def top_k(self, k: int | None = None, *, kl_budget: float | None = None) -> Patch:
         """w = 1 for the k directions of largest λ over the whole model, else 0; or the largest k within `kl_budget`."""
-        if k is not None and not 0 <= k <= len(self.values):
-            raise ValueError(f"k must lie in 0 … {len(self.values)} (directions with a stored λ), got {k}")
+        if k is not None and not (0 <= k <= len(self.values) and k == int(k)):
+            raise ValueError(
+                f"k must be a whole number in 0 … {len(self.values)} (directions with a stored λ), got {k}"
+            )
         return self._choose("top_k", k, kl_budget)
 
     def predict_cost(self, coordinates: Mapping[str, Tensor]) -> float:
