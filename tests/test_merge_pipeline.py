@@ -155,8 +155,21 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert load_adapter(tmp_path / "out").terms
     assert report["evaluation"] == {}
     told = (tmp_path / "out/report.md").read_text()
+    assert ("keeps all that F_harm knows" in told) == (
+        report["recipe"]["kl_budget"] is not None and report["patch"]["whole"]
+    )
     assert ("on held-out rows" in told) == ("structure" not in change)
     assert ("on the samples of the Fisher itself" in told) == ("structure" in change)
+
+
+@pytest.mark.parametrize("filter", ["soft", "threshold", "top_k"])
+def test_a_budget_beyond_the_patch_is_said_to_be(world, tmp_path, filter):
+    given = {"filter": filter, "eval_harm_data": None, "eval_benign_data": None}
+    for budget, whole in ((1e6, True), (1e-9, False)):
+        recipe = Recipe.load(world / "recipe.yml", output=tmp_path / f"{whole}", kl_budget=budget, **given)
+        assert pipeline.merge(recipe, reporter=QUIET)["patch"]["whole"] is whole
+        note = f"the budget {budget:g} keeps all that F_harm knows of the patch"
+        assert (note in (tmp_path / f"{whole}/report.md").read_text()) is whole
 
 
 def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_path, capsys):
@@ -176,7 +189,7 @@ def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_pat
 
 def test_a_failed_run_leaves_nothing(world, tmp_path):
     late = {"structure": "lowrank", "structure_options": {"rank": 0}}
-    for change, text in (({"folds": 11}, "pencil cannot be solved"), (late, "Fisher pass .* failed")):
+    for change, text in (({"folds": 11}, "folds: 11 need as many examples"), (late, "Fisher pass .* failed")):
         recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", **change)
         with pytest.raises(MergeError, match=text):
             pipeline.merge(recipe, reporter=QUIET)
@@ -225,7 +238,8 @@ def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world,
 
 
 def test_only_passes_that_keep_rows_need_as_many_examples_as_folds(world):
-    for change in ({"scope": "module"}, {"structure": "lowrank"}):
+    folded = {"scope": "module", "structure_options": {"rows": "fold"}}
+    for change in (folded, {"structure": "lowrank"}):
         plan(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds", **change))
 
 

@@ -102,7 +102,7 @@ def merge(
         return
     from . import pipeline
     from .passes import leader, ranks
-    from .report import foundation
+    from .report import foundation, unspent
 
     with ranks():
         reporter = Reporter(quiet or not leader())
@@ -115,6 +115,8 @@ def merge(
         print_table(report["evaluation"])
     prediction = report["patch"]["prediction"]
     print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}")
+    if note := unspent(report):
+        print(note)
     print(f"written to {expanded(recipe.output).absolute()}")
 
 

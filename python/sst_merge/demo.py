@@ -19,7 +19,7 @@ from .recipe import Recipe
 from .report import write_report
 from .session import Session, open_session
 
-ALPHAS = (0.1, 0.2, 0.5, 1.0)
+ALPHAS = (0.1, 0.2, 0.3, 0.5, 1.0)
 MATCHED = (0.1, 0.2)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
@@ -48,7 +48,7 @@ def run(
                 "eval_benign_data": data / "benign_eval.jsonl",
                 "output": output,
                 "label_draws": 1,  # two cost another minute on two cores
-                "generate_tokens": 16,
+                "generate_tokens": 12,  # refusals start with their phrase
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,

@@ -217,6 +217,7 @@ def describe(
         "patch": {
             "filter": patch.filter,
             "parameter": patch.parameter if math.isfinite(patch.parameter) else None,
+            "whole": _keeps_all(patch, space.values),
             "points": list(patch.points),
             "prediction": asdict(patch.prediction),
             "kept_energy": patch.kept,
@@ -225,6 +226,13 @@ def describe(
         "seconds": {name: round(value, 2) for name, value in session.seconds.items()},
         "versions": versions(),
     }
+
+
+def _keeps_all(patch: sst.Patch, values: torch.Tensor) -> bool:
+    """Whether the filter keeps every direction that F_harm knows: a larger budget changes nothing."""
+    if patch.filter == "top_k":
+        return patch.parameter >= len(values)
+    return patch.parameter <= 1e-3 * float(values[values > 0].min())
 
 
 def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float]:

@@ -44,6 +44,14 @@ def foundation(prediction: Mapping[str, Any]) -> str:
     return "on the samples of the Fisher itself: the true cost may be a hundred times as large, measure it"
 
 
+def unspent(report: Mapping[str, Any]) -> str:
+    """A sentence where the KL budget is more than there is to spend it on, else nothing."""
+    budget = report["recipe"]["kl_budget"]
+    if budget is None or not report["patch"]["whole"]:
+        return ""
+    return f"the budget {budget:g} keeps all that F_harm knows of the patch; a larger one changes nothing"
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
@@ -62,6 +70,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; "
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
         f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these reads",
+        *(f"- {note}" for note in [unspent(report)] if note),
         f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
         f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "
         "along directions that cost little)",
