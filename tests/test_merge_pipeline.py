@@ -229,6 +229,19 @@ def test_fishers_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
         pipeline.fisher_pass(session, data, name="x", point="reference")
 
 
+def test_pencils_that_memory_does_not_hold_are_refused_before_the_first_batch(world, monkeypatch):
+    recipe = Recipe.load(world / "recipe.yml", output=world / "pencil")
+    pencil = plan(recipe).memory["pencil"]
+    monkeypatch.setattr(pipeline, "both_passes", lambda *_: pytest.fail("must not begin"))
+    monkeypatch.setattr(memory, "available", lambda device: pencil - 1)
+    with pytest.raises(MergeError, match=r"cannot be solved: .*the pencil would take .* these would fit: metric: frob"):
+        pipeline.merge(recipe)
+    monkeypatch.setattr(memory, "available", lambda device: pencil)
+    with pytest.raises(pytest.fail.Exception, match="must not begin"):
+        pipeline.merge(recipe)
+    assert not recipe.output.exists()
+
+
 @pytest.mark.parametrize("run", [pipeline.merge, plan])
 def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world, monkeypatch):
     monkeypatch.setattr(pipeline, "both_passes", lambda *_: pytest.fail("must not begin"))

@@ -19,6 +19,7 @@ from .algebra import recompress
 from .data import Dataset, load_dataset
 from .errors import RecipeError, headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
+from .memory import check_pencil
 from .models import check_fit
 from .output import output_folder
 from .passes import Continuity, filtered_reads, fisher_pass, leader, world
@@ -151,6 +152,7 @@ def merge(
         )
         data = load_data(recipe, session.tokenizer)
         check_folds(recipe, data)
+        check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
         gain, cost = both_passes(session, recipe, data["harm"], data["benign"], continuity)
         space = solve(session, recipe, gain, cost)
         if not leading:

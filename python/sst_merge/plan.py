@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 
-from sst_kernels.fisher import Block
 from sst_kernels.fisher.inputs import columns
-from sst_kernels.fisher.memory import estimate
-from sst_kernels.subspace.memory import estimate_solve
 
 from .adapters import Adapter, load_adapter
-from .errors import headlined
+from .memory import fisher_memory
 from .models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
 from .output import check_output
 from .paths import expanded
@@ -80,32 +77,11 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
             passes[f"evaluation, {name.removeprefix('eval_')}"] = stage(name, forwards, 2)
     coordinates = sum(term.rank**2 for term in safety.terms.values())
     memory = _memory(recipe, config, parameters, adapters)
-    rows = (len(data["harm"]) * len(recipe.harm_points), len(data["benign"]) * recipe.label_draws)
-    memory |= _fisher_memory(recipe, safety, *rows)
+    memory |= fisher_memory(recipe, safety, data)
     if recipe.input_filter:
         widths = [term.A.shape[1] for term in safety.terms.values()]
         memory["inputs at most"] = sum(8 * d * columns(d, recipe.input_rank) for d in widths)
     return Plan(parameters, coordinates, rate, passes, memory)
-
-
-def _fisher_memory(recipe: Recipe, safety: Adapter, harm: int, benign: int) -> dict[str, int]:
-    blocks = [Block(name, name, (term.rank, term.rank)) for name, term in safety.terms.items()]
-    given = recipe.structure_options
-    with headlined("the memory of this recipe cannot be estimated"):
-        states = [
-            estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.fisher_scope, options=given)
-            for n in (harm, benign)
-        ]
-    exact = recipe.keeps_rows
-    most = 2 * given.get("rank", 128) if recipe.structure == "lowrank" else 0
-    rows = (harm, benign) if exact else (min(harm, most), min(benign, most))
-    sizes = [b.size for b in blocks]
-    return {
-        "Fisher state": sum(state.peak for state in states),
-        "pencil": estimate_solve(
-            sizes, *rows, scope=recipe.scope, metric=recipe.metric, folds=recipe.folds if exact else 0
-        ),
-    }
 
 
 def _memory(recipe: Recipe, config: Any, parameters: int, adapters: list[Adapter]) -> dict[str, int]:
