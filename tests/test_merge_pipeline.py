@@ -187,9 +187,17 @@ def test_a_patch_of_a_tied_head_is_merged_with_the_rest_and_noted(world, tmp_pat
     assert "lm_head" in cases.peft_deltas(loaded)
 
 
-def test_a_failed_run_leaves_nothing(world, tmp_path):
-    late = {"structure": "lowrank", "structure_options": {"rank": 0}}
-    for change, text in (({"folds": 11}, "folds: 11 need as many examples"), (late, "Fisher pass .* failed")):
+def test_a_failed_run_leaves_nothing(world, tmp_path, monkeypatch):
+    def fails(*args):
+        raise MergeError("late")
+
+    monkeypatch.setattr(pipeline, "filtered", fails)
+    none = {"structure": "lowrank", "structure_options": {"rank": 0}}
+    for change, text in (
+        ({"folds": 11}, "folds: 11 need as many examples"),
+        (none, "rank: expected a whole number of at least 1, got 0"),
+        ({}, "late"),
+    ):
         recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", **change)
         with pytest.raises(MergeError, match=text):
             pipeline.merge(recipe, reporter=QUIET)
@@ -310,6 +318,8 @@ def test_recipe_defaults_and_strength():
     [
         ({"kl_budgit": 1}, "unknown entry 'kl_budgit'; did you mean 'kl_budget'"),
         ({"qqqq": 1}, "known are model, safety"),
+        ({"structure": "kronecker"}, "'kronecker' keeps modules apart, .* scope: module"),
+        ({"structure_options": {"rows": "fold"}}, "'full' with rows: fold keeps modules apart"),
         ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, mu and k"),
         ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget or k, not mu"),
         ({"filter": "sharp"}, "filter: Input should be .*got 'sharp'"),

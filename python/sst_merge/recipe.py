@@ -123,6 +123,17 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _structure_serves_the_scope(self) -> Recipe:
+        across = self.keeps_rows or self.structure == "lowrank"
+        if self.scope == "global" and not across:
+            rows = "" if self.structure != "full" else " with rows: fold"
+            raise ValueError(
+                f"structure {self.structure!r}{rows} keeps modules apart, one pencil over all of them needs full or lowrank: "
+                "take one of these, or scope: module"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _inputs_stand_outside_the_output(self) -> Recipe:
         """`--force` replaces the whole output folder, with whatever lies in it."""
         for name in ("model", *PATHS[:-1]):

@@ -165,7 +165,7 @@ def _kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mappin
 
 
 def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    return estimate_moments([(d, min(d, options.get("rank", 64))) for d in shape])
+    return estimate_moments([(d, min(d, whole("rank", options.get("rank", 64)))) for d in shape])
 
 
 def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
@@ -184,6 +184,7 @@ def _kronecker_svd(shape: tuple[int, int], samples: int, batch: int, options: Ma
 
 
 def _sketch(n: int, samples: int, rank: int) -> Estimate:
+    rank = whole("rank", rank)
     full = 2 * rank
     used = samples if samples <= full else rank + (samples - full - 1) % rank + 1
     shrinking = DOUBLE * 3 * (full * full + min(CHUNK, full * n)) // 2 if samples > full else 0
