@@ -316,6 +316,29 @@ def test_reduced_problems_with_copies_without_rank_and_without_gain(method):
     assert gevp(LowRank(rows), cost, 8, method=method).statuses() == [GEVPStatus.non_finite]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [-400, 400])
+def test_reduced_problems_do_not_depend_on_the_unit(method, exponent):
+    """Squared residuals of values near 1e-240 vanish, and those of 1e240 overflow."""
+    u = torch.randn(64, 90, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    cost = Diagonal(torch.linspace(1, 2, 90))
+    plain = gevp(LowRank(u), cost, 8, method=method).raise_if_failed()
+    scaled = gevp(LowRank(u * 2.0**exponent), cost, 8, method=method).raise_if_failed()
+    assert torch.equal(scaled.values, plain.values * 4.0**exponent)
+    assert torch.equal(scaled.error_bound, plain.error_bound * 4.0**exponent)
+    assert torch.equal(scaled.vectors, plain.vectors)
+    assert gevp(LowRank(u * 1e160), cost, 8, method=method).statuses() == [GEVPStatus.non_finite]
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_damping_that_rounding_swallows_is_a_status(rows):
+    """There are five vectors to find, and on no more than the rows that there are is B more than its rounding."""
+    g = torch.Generator().manual_seed(5)
+    u, w = torch.randn(rows, 5, dtype=torch.float64, generator=g), torch.randn(2, 5, dtype=torch.float64, generator=g)
+    assert gevp(LowRank(u), LowRank(w, 1e-60), 5).statuses() == [GEVPStatus.not_positive_definite]
+    assert gevp(LowRank(u), LowRank(w, 1e-6), 5).statuses() == [GEVPStatus.rank_deficient]
+
+
 def test_a_reduced_problem_that_is_cut_short_says_so():
     g = torch.Generator().manual_seed(3)
     u, w = torch.randn(200, 400, generator=g), torch.randn(50, 400, generator=g)

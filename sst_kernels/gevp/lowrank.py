@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -63,11 +64,15 @@ def _from_projected(
     x: Tensor, back: Map, rows: Tensor, cost: Map, k: int, settings: Settings, route: str
 ) -> GEVPResult:
     """Pairs of the pencil from X [n, p]; what the rank of M does not give is padded. `back` is F^-1 and may overwrite."""
-    p, n = rows.shape
+    n = rows.shape[1]
+    unit = (
+        2.0 ** min(1000, frexp(float(x.abs().amax()))[1]) if x.numel() else 1.0
+    )  # squares neither overflow nor vanish
+    x /= unit
     m = x.mT @ x
     if not bool(torch.isfinite(m).all()):
         return failed(n, k, GEVPStatus.non_finite, route, rows.device)
-    solved = top_pairs(m, min(k, p), settings)
+    solved = top_pairs(m, min(k, len(m)), settings)
     route, status = f"{route} ({solved.route})", GEVPStatus(int(solved.status))
     if not status.usable and status is not GEVPStatus.max_iterations:
         return failed(n, k, status, route, rows.device)
@@ -76,10 +81,16 @@ def _from_projected(
 
     vectors = back((y.mT @ x.mT).mT / values.sqrt())
     # r = U^T e with e = U v - sqrt(lambda) y, hence r' B^-1 r = e' M e.
-    e = rows.double() @ vectors - values.sqrt() * y
+    e = rows.double() @ vectors / unit - values.sqrt() * y
     bound = (e * (m @ e)).sum(0).clamp_min(0).sqrt()
+    values, bound = values * unit * unit, bound * unit * unit
+    if not bool(torch.isfinite(values).all()):
+        return failed(n, k, GEVPStatus.non_finite, route, rows.device)
     if rank < k:
-        vectors = torch.cat([vectors, _complement(vectors, cost, n, k - rank, settings.seed)], dim=1)
+        rest = _complement(vectors, cost, n, k - rank, settings.seed)
+        if rest is None:
+            return failed(n, k, GEVPStatus.not_positive_definite, route, rows.device)
+        vectors = torch.cat([vectors, rest], dim=1)
         values, bound = (torch.cat([a, a.new_zeros(k - rank)]) for a in (values, bound))
     if status is not GEVPStatus.max_iterations:
         status = GEVPStatus.converged if rank == k else GEVPStatus.rank_deficient
@@ -102,13 +113,18 @@ def top_pairs(m: Tensor, k: int, settings: Settings) -> GEVPResult:
     return GEVPResult(values, y, rounding.expand(k), code, str(chosen), _no_cycles())
 
 
-def _complement(vectors: Tensor, cost: Callable[[Tensor], Tensor], n: int, count: int, seed: int) -> Tensor:
-    """`count` random vectors, B-orthonormal and B-orthogonal to `vectors`; that complement is the null space of A."""
+def _complement(vectors: Tensor, cost: Callable[[Tensor], Tensor], n: int, count: int, seed: int) -> Tensor | None:
+    """`count` random vectors, B-orthonormal and B-orthogonal to `vectors`; that complement is the null space of A.
+
+    None where rounding leaves B singular on them.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, count, dtype=torch.float64, generator=generator).to(vectors.device)
     for _ in range(3):
         x = x - vectors @ (vectors.mT @ cost(x))
-        lower = torch.linalg.cholesky(x.mT @ cost(x))
+        lower, info = torch.linalg.cholesky_ex(x.mT @ cost(x))
+        if info:
+            return None
         x = torch.linalg.solve_triangular(lower, x.mT, upper=False).mT
     return x
 
