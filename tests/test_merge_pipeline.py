@@ -24,6 +24,7 @@ from sst_merge.recipe import Recipe
 from sst_merge.report import PLOTS, energy_grid, markdown, table
 from sst_merge.session import open_session
 from tests import merge_cases as cases
+from tests.pencil_cases import fisher_of, pair
 
 QUIET = Reporter(quiet=True)
 
@@ -366,3 +367,13 @@ def test_markdown_names_the_calibration(merged):
     closed = markdown(report | {"patch": report["patch"] | {"parameter": None}})  # JSON has no infinity
     assert "`soft` at μ = inf" in closed
     assert isinstance(sst.__version__, str)
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+def test_refusals_without_gradients_leave_a_patch_that_no_strength_enlarges(scope):
+    """As an opening weight of 0 makes of refusals that are no longer than the opening."""
+    gain, cost = pair()
+    space = sst.subspace(fisher_of(torch.zeros_like(gain.rows()), gain.metric), cost, scope=scope)
+    patch = space.soft(0.1)
+    assert patch.prediction.cost_per_label == 0
+    assert pipeline._keeps_all(patch, space.values)

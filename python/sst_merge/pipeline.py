@@ -234,7 +234,7 @@ def _keeps_all(patch: sst.Patch, values: torch.Tensor) -> bool:
     """Whether the filter keeps every direction that F_harm knows: a larger budget changes nothing."""
     if patch.filter == "top_k":
         return patch.parameter >= len(values)
-    return patch.parameter <= 1e-3 * float(values[values > 0].min())
+    return patch.parameter <= 1e-3 * min(values[values > 0].tolist(), default=math.inf)
 
 
 def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float]:
