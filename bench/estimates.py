@@ -15,6 +15,8 @@ SKETCH_ARRAYS = (
 )
 WHOLE_ARRAYS = 5  # and of whole moments: 4.75 measured
 INPUT_RANK = 512  # of the recipe
+INPUT_BATCHES = 32 + 32  # a merge of 256 + 256 sequences, 8 at a time
+FISHER_BATCHES = 32 + 2 * 32  # labels of benign prompts are drawn twice
 RATE = 0.4 * 989e12  # operations per second, assumed: 40 % of an H100's dense bfloat16 peak (NVIDIA's data sheet)
 
 

@@ -137,8 +137,12 @@ def _models(results: Results) -> dict[str, Any]:
             step, total = value(frozen) or value(full), value(solve)
             match = {"model": name, "rank": "16", "targets": "all-linear"}
             reading, filtering, _ = _input_rows(results, is_gpu, match)
-            reads = 64 * value(reading) + value(filtering) if reading and filtering else None
-            whole = None if step is None or total is None or reads is None else reads + 64 * step + total
+            reads = estimates.INPUT_BATCHES * value(reading) + value(filtering) if reading and filtering else None
+            whole = (
+                None
+                if step is None or total is None or reads is None
+                else reads + estimates.FISHER_BATCHES * step + total
+            )
             cited += [plain, full, frozen, solve, reading, filtering]
             peak = value(full, "peak_mib") or value(frozen, "peak_mib")
             peak = None if peak is None else peak * 2**20 + estimates.weight_bytes(SHAPES[name])
@@ -176,14 +180,15 @@ def _arithmetic() -> str:
     """The passes of a merge of 256 + 256 sequences at an assumed rate."""
     body = []
     for name in LARGE:
-        shape, batches = SHAPES[name], 64
-        step, reading = estimates.step_ms(shape), estimates.input_ms(shape)
+        shape = SHAPES[name]
+        step = estimates.step_ms(shape)
+        reading, fishers = estimates.INPUT_BATCHES * estimates.input_ms(shape), estimates.FISHER_BATCHES * step
         peak = estimates.weight_bytes(shape) + max(
             estimates.input_peak(shape, estimates.INPUT_RANK),
             estimates.row_bytes(shape, 16, 256)
             + max(estimates.activation_bytes(shape, 8, 512), estimates.solve_bytes(shape, 16, 256)),
         )
-        spent = (step, batches * reading, batches * step, batches * (reading + step))
+        spent = (step, reading, fishers, reading + fishers)
         body.append([name, *map(milliseconds, spent), size(peak)])
     head = ["model, r = 16", "training step 8 x 512", "input passes", "Fisher passes", "both", "peak with weights"]
     return table(head, body)

@@ -83,7 +83,7 @@ def require(
 
     With SST_MEMORY=warn in the environment a warning. ValueError when that variable is neither "warn" nor "refuse".
     """
-    asked = os.environ.get("SST_MEMORY", "refuse")
+    asked = os.environ.get("SST_MEMORY") or "refuse"
     if asked not in ("refuse", "warn"):
         raise ValueError(f'SST_MEMORY: expected "refuse" or "warn", got {asked!r}')
     free = available(device)
