@@ -19,8 +19,8 @@ from .recipe import Recipe
 from .report import write_report
 from .session import Session, open_session
 
-ALPHAS = (0.1, 0.2, 0.3, 0.5, 1.0)
-MATCHED = (0.1, 0.2)  # the α of plain addition whose measured benign KL SST is given as well
+ALPHAS = (0.2, 0.3, 0.5, 1.0)
+MATCHED = (0.2,)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
 
@@ -33,7 +33,7 @@ def run(
     force: bool = False,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Run the demo into `output` and return its report; the merged adapter of the larger budget is the one written."""
+    """Run the demo into `output` and return its report; the last matched adapter is the one written."""
     start = time.monotonic()
     shipped = importlib.resources.files("sst_merge") / "demo_data"
     with importlib.resources.as_file(shipped) as data, output_folder(output, force=force) as folder:
