@@ -13,6 +13,7 @@ import tempfile
 
 import pytest
 import torch
+from rich.progress import Task
 from typer.testing import CliRunner
 
 import sst_kernels as sst
@@ -247,10 +248,15 @@ def test_brackets_in_paths_and_prompts_stay(capsys):
     assert capsys.readouterr().out.splitlines()[1].startswith(text)
 
 
-def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("elapsed", "rate"),
+    [(60.0, "0.5"), (30 / 987, "987"), (30 / 138_786, "139k"), (30 / 999_700, "1,000k"), (30 / 3e9, "3G"), (0.0, "–")],
+)
+def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch, elapsed, rate):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Task, "elapsed", property(lambda _: elapsed))
     longest = "plain addition: greedy answers"
     assert list(Reporter().track([10, 20], longest, size=lambda n: n, unit="prompts")) == [10, 20]
-    assert re.fullmatch(rf"{longest} ━+ 100% +[\d,]+ prompts/s 0:00:0\d left 0:00:00\s*", capsys.readouterr().err)
+    assert re.fullmatch(rf"{longest} ━+ 100% +{rate} prompts/s 0:0[01]:00 left 0:00:00\s*", capsys.readouterr().err)
     assert list(Reporter(quiet=True).track([1], longest)) == [1]
     assert capsys.readouterr().err == ""

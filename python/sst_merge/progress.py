@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -18,7 +19,11 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = f"{task.completed / task.elapsed:,.0f}" if task.completed and task.elapsed else "–"
+        speed = "–"
+        if task.completed and task.elapsed:
+            rate = task.completed / task.elapsed
+            scale, suffix = pick_unit_and_suffix(int(rate), ["", "k", "M", "G"], 1000)
+            speed = f"{rate / scale:,.{int(rate < 10)}f}{suffix}"
         return Text(f"{speed:>5} {self.unit}/s", style="cyan", no_wrap=True)
 
 
