@@ -302,6 +302,7 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
     for peer in ("primme", "slepc4py"):
         with suppress(PackageNotFoundError):
             about["versions"] += f" {peer} {version(peer)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = None
         for row in rows:
