@@ -33,10 +33,11 @@ demo: $(VENV)/model
 test: $(VENV)/ready
 	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark
 
-# Fuzzing with coverage guidance needs atheris, which not every Python has; the tests say so where it is missing.
+# Properties are tried on examples that are new in every run. Fuzzing with coverage guidance needs atheris, which not every Python has;
+# the tests say so where it is missing.
 test-all: $(VENV)/model
 	-$(BIN)/pip install -q "atheris>=3"
-	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark -m ""
+	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

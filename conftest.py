@@ -1,10 +1,12 @@
-"""Test session set-up: import paths of both packages, and Triton's interpreter where there is no GPU."""
+"""Test session set-up: import paths of both packages, Triton's interpreter where there is no GPU, and no luck in what is drawn."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
@@ -12,6 +14,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 # Read by triton when it is first imported: kernels then run on CPU tensors, element by element, in NumPy.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run, and none too slow for a busy machine: a failure is one of the change. `make test-all` draws others.
+settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):
@@ -24,10 +30,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    import pytest
-
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws without a generator of its own is the same alone, in any order and on any worker."""
+    torch.manual_seed(0)
