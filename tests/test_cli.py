@@ -206,6 +206,7 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
     """Also where it strikes in a finalizer, which swallows what it raises, and where it comes back before that has ended."""
     script = (
         "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.output as output\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
         "class Finalizer:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -224,7 +225,7 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
         "cli.main()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, timeout=300)
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr == b""
     assert list(tmp_path.iterdir()) == []
