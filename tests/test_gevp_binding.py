@@ -43,29 +43,33 @@ def test_the_binding_refuses_what_would_leave_the_tensors(change, message):
 
 
 def test_the_binding_lets_other_threads_run():
-    """Threads are switched only where one gives way, so that this one runs during the solve if that does."""
-    n, batch = 160, 100
+    """Threads are switched only where one gives way, so that this one runs during a solve only if that does: on a busy machine not
+    during each."""
+    n, batch = 160, 20
     a = torch.randn(batch, n, n, dtype=torch.float64)
     a, b = a @ a.mT, torch.eye(n, dtype=torch.float64).expand(batch, n, n).contiguous()
     outputs = dict(zip(("values", "vectors", "bounds", "status", "cycles"), empty_outputs(batch, n, 2, a.device)))
     addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
     sizes = {"a_stride": n * n, "b_stride": n * n, "batch": batch, "n": n, "k": 2, "threads": 1, "single": False}
-    begun, ended = threading.Event(), []
 
-    def solve() -> None:
+    def solve(begun: threading.Event, ended: list[bool]) -> None:
         begun.set()
         _native.cpu().solve_direct(a=a.data_ptr(), b=b.data_ptr(), **sizes, **addresses)
         ended.append(True)
 
+    def early() -> bool:
+        begun, ended = threading.Event(), []
+        worker = threading.Thread(target=solve, args=(begun, ended))
+        worker.start()
+        begun.wait()
+        ran = not ended
+        worker.join()
+        return ran
+
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)
     try:
-        worker = threading.Thread(target=solve)
-        worker.start()
-        begun.wait()
-        early = not ended
-        worker.join()
+        assert any(early() for _ in range(50))
     finally:
         sys.setswitchinterval(interval)
-    assert early
     assert outputs["status"].eq(0).all()
