@@ -7,6 +7,7 @@ variables that either package reads.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -118,8 +119,9 @@ def _root() -> Path:
     return Path(__file__).resolve().parent
 
 
+@functools.cache
 def _commit() -> str | None:
-    """The commit of a source checkout, "+" where files differ from it; None for an installed package."""
+    """The commit of a source checkout when first asked, "+" where files differ from it; None for an installed package."""
     if not (_root().parent / ".git").exists():
         return None
 
