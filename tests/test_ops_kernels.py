@@ -12,6 +12,7 @@ import torch
 from sst_kernels import ops
 from sst_kernels.testing import assert_close, poisoned, tolerance
 
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python has the name from 3.13 on
 OPS = ("core_outer", "factor_rows", "factor_moments", "gram", "sketch", "eigen_moments")
 FORMS = ("cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 # Every layout in the dtype of models, every dtype in the layout that is hardest on block boundaries.
@@ -175,7 +176,8 @@ def test_offsets_beyond_int32(op):
     apart, rows = 1 << 30, 3
 
     def far(width, dtype):
-        memory = mmap.mmap(-1, ((rows - 1) * apart + width) * dtype.itemsize)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+        memory = mmap.mmap(-1, ((rows - 1) * apart + width) * dtype.itemsize, flags=flags)
         return torch.frombuffer(memory, dtype=dtype).as_strided((rows, width), (apart, 1))
 
     g = torch.Generator().manual_seed(20)
