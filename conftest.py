@@ -10,6 +10,14 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+pytest_plugins = ["tests.gevp_backends"]
+
+# What the terminal and the job say in which the tests run: outputs, their widths and ranks are those that a test asks for.
+for name in (
+    *("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "SST_MEMORY", "SST_CACHE"),
+):
+    os.environ.pop(name, None)
 
 # Read by triton when it is first imported: kernels then run on CPU tensors, element by element, in NumPy.
 if not torch.cuda.is_available():
