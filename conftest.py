@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+pytest_plugins = ["tests.gevp_backends"]
 
 # What the terminal and the job say in which the tests run: outputs, their widths and ranks are those that a test asks for.
 for name in (

@@ -12,14 +12,19 @@ import scipy.linalg as sl
 import torch
 from scipy.stats import ortho_group
 
-from sst_kernels.gevp import GEVPStatus, gevp
+from sst_kernels.gevp import GEVPStatus
+from tests.gevp_backends import GPU, backend
 
 ULP = np.finfo(np.float64).eps
 TOL = 1e-10
 
 
-def solve(a, b, k, method, **options):
-    return gevp(torch.as_tensor(a), torch.as_tensor(b), k, method=method, tol=TOL, **options)
+@pytest.fixture(scope="module", params=["cpu", pytest.param("emulated", marks=pytest.mark.slow), GPU])
+def solve(request):
+    def of_arrays(a, b, k, method, **options):
+        return backend(request)(torch.as_tensor(a), torch.as_tensor(b), k, method=method, tol=TOL, **options)
+
+    return of_arrays
 
 
 def spd(n, cond, rng):
@@ -78,7 +83,7 @@ def residual_ratio(a, b, values, vectors, size):
 
 @pytest.mark.parametrize("cond", [10, 1e4, 1e6])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 16, 64])
-def test_direct_passes_lapack_drvsg(n, cond):
+def test_direct_passes_lapack_drvsg(solve, n, cond):
     rng = np.random.default_rng(n)
     b = spd(n, cond, rng)
     for kind in range(1, 22):
@@ -100,7 +105,7 @@ def test_direct_passes_lapack_drvsg(n, cond):
 
 
 @pytest.mark.parametrize("cond", [10, 1e4, 1e6])
-def test_iterative_meets_its_tolerance_on_drvsg(cond):
+def test_iterative_meets_its_tolerance_on_drvsg(solve, cond):
     n, k = 96, 8
     rng = np.random.default_rng(1)
     b = spd(n, cond, rng)
@@ -125,7 +130,7 @@ def qr_svd(gain, cost, damping):
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
-def test_against_the_qr_svd_reference(method, damping):
+def test_against_the_qr_svd_reference(solve, method, damping):
     rng = np.random.default_rng(0)
     n, k = 160, 8
     decay = np.arange(1, n + 1) ** -0.8
@@ -144,7 +149,7 @@ def test_against_the_qr_svd_reference(method, damping):
 
 
 @pytest.mark.parametrize("preconditioner", ["cholesky_single", "diagonal", "none"])
-def test_inexact_preconditioners_reach_float64_quality(preconditioner):
+def test_inexact_preconditioners_reach_float64_quality(solve, preconditioner):
     rng = np.random.default_rng(3)
     n, k = 200, 6
     decay = np.arange(1, n + 1) ** -0.6
@@ -160,7 +165,7 @@ def test_inexact_preconditioners_reach_float64_quality(preconditioner):
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
 @pytest.mark.parametrize("n", [10, 128, 512, *(pytest.param(n, marks=pytest.mark.slow) for n in (1024, 2048))])
-def test_mikota_pair(method, n):
+def test_mikota_pair(solve, method, n):
     """SciPy's Mikota pair: stiffness against mass has the eigenvalues 1, 4, 9, ..., n^2."""
     mass = np.diag(1 / np.arange(1, n + 1))
     entries = np.arange(2 * n - 1, 0, -2).astype(float)
@@ -172,7 +177,7 @@ def test_mikota_pair(method, n):
 
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-def test_elastic_rod(method):
+def test_elastic_rod(solve, method):
     """SciPy's ElasticRod; largest eigenvalues of the linear-element rod, known in closed form."""
     n = 100
     length, young, density, area = 1.0, 1.0, 1.0, 1.0
@@ -195,7 +200,7 @@ def slepc_pencil(m, diagonal, coupling=0.0):
 
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-def test_slepc_test1(method):
+def test_slepc_test1(solve, method):
     """SLEPc's generalized test: 18 x 18 grid, B = diag(2 / log(i + 2)), four published values."""
     laplacian, mass = slepc_pencil(18, 2 / np.log(np.arange(18 * 18) + 2))
     result = solve(laplacian, mass, 4, method)
@@ -203,7 +208,7 @@ def test_slepc_test1(method):
 
 
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-def test_slepc_with_coupled_mass(method):
+def test_slepc_with_coupled_mass(solve, method):
     """In the manner of SLEPc's test32: the same Laplacian, B with off-diagonal entries; LAPACK is the reference."""
     laplacian, mass = slepc_pencil(18, np.full(18 * 18, 4.0), coupling=-1.0)
     result = solve(laplacian, mass, 8, method)
@@ -231,7 +236,7 @@ def ansys_beam():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
-def test_ansys_beam_with_doubled_modes(method):
+def test_ansys_beam_with_doubled_modes(solve, method):
     """Bending modes in pairs 1e-10 apart, of which ARPACK misses one and at which PRIMME fails."""
     stiffness, mass = ansys_beam()
     assert len(stiffness) == 900
@@ -246,7 +251,7 @@ def test_ansys_beam_with_doubled_modes(method):
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
 @pytest.mark.parametrize("multiplicity", [2, 6, 12, 20])
 @pytest.mark.parametrize("k", [8, 16])
-def test_every_copy_of_a_multiple_eigenvalue(method, multiplicity, k):
+def test_every_copy_of_a_multiple_eigenvalue(solve, method, multiplicity, k):
     rng = np.random.default_rng(5)
     n = 150
     values = rng.uniform(0, 4, n)
@@ -264,7 +269,7 @@ def test_every_copy_of_a_multiple_eigenvalue(method, multiplicity, k):
 @pytest.mark.parametrize("method", ["direct", "jacobi_davidson"])
 @pytest.mark.parametrize("scale_a", [1e-150, 1.0, 1e150])
 @pytest.mark.parametrize("scale_b", [1e-150, 1.0, 1e150])
-def test_scaling_over_three_hundred_decades(method, scale_a, scale_b):
+def test_scaling_over_three_hundred_decades(solve, method, scale_a, scale_b):
     rng = np.random.default_rng(7)
     n, k = 80, 4
     x = rng.standard_normal((n, n))

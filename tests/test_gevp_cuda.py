@@ -1,8 +1,11 @@
-"""The solver on CUDA tensors: kernels against host loops, routes against QR + SVD values, the CPU instantiation and LAPACK,
-bits alone and in company, failures kept to their own problem, and the memory that a solve asks for."""
+"""csrc/cuda, on a GPU and, on any machine with a C++ compiler, on the host (tests/emulation.py): kernels against host loops, routes
+against QR + SVD values, the CPU instantiation and LAPACK, bits alone and in company, failures kept to their own problem, and the
+memory that a solve asks for."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,51 +15,96 @@ import pytest
 import torch
 from torch import Tensor
 
-from sst_kernels import _native
 from sst_kernels.gevp import GEVPStatus, gevp
 from sst_kernels.gevp.operators import LowRank
+from tests.emulation import EmulatedGPU, build
+from tests.gevp_backends import GPU, Solve, backend
 from tests.test_cuda_build import ROOT, include_directories
 
-pytestmark = pytest.mark.gpu
+LARGER = ((256, 16, 4), (400, 32, 2), (515, 8, 2))
 METHODS = ("direct", "jacobi_davidson")
+KERNELS = ("gemm", "jacobi", "cholesky", "reduce")
+PROGRAM = ROOT / "tests" / "cpp" / "cuda_kernels.cu"
+WHERE = ("emulated", GPU)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def native():
-    try:
-        return _native.cuda()
-    except ImportError as error:
-        pytest.fail(f"the CUDA module does not load: {error}")
+@pytest.fixture(scope="module", params=WHERE)
+def solve(request) -> Solve:
+    return backend(request)
+
+
+def gpu_program(target: Path) -> Path:
+    """tests/cpp/cuda_kernels.cu, compiled for the GPU at hand."""
+    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on PATH")
+    major, minor = torch.cuda.get_device_capability()
+    flags = [
+        *(
+            "-std=c++17",
+            "-O2",
+            "-lineinfo",
+            f"-arch=sm_{major}{minor}",
+            "--extended-lambda",
+            "--expt-relaxed-constexpr",
+        ),
+        *include_directories(),
+    ]
+    sources = [PROGRAM, *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS)]
+    built = subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return target
 
 
 @pytest.fixture(scope="module")
-def kernel_program(tmp_path_factory) -> Path:
-    """tests/cpp/cuda_kernels.cu, compiled for the GPU at hand."""
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on PATH")
-    program = tmp_path_factory.mktemp("kernels") / "cuda_kernels"
-    major, minor = torch.cuda.get_device_capability()
-    sources = [ROOT / "tests" / "cpp" / "cuda_kernels.cu"]
-    sources += [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("gemm", "jacobi", "cholesky", "reduce")]
-    flags = [
-        "-std=c++17",
-        "-O2",
-        f"-arch=sm_{major}{minor}",
-        "--extended-lambda",
-        "--expt-relaxed-constexpr",
-        "-lineinfo",
-    ]
-    command = [nvcc, *flags, *include_directories(), *map(str, sources), "-o", str(program)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-4000:]
-    return program
+def kernel_program(request, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("kernels") / "cuda_kernels"
+    return gpu_program(target) if request.param == "gpu" else build(target, PROGRAM, KERNELS)
 
 
-def test_every_kernel_against_host_loops(kernel_program: Path):
-    ran = subprocess.run([str(kernel_program)], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("kernel_program", WHERE, indirect=True)
+@pytest.mark.parametrize("shapes", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_every_kernel_against_host_loops(kernel_program: Path, shapes: str):
+    ran = subprocess.run([str(kernel_program), shapes], capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
+BARRIERS = {
+    "gemm_tile": "        __syncthreads();  // the buffer staged next was last read before this barrier: one barrier a step is enough\n",
+    "jacobi": "            __syncthreads();\n        }\n    }\n\n    int* rank",
+    "reduce": "    if (lane == 0) scratch[warp] = value;\n    __syncthreads();\n",
+    "cholesky": "        __syncthreads();\n        for (int i = threadIdx.x / kTile; i < width",
+}
+
+
+@pytest.mark.parametrize(
+    "kernel", ["gemm_tile", "jacobi", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reduce", "cholesky"))]
+)
+def test_a_missing_barrier_would_be_found(kernel: str, tmp_path: Path):
+    """What the emulation's random order of threads counts on."""
+    change = BARRIERS[kernel], BARRIERS[kernel].replace("__syncthreads();", ";")
+    program = build(tmp_path / "cuda_kernels", PROGRAM, KERNELS, ["-O1"], change=change)
+    ran = subprocess.run([str(program), "quick"], capture_output=True, text=True, timeout=300)
+    assert ran.returncode != 0, ran.stdout[-2000:]
+
+
+def test_threads_that_part_ways_at_a_barrier_are_reported(tmp_path: Path):
+    whole = "        if (!__syncthreads_or(coupled)) {\n"
+    change = whole, f"        if (thread == 3) continue;\n{whole}"
+    program = build(tmp_path / "cuda_kernels", PROGRAM, KERNELS, ["-O1"], change=change)
+    ran = subprocess.run([str(program), "quick"], capture_output=True, text=True, timeout=300)
+    assert re.search(r"jacobi\.cu:\d+ is not met by all threads of a CTA", ran.stdout), ran.stdout[-2000:]
+
+
 @pytest.mark.slow
+def test_kernels_under_sanitizers_of_the_host(tmp_path: Path):
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program = build(tmp_path / "cuda_kernels", PROGRAM, KERNELS, flags)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=1200, env=environment)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel_program", [GPU], indirect=True)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernels_under_compute_sanitizer(kernel_program: Path, tool: str):
     sanitizer = shutil.which("compute-sanitizer") or pytest.skip("compute-sanitizer is not on PATH")
@@ -109,67 +157,68 @@ def check(name: str, a: Tensor, b: Tensor, result, expected: Tensor, allowed: fl
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("n", "k", "count"), [(96, 4, 3), (130, 8, 5), (256, 16, 4), (400, 32, 2), (515, 8, 2)])
-def test_values_of_qr_and_svd(method: str, n: int, k: int, count: int):
+@pytest.mark.parametrize(
+    ("n", "k", "count"),
+    [(96, 4, 3), (130, 8, 5), (200, 16, 2), *(pytest.param(*size, marks=pytest.mark.slow) for size in LARGER)],
+)
+def test_values_of_qr_and_svd(solve: Solve, method: str, n: int, k: int, count: int):
     a, b, expected = batch_of(n, k, count)
-    check(f"{method} n={n} k={k}", a, b, gevp(a.cuda(), b.cuda(), k, method=method), expected, 1e-10)
+    check(f"{method} n={n} k={k}", a, b, solve(a, b, k, method=method), expected, 1e-10)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 2), (7, 3), (16, 16), (33, 33), (63, 5), (64, 64), (65, 65)])
-def test_direct_at_small_orders(n: int, k: int):
+def test_direct_at_small_orders(solve: Solve, n: int, k: int):
     a, b, expected = batch_of(n, k, 6, cond=1e3)
-    check(f"direct n={n}", a, b, gevp(a.cuda(), b.cuda(), k, method="direct"), expected, 1e-11)
+    check(f"direct n={n}", a, b, solve(a, b, k, method="direct"), expected, 1e-11)
 
 
-@pytest.mark.parametrize("preconditioner", ["cholesky_single", "diagonal"])
-def test_preconditioners_reach_double_precision(preconditioner: str):
-    a, b, expected = batch_of(256, 8, 3, cond=1e4)
-    result = gevp(a.cuda(), b.cuda(), 8, method="jacobi_davidson", preconditioner=preconditioner, max_cycles=200)
+@pytest.mark.parametrize("preconditioner", ["cholesky_single", pytest.param("diagonal", marks=pytest.mark.slow)])
+def test_preconditioners_reach_double_precision(solve: Solve, preconditioner: str):
+    a, b, expected = batch_of(160, 8, 2, cond=1e4)
+    result = solve(a, b, 8, method="jacobi_davidson", preconditioner=preconditioner, max_cycles=200)
     check(preconditioner, a, b, result, expected, 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_float32_storage(method: str):
+def test_float32_storage(solve: Solve, method: str):
     a, b, _ = batch_of(200, 8, 3, cond=1e3)
     a, b = (x.float() for x in (a, b))
     a, b = (a + a.mT) / 2, (b + b.mT) / 2
     expected = gevp(a.double(), b.double(), 8, method="direct").values
-    check(f"float32 {method}", a, b, gevp(a.cuda(), b.cuda(), 8, method=method), expected, 1e-10)
+    check(f"float32 {method}", a, b, solve(a, b, 8, method=method), expected, 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_cpu_and_cuda_agree(method: str):
+def test_cpu_and_cuda_agree(solve: Solve, method: str):
     a, b, _ = batch_of(160, 8, 3)
-    cpu, gpu = gevp(a, b, 8, method=method), gevp(a.cuda(), b.cuda(), 8, method=method)
-    assert torch.equal(cpu.status, gpu.status.cpu())
-    torch.testing.assert_close(gpu.values.cpu(), cpu.values, rtol=0, atol=1e-11 * float(cpu.values.max()))
-    torch.testing.assert_close(
-        gpu.vectors.cpu().abs(), cpu.vectors.abs(), rtol=0, atol=1e-5 * float(cpu.vectors.abs().max())
-    )
+    cpu, gpu = gevp(a, b, 8, method=method), solve(a, b, 8, method=method)
+    assert torch.equal(cpu.status, gpu.status)
+    torch.testing.assert_close(gpu.values, cpu.values, rtol=0, atol=1e-11 * float(cpu.values.max()))
+    torch.testing.assert_close(gpu.vectors.abs(), cpu.vectors.abs(), rtol=0, atol=1e-5 * float(cpu.vectors.abs().max()))
 
 
-@pytest.mark.parametrize(("method", "n"), [("direct", 60), ("jacobi_davidson", 200)])
-def test_same_bits_alone_and_in_company(method: str, n: int):
+@pytest.mark.parametrize(("method", "n"), [("direct", 60), ("jacobi_davidson", 110)])
+def test_same_bits_alone_and_in_company(solve: Solve, method: str, n: int):
     easy, hard = batch_of(n, 8, 4, cond=1e2), batch_of(n, 8, 3, cond=1e6)
-    a, b = (torch.cat([easy[i], hard[i]])[[4, 0, 5, 1, 2, 6, 3]].cuda() for i in (0, 1))
-    together, again = (gevp(a, b, 8, method=method) for _ in range(2))
+    a, b = (torch.cat([easy[i], hard[i]])[[4, 0, 5, 1, 2, 6, 3]] for i in (0, 1))
+    together, again = (solve(a, b, 8, method=method) for _ in range(2))
     assert torch.equal(together.vectors, again.vectors), "two runs differ"
     for p in range(len(a)):
-        alone = gevp(a[p : p + 1], b[p : p + 1], 8, method=method)
+        alone = solve(a[p : p + 1], b[p : p + 1], 8, method=method)
         assert torch.equal(alone.values[0], together.values[p]), f"problem {p}: values differ"
         assert torch.equal(alone.vectors[0], together.vectors[p]), f"problem {p}: vectors differ"
 
 
-@pytest.mark.parametrize(("method", "n"), [("direct", 40), ("direct", 150), ("jacobi_davidson", 150)])
-def test_bad_problems_keep_to_themselves(method: str, n: int):
+@pytest.mark.parametrize(("method", "n"), [("direct", 40), ("direct", 96), ("jacobi_davidson", 96)])
+def test_bad_problems_keep_to_themselves(solve: Solve, method: str, n: int):
     a, b, expected = batch_of(n, 6, 8)
-    clean = gevp(a.cuda(), b.cuda(), 6, method=method)
+    clean = solve(a, b, 6, method=method)
     a[1, 3, 5] = torch.nan
     b[2, 7, 7] = torch.inf
     b[3, 9, 9] = -1.0
     a[5, 4, 8] += a[5].abs().max()
     a[6] = 0.0
-    result = gevp(a.cuda(), b.cuda(), 6, method=method)
+    result = solve(a, b, 6, method=method)
     status = [GEVPStatus(code).name for code in result.status.tolist()]
     wanted = [
         "converged",
@@ -189,39 +238,66 @@ def test_bad_problems_keep_to_themselves(method: str, n: int):
     good = [0, 4, 7]
     if method == "jacobi_davidson" or n <= 64:
         assert torch.equal(result.vectors[good], clean.vectors[good])
-    torch.testing.assert_close(result.values[good].cpu(), expected[good], rtol=1e-9, atol=0)
+    torch.testing.assert_close(result.values[good], expected[good], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-150, 1e150])
-def test_scales(method: str, scale: float):
+def test_scales(solve: Solve, method: str, scale: float):
     a, b, expected = batch_of(120, 5, 2)
-    result = gevp((a * scale).cuda(), b.cuda(), 5, method=method)
-    torch.testing.assert_close(result.values.cpu() / scale, expected, rtol=1e-9, atol=0)
+    result = solve(a * scale, b, 5, method=method)
+    torch.testing.assert_close(result.values / scale, expected, rtol=1e-9, atol=0)
     assert set(result.status.tolist()) == {0}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_multiplicity_above_the_block(method: str):
+def test_multiplicity_above_the_block(solve: Solve, method: str):
     n, k = 160, 12
     rng = np.random.default_rng(3)
     q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     spectrum = np.r_[np.full(12, 7.0), np.linspace(5, 0.1, n - 12)]
     a = torch.from_numpy((q * spectrum) @ q.T)
-    result = gevp(((a + a.T) / 2).cuda(), torch.eye(n, dtype=torch.float64, device="cuda"), k, method=method)
-    torch.testing.assert_close(result.values.cpu(), torch.full((k,), 7.0, dtype=torch.float64), rtol=1e-9, atol=0)
+    result = solve(((a + a.T) / 2)[None], torch.eye(n, dtype=torch.float64)[None], k, method=method)
+    torch.testing.assert_close(result.values[0], torch.full((k,), 7.0, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_operators_on_cuda():
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_threads_changes_no_bit(emulated: EmulatedGPU, method: str):
+    a, b, _ = batch_of(96, 4, 2)
+    results = []
+    for seed in (1, 2):
+        emulated.schedule(seed)
+        results.append(emulated.gevp_dense(a, b, 4, method, "cholesky", 1e-10, 100, 0))
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+def low_rank_pair(n: int) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(5)
-    rows = [torch.from_numpy(rng.standard_normal((count, 900)) * np.arange(1, 901) ** -0.6) for count in (40, 120)]
-    gain, cost = rows
+    gain, cost = (rng.standard_normal((count, n)) * np.arange(1, n + 1) ** -0.6 for count in (40, 120))
+    return torch.from_numpy(gain), torch.from_numpy(cost)
+
+
+def test_operators_emulated(emulated: EmulatedGPU):
+    gain, cost = low_rank_pair(200)
+    here = gevp(LowRank(gain), LowRank(cost, 1e-2), 6, method="jacobi_davidson")
+    a, b = LowRank(gain), LowRank(cost, 1e-2)
+    products = (a.matmul, b.matmul, torch.linalg.inv(b.dense()).matmul)
+    values, _, _, status, _ = emulated.gevp_products(products, 200, 6)
+    assert status.item() == 0
+    torch.testing.assert_close(values[0], here.values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.gpu
+def test_operators_on_cuda():
+    gain, cost = low_rank_pair(900)
     here = gevp(LowRank(gain), LowRank(cost, 1e-2), 6, method="jacobi_davidson")
     there = gevp(LowRank(gain.cuda()), LowRank(cost.cuda(), 1e-2), 6, method="jacobi_davidson")
     assert there.values.is_cuda
     torch.testing.assert_close(there.values.cpu(), here.values, rtol=1e-9, atol=0)
 
 
+@pytest.mark.gpu
 def test_runs_on_the_callers_stream():
     a, b, expected = batch_of(128, 4, 2)
     stream = torch.cuda.Stream()
@@ -234,6 +310,7 @@ def test_runs_on_the_callers_stream():
     torch.testing.assert_close(result.values.cpu(), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.gpu
 def test_memory_is_what_was_announced_and_all_of_it_returns():
     a, b, _ = batch_of(256, 8, 8)
     a, b = a.cuda(), b.cuda()
@@ -250,6 +327,7 @@ def test_memory_is_what_was_announced_and_all_of_it_returns():
     assert extra / 8 <= n**2 + 6 * n * m
 
 
+@pytest.mark.gpu
 def test_small_workspace_is_refused(native):
     a, b, _ = batch_of(96, 4, 2)
     a, b = a.cuda(), b.cuda()

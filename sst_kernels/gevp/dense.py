@@ -56,10 +56,16 @@ def _iteration(n: int, k: int, preconditioner: str, device: torch.device) -> tup
     """The native module, the options that decide the workspace, and the stream or the number of threads."""
     on_gpu = device.type == "cuda"
     native = _native.cuda() if on_gpu else _native.cpu()
+    options = iteration_options(native, n, k, preconditioner, on_gpu)
+    return native, options, torch.cuda.current_stream(device).cuda_stream if on_gpu else threads()
+
+
+def iteration_options(native: Any, n: int, k: int, preconditioner: str, on_gpu: bool) -> Any:
+    """What decides the workspace of `native`'s solve of order n."""
     options = native.Options.for_problem(n, k, on_gpu)
     options.preconditioner = PRECONDITIONERS[preconditioner]
     options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0
-    return native, options, torch.cuda.current_stream(device).cuda_stream if on_gpu else threads()
+    return options
 
 
 def workspace_bytes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sst_kernels import _native
-from sst_kernels.gevp.dense import PRECONDITIONERS, empty_outputs
+from sst_kernels.gevp.dense import empty_outputs, iteration_options
 from sst_kernels.gevp.operators import Operator
 from sst_kernels.gevp.result import GEVPResult
 from sst_kernels.gevp.settings import Settings
@@ -20,10 +20,8 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
     n, device = gain.n, gain.device
     native = _native.cuda() if device.type == "cuda" else _native.cpu()
     probe = cost.solve(torch.zeros(n, 1, dtype=torch.float64, device=device))
-    options = native.Options.for_problem(n, k, device.type == "cuda")
+    options = iteration_options(native, n, k, "diagonal" if probe is None else "exact", device.type == "cuda")
     options.tolerance, options.max_cycles, options.seed = settings.tol, settings.max_cycles, settings.seed
-    options.preconditioner = PRECONDITIONERS["diagonal" if probe is None else "exact"]
-    options.inner_steps = 20 if probe is None else 0
     lanes = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 1
     workspace = torch.empty(native.operator_workspace_bytes(n, options, lanes), dtype=torch.uint8, device=device)
     base = workspace.data_ptr()

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda/each.cuh"
@@ -137,13 +138,15 @@ void products(int64_t m, int64_t n, int64_t k, bool tx, bool ty, double beta, cu
     expect(apart, "gemm<%d> m %d n %d k %d: touched an inactive problem", bits, int(m), int(n), int(k));
 }
 
-void all_products() {
+void all_products(bool quick) {
     using cuda::Span;
+    const std::vector<int64_t> widths = quick ? std::vector<int64_t>{9, 71} : std::vector<int64_t>{1, 7, 8, 9, 16, 17, 64, 71};
+    const std::vector<int64_t> depths = quick ? std::vector<int64_t>{67} : std::vector<int64_t>{1, 16, 67, 150};
     for (bool tx : {false, true})
         for (bool ty : {false, true})
             for (double beta : {0.0, -1.5})
-                for (int64_t n : {1, 7, 8, 9, 16, 17, 64, 71})
-                    for (int64_t k : {1, 16, 67, 150}) {
+                for (int64_t n : widths)
+                    for (int64_t k : depths) {
                         products<double, double, double>(131, n, k, tx, ty, beta, Span::all);
                         products<float, double, double>(33, n, k, tx, ty, beta, Span::all);
                         products<float, float, float>(65, n, k, tx, ty, beta, Span::all);
@@ -311,7 +314,9 @@ void small_kernels() {
 
 }  // namespace
 
-int main() {
+/// `quick` as an argument: fewer shapes of products.
+int main(int count, char** arguments) {
+    const bool quick = count > 1 && std::string(arguments[1]) == "quick";
     try {
         cuda::prepare_kernels();
         small_kernels();
@@ -322,7 +327,7 @@ int main() {
             factor<double>(n, n), factor<double>(n, (n + 1) / 2);
         }
         for (int64_t n : {1, 5, 32, 33, 150, 257}) screening<double>(n), screening<float>(n);
-        all_products();
+        all_products(quick);
     } catch (const std::exception& error) {
         std::printf("FAILED: %s\n", error.what());
         return 2;

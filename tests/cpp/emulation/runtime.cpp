@@ -1,0 +1,303 @@
+// How the emulation runs. Every launch, copy and library call waits in one queue until the host waits for a stream, and device
+// memory cannot be touched outside that: a host that reads a result too early, or device memory at all, faults.
+//
+// A CTA's threads are fibers of one thread of the host, taken in a random order. A fiber runs until a barrier or a warp
+// operation; it goes on when all threads of its CTA or warp have come to the same place in the source. What depends on the order
+// of threads between barriers therefore depends on the seed, and threads that part ways at a barrier are an error of the launch.
+// A kernel whose first thread meets no barrier runs as a plain loop.
+#include "cuda_runtime.h"
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <vector>
+
+#include "cusolverDn.h"
+#include "../reference_lapack.hpp"
+
+namespace emulation {
+namespace {
+
+constexpr std::size_t kStack = 256 * 1024, kMaxShared = 227 * 1024;
+
+struct Place {
+    const char* file = nullptr;
+    int line = 0;
+    bool operator==(const Place& other) const { return line == other.line && !std::strcmp(file, other.file); }
+};
+
+struct Fiber {
+    enum State { ready, at_barrier, at_warp, done } state = ready;
+    bool started = false;
+    Place place;
+    std::jmp_buf resume;
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStack);
+    unsigned turn = 0;  // of its warp operations; two slots, so that a fast lane does not write what a slow one still reads
+};
+
+/// The threads of the CTA that runs.
+struct Cta {
+    std::vector<Fiber> fibers;
+    std::vector<char> slots;  // [warps, 2, 32, kSlot]
+    std::jmp_buf home;
+    std::function<void()>* body = nullptr;
+    Fiber* running = nullptr;
+    bool any = false, outcome = false;
+};
+
+Cta cta;
+std::vector<char> shared(kMaxShared);
+std::mt19937_64 random_bits(1);
+std::recursive_mutex guard;
+std::vector<std::function<void()>> queue;
+std::map<char*, std::size_t> device;  // first page and bytes of what cudaMalloc gave
+cudaError_t sticky = cudaSuccess;
+std::string message;
+
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what); }
+
+std::string text(const Place& place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+
+/// Back to the scheduler; returns when the fiber goes on.
+void yield(Fiber::State state, Place place) {
+    Fiber& fiber = *cta.running;
+    fiber.state = state, fiber.place = place;
+    if (_setjmp(fiber.resume) == 0) _longjmp(cta.home, 1);
+}
+
+void enter() {
+    (*cta.body)();
+    cta.running->state = Fiber::done;
+    _longjmp(cta.home, 1);
+}
+
+void run(unsigned thread) {
+    Fiber& fiber = cta.fibers[thread];
+    cta.running = &fiber;
+    threadIdx.x = thread;
+    if (_setjmp(cta.home) != 0) return;
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    setcontext(&fiber.context);
+}
+
+/// Lets the warps go on that all of their threads brought to one place. Whether there were any.
+bool release_warps(unsigned threads) {
+    bool released = false;
+    for (unsigned first = 0; first < threads; first += 32) {
+        Fiber* const warp = &cta.fibers[first];
+        const auto waits = [](const Fiber& fiber) { return fiber.state == Fiber::at_warp; };
+        const auto count = std::count_if(warp, warp + 32, waits);
+        if (count == 0) continue;
+        const Fiber& one = *std::find_if(warp, warp + 32, waits);
+        for (int lane = 0; lane < 32; ++lane) {
+            if (waits(warp[lane]) && !(warp[lane].place == one.place))
+                fail("lanes of a warp part ways at " + text(one.place) + " and " + text(warp[lane].place));
+            if (!waits(warp[lane])) fail("a warp operation at " + text(one.place) + " is not met by all lanes");
+        }
+        for (int lane = 0; lane < 32; ++lane) warp[lane].state = Fiber::ready;
+        released = true;
+    }
+    return released;
+}
+
+/// Lets all threads go on from one barrier. False when all are done instead.
+bool release_barrier(unsigned threads) {
+    const Fiber& one = cta.fibers[0];
+    for (unsigned t = 0; t < threads; ++t) {
+        const Fiber& fiber = cta.fibers[t];
+        if (fiber.state != one.state || (one.state == Fiber::at_barrier && !(fiber.place == one.place))) {
+            const Fiber& waiting = one.state == Fiber::at_barrier ? one : fiber;
+            fail("the barrier at " + text(waiting.place) + " is not met by all threads of a CTA");
+        }
+    }
+    if (one.state == Fiber::done) return false;
+    for (unsigned t = 0; t < threads; ++t) cta.fibers[t].state = Fiber::ready;
+    cta.outcome = cta.any, cta.any = false;
+    return true;
+}
+
+void run_cta(unsigned threads, std::function<void()>& body) {
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), random_bits);
+    while (cta.fibers.size() < threads) cta.fibers.emplace_back();
+    cta.slots.resize(cta.fibers.size() * 2 * kSlot);
+    for (unsigned t = 0; t < threads; ++t) cta.fibers[t].state = Fiber::ready, cta.fibers[t].started = false, cta.fibers[t].turn = 0;
+    cta.body = &body, cta.any = false;
+    run(order[0]);
+    if (cta.fibers[order[0]].state == Fiber::done) {
+        cta.running = nullptr;
+        for (unsigned t = 1; t < threads; ++t) threadIdx.x = order[t], body();
+        return;
+    }
+    do {
+        do {
+            for (unsigned t : order)
+                if (cta.fibers[t].state == Fiber::ready) run(t);
+        } while (release_warps(threads));
+        std::shuffle(order.begin(), order.end(), random_bits);
+    } while (release_barrier(threads));
+}
+
+void protect(int rights) {
+    for (const auto& [first, bytes] : device) mprotect(first, bytes, rights);
+}
+
+}  // namespace
+
+void launch(Grid grid, std::function<void()> thread) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    const bool fits = grid.ctas >= 1 && grid.ctas <= 0x7fffffff && grid.threads >= 1 && grid.threads <= 1024 && grid.shared <= kMaxShared;
+    if (!fits || grid.threads % 32 != 0) {
+        sticky = cudaErrorInvalidConfiguration;
+        return;
+    }
+    enqueue([grid, thread]() mutable {
+        for (unsigned block = 0; block < grid.ctas; ++block) {
+            blockIdx.x = block;
+            std::fill_n(shared.data(), grid.shared, char(0xff));
+            run_cta(grid.threads, thread);
+        }
+    });
+}
+
+void enqueue(std::function<void()> work) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    queue.push_back(std::move(work));
+}
+
+bool barrier(const char* file, int line, bool predicate) {
+    if (!cta.running) fail(text({file, line}) + ": only some threads of a CTA come to this barrier");
+    cta.any = cta.any || predicate;
+    yield(Fiber::at_barrier, {file, line});
+    return cta.outcome;
+}
+
+const char* exchange(const char* file, int line, const void* value, std::size_t bytes) {
+    if (!cta.running) fail(text({file, line}) + ": only some threads of a CTA come to this warp operation");
+    const unsigned thread = threadIdx.x, side = cta.running->turn++ % 2;
+    char* const warp = &cta.slots[(thread / 32 * 2 + side) * 32 * kSlot];
+    std::memcpy(warp + thread % 32 * kSlot, value, bytes);
+    yield(Fiber::at_warp, {file, line});
+    return warp;
+}
+
+char* dynamic_shared() { return shared.data(); }
+
+}  // namespace emulation
+
+using namespace emulation;
+
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    const std::size_t page = sysconf(_SC_PAGESIZE), used = (bytes + 255) / 256 * 256, pages = (used + page - 1) / page * page;
+    // The end of the allocation meets a page that nobody may touch.
+    void* const first = mmap(nullptr, pages + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (first == MAP_FAILED) return cudaErrorMemoryAllocation;
+    mprotect(first, pages, PROT_READ | PROT_WRITE);
+    std::memset(first, 0xff, pages);
+    mprotect(first, pages, PROT_NONE);
+    device[static_cast<char*>(first)] = pages;
+    *memory = static_cast<char*>(first) + pages - used;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    cudaStreamSynchronize(nullptr);
+    const auto after = device.upper_bound(static_cast<char*>(memory));
+    const auto found = after == device.begin() ? device.end() : std::prev(after);
+    if (found == device.end() || static_cast<char*>(memory) >= found->first + found->second) {
+        std::free(memory);  // managed
+        return cudaSuccess;
+    }
+    munmap(found->first, found->second + sysconf(_SC_PAGESIZE));
+    device.erase(found);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(std::int64_t** memory, std::size_t bytes) {
+    *memory = static_cast<std::int64_t*>(std::malloc(bytes));
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; }
+
+cudaError_t cudaGetDevice(int* current) { return *current = 0, cudaSuccess; }
+
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    enqueue([=] { std::memcpy(target, source, bytes); });
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    if (queue.empty()) return sticky;
+    protect(PROT_READ | PROT_WRITE);
+    try {
+        for (auto& work : queue) work();
+    } catch (const std::runtime_error& error) {
+        sticky = cudaErrorLaunchFailure, message = error.what();
+    }
+    protect(PROT_NONE);
+    queue.clear();
+    return sticky;
+}
+
+cudaError_t cudaGetLastError() {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    const cudaError_t error = sticky;
+    if (error != cudaErrorLaunchFailure) sticky = cudaSuccess;
+    return error;
+}
+
+const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaError"; }
+
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorLaunchFailure ? message.c_str() : "see the call"; }
+
+void emulation_seed(std::uint64_t seed) { random_bits.seed(seed); }
+
+cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t,
+                                                   std::int64_t, cudaDataType, const void*, std::int64_t, cudaDataType, const void*,
+                                                   cudaDataType, std::size_t* device_bytes, std::size_t* host_bytes, std::int64_t) {
+    *device_bytes = 512, *host_bytes = 64;
+    return CUSOLVER_STATUS_SUCCESS;
+}
+
+cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t, std::int64_t n,
+                                        cudaDataType, void* a, std::int64_t ld, cudaDataType, void* values, cudaDataType, void* scratch,
+                                        std::size_t scratch_bytes, void* host, std::size_t host_bytes, std::int32_t* info,
+                                        std::int64_t batch) {
+    if (ld != n || scratch_bytes < 512 || host_bytes < 64 || !host || n * n * batch > 0x7fffffff) return CUSOLVER_STATUS_INVALID_VALUE;
+    enqueue([=] {
+        std::memset(scratch, 0xff, scratch_bytes);
+        for (std::int64_t p = 0; p < batch; ++p) {
+            double* const matrix = static_cast<double*>(a) + p * n * n;
+            bool finite = true;
+            for (std::int64_t i = 0; i < n; ++i)
+                for (std::int64_t j = 0; j <= i; ++j) finite = finite && std::isfinite(matrix[j * n + i]);
+            int order = int(n), width = int(n), failed = 1;
+            if (finite)
+                reference::dsyevd(nullptr, nullptr, &order, matrix, &width, static_cast<double*>(values) + p * n, nullptr, nullptr,
+                                  nullptr, nullptr, &failed);
+            info[p] = failed;
+        }
+    });
+    return CUSOLVER_STATUS_SUCCESS;
+}
