@@ -235,6 +235,36 @@ def test_operators_are_iterated_without_being_stored(route):
     assert_solves(result, gain.dense(), cost.dense() + 0.05 * torch.eye(gain.n, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale_a", [1e-240, 1e240])
+@pytest.mark.parametrize("scale_b", [1e-240, 1e240])
+@pytest.mark.parametrize("route", ["stored", "eigenbasis", "kronecker"])
+def test_iterated_operators_of_any_size(route, scale_a, scale_b):
+    """No product or square of the solve leaves float64 before the values themselves do; with block CG and with B's own inverse."""
+    plain = gevp(*operators()[route], 3, method="jacobi_davidson").raise_if_failed()
+    gain, cost = operators()[route]
+    scaled = gevp(sized(gain, scale_a), sized(cost, scale_b), 3, method="jacobi_davidson")
+    if scale_a > 1 > scale_b:
+        assert scaled.statuses() == [GEVPStatus.non_finite]
+        return
+    expected = plain.values * (scale_a / scale_b)
+    assert scaled.statuses() == [GEVPStatus.converged]
+    assert (scaled.values - expected).abs().max() <= 1e-9 * expected.max()
+    if scale_a / scale_b == 1:
+        norms = ((scaled.vectors * cost.matmul(scaled.vectors)) * scale_b).sum(0)
+        assert (norms - 1).abs().max() < 1e-9
+
+
+def sized(operator, scale):
+    """`operator` times `scale`."""
+    match operator:
+        case EigenKronecker():
+            return EigenKronecker(operator.u_left, operator.u_right, operator.s * scale)
+        case Kronecker():
+            return Kronecker(operator.left * scale, operator.right)
+        case KroneckerSum():
+            return KroneckerSum([(left * scale, right) for left, right in operator.terms])
+
+
 def test_residuals_that_wait_their_turn_are_no_stagnation():
     """Values as evenly spaced as can be: the last of them stay where they are until those above have converged."""
     d = torch.linspace(1, 2, 500, dtype=torch.float64)

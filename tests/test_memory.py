@@ -46,10 +46,11 @@ def measured_peak(function):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = function()
     events = watched.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
-    for _, size in changes:
-        held += size
+    for event in sorted(
+        (e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):  # ties stay in order
+        held += event.nbytes()
         peak = max(peak, held)
     return result, peak
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import torch
 
 from sst_kernels import _native
+from sst_kernels.gevp.checks import overflowed
 from sst_kernels.gevp.dense import empty_outputs, iteration_options
-from sst_kernels.gevp.operators import Operator
+from sst_kernels.gevp.operators import Operator, power_of_two
 from sst_kernels.gevp.result import GEVPResult
 from sst_kernels.gevp.settings import Settings
 
@@ -30,15 +33,24 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
         start = address - base
         return workspace[start : start + 8 * n * columns].view(torch.float64).view(columns, n).mT
 
-    weights = cost.diagonal()[:, None]
+    # Products and their squares stay inside float64 for pencils of any size: powers of two, so that nothing is rounded.
+    sample = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    unit_a, unit_b = power_of_two(gain.matmul(sample)), power_of_two(cost.matmul(sample), even=True)
+    weights = cost.diagonal()[:, None] / unit_b
 
     def precondition(x: torch.Tensor) -> torch.Tensor:
         solved = cost.solve(x)
-        return x / weights if solved is None else solved
+        return x / weights if solved is None else solved * unit_b
 
     def apply(which: int, source: int, target: int, columns: int) -> None:
-        x = block(source, columns)
-        block(target, columns).copy_((gain.matmul, cost.matmul, precondition)[which](x))
+        x, y = block(source, columns), block(target, columns)
+        match which:
+            case 0:
+                torch.div(gain.matmul(x), unit_a, out=y)
+            case 1:
+                torch.div(cost.matmul(x), unit_b, out=y)
+            case _:
+                y.copy_(precondition(x))
 
     outputs = empty_outputs(1, n, k, device)
     with torch.cuda.device_of(workspace):
@@ -46,4 +58,6 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
             apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes
         )
     values, rows, bound, status, cycles = (tensor[0] for tensor in outputs)
-    return GEVPResult(values, rows.mT, bound, status, route, cycles)
+    values, bound = (x * (unit_a / unit_b) for x in (values, bound))
+    status = overflowed(values[None], status[None])[0]
+    return GEVPResult(values, rows.mT / sqrt(unit_b), bound, status, route, cycles)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import frexp
 
 import torch
 from torch import Tensor
 
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
-from sst_kernels.gevp.operators import Dense, Diagonal, LowRank
+from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, power_of_two
 from sst_kernels.gevp.pencils import dense_route
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus
 from sst_kernels.gevp.settings import Settings
@@ -65,9 +64,7 @@ def _from_projected(
 ) -> GEVPResult:
     """Pairs of the pencil from X [n, p]; what the rank of M does not give is padded. `back` is F^-1 and may overwrite."""
     n = rows.shape[1]
-    unit = (
-        2.0 ** min(1000, frexp(float(x.abs().amax()))[1]) if x.numel() else 1.0
-    )  # squares neither overflow nor vanish
+    unit = power_of_two(x)  # squares neither overflow nor vanish
     x /= unit
     m = x.mT @ x
     if not bool(torch.isfinite(m).all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class Operator(ABC):
     def dense(self) -> Tensor:
         """The matrix, [n, n] float64."""
         return self.matmul(torch.eye(self.n, dtype=torch.float64, device=self.device))
+
+
+def power_of_two(x: Tensor, even: bool = False) -> float:
+    """2^e near the largest |entry| of x, with an even e if asked for; 1 where there is none or only zeros."""
+    exponent = frexp(float(x.abs().amax()))[1] if x.numel() else 0
+    return 2.0 ** min(1000, exponent - (exponent % 2 if even else 0))
 
 
 def _square(name: str, matrix: Tensor) -> Tensor:
