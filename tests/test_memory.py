@@ -45,11 +45,9 @@ def measured_peak(function):
     """The function's result and the most bytes that torch held at once for it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = function()
-    events = watched.profiler.kineto_results.events()
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(
-        (e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):  # ties stay in order
+    for event in sorted(events, key=lambda e: e.start_ns()):  # in their own order within one tick of the clock
         held += event.nbytes()
         peak = max(peak, held)
     return result, peak
