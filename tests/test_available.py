@@ -79,7 +79,7 @@ def test_a_container_that_sees_only_its_own_group_finds_it(root):
 
 
 def test_what_cannot_be_read_is_left_out(root):
-    write(root / "proc/self/cgroup", "0::/../job")
+    write(root / "proc/self/cgroup", "0::/../job\nno line of this kind\n1:x")
     write(root / "sys/fs/cgroup/memory.max", GIB)
     write(root / "sys/fs/cgroup/memory.current", MIB)
     (root / "sys/fs/cgroup/memory.stat").mkdir()

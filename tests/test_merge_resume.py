@@ -47,6 +47,28 @@ def rows(fisher: sst.Fisher) -> torch.Tensor:
     return fisher.rows()
 
 
+def test_checkpoints_of_a_run_that_works_are_left_alone(tmp_path):
+    output = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from sst_merge.passes import Continuity\n"
+        "keep = Continuity.beside(Path(sys.argv[1]), 1, True); print('ready', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(output)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(OutputError, match="another run is at work there"):
+        Continuity.beside(output, 1, True)
+    other.kill()
+    other.communicate()
+    Continuity.beside(output, 1, True).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, monkeypatch):
     expected = fisher_pass(session, data, **OPTIONS)
     keep = Continuity.beside(tmp_path / "out", 1, False)

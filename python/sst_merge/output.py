@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -101,6 +102,25 @@ def output_file(path: str | Path, *, force: bool = False, inputs: Iterable[str |
         if path.exists() and not force:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         partial.replace(path)
+
+
+def claimed(path: Path) -> int:
+    """The descriptor of a file that this process has locked: until it is closed, and by no longer than the process lives.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(file)
+        raise OutputError(
+            f"{path.parent}: another run is at work there; wait for it, or choose another output"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .adapters import Adapter
 from .algebra import with_reads
 from .data import Batch, Dataset, batches, collate
 from .errors import MergeError, OutputError, headlined, out_of_memory
-from .output import creating
+from .output import claimed, creating
 from .paths import expanded
 from .progress import batch_tokens
 from .recipe import options_of
@@ -38,13 +38,14 @@ class Continuity:
     folder: Path
     every: int
     resume: bool = False
+    lock: int | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def beside(cls, output: Path, every: int | None, resume: bool) -> Continuity | None:
         """Checkpoints in a hidden folder beside the output; None without `every` and `resume`.
 
-        Raises OutputError when checkpoints of an unfinished run stand there and `resume` does not ask for them, and when the folder
-        cannot be created.
+        Raises OutputError when checkpoints of an unfinished run stand there and `resume` does not ask for them, when another run
+        that still works keeps its own there, and when the folder cannot be created.
         """
         if every is None and not resume:
             return None
@@ -56,7 +57,8 @@ class Continuity:
             )
         with creating(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder, every or 100, resume)
+            lock = claimed(folder / "lock") if leader() else None
+        return cls(folder, every or 100, resume, lock)
 
     def path(self, name: str) -> Path:
         """The checkpoint of the pass called `name`, one per rank."""
@@ -65,6 +67,8 @@ class Continuity:
     def remove(self) -> None:
         """Delete the checkpoints of a run that has written its output."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def world() -> Any:

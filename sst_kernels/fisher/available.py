@@ -31,8 +31,7 @@ def _cgroups() -> Iterator[int]:
     A group's memory includes files that were read or written. The inactive ones give way when a process asks for more, so they
     do not count as taken.
     """
-    for line in _text(_ROOT / "proc/self/cgroup").splitlines():
-        _, controllers, own = line.split(":", 2)
+    for controllers, own in re.findall(r"^\d+:([^:\n]*):(.*)$", _text(_ROOT / "proc/self/cgroup"), re.MULTILINE):
         if not controllers:
             mount, limit, taken, inactive = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
