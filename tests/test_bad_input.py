@@ -195,6 +195,13 @@ def test_fisher_accumulate_refuses(options, error):
         sst.fisher_accumulate(tiny_lora(), "safety", **options)
 
 
+@pytest.mark.parametrize("model", [None, "Llama-2-7b", {}])
+@pytest.mark.parametrize("opens", [sst.fisher_accumulate, sst.input_moments])
+def test_what_is_no_model_is_refused(opens, model):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        opens(model, "safety")
+
+
 def test_weights_that_are_not_finite_are_named():
     model = tiny_lora()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -278,6 +285,14 @@ def test_subspace_refuses_settings(options, fishers):
 def test_subspace_refuses_fishers_that_do_not_match(options, message, fishers):
     with pytest.raises(ValueError, match=message):
         sst.subspace(fishers[0], accumulated(**options))
+
+
+@pytest.mark.parametrize("other", [None, 3, {}])
+def test_subspace_refuses_what_is_no_fisher(other, fishers):
+    with pytest.raises(TypeError, match="cost must be a Fisher"):
+        sst.subspace(fishers[0], other)
+    with pytest.raises(TypeError, match="gain must be a Fisher"):
+        sst.subspace(other, fishers[0])
 
 
 def test_subspace_names_rows_that_are_not_finite(fishers):

@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     input_filter: float = Field(
         3.0,
         ge=0,
-        allow_inf_nan=False,
+        le=1e100,
         description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); 0: reads as they are",
     )
     input_rank: int | None = Field(

@@ -39,7 +39,12 @@ class LoraSite:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or torch.compile. ValueError for DataParallel, which copies modules per call."""
+    """The model inside DistributedDataParallel or torch.compile.
+
+    Raises TypeError for what is no module, ValueError for DataParallel, which copies modules per call.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module (a PEFT model), got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "nn.DataParallel copies the modules in every call: use one process per device (torchrun) instead"

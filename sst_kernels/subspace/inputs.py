@@ -28,14 +28,14 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
     I ⊗ E[x xᵀ] in the entries of A. It is RegMean (arXiv:2212.09849) between the patch and no patch. ΔW' = c·B A' does not depend on
     the gauge and keeps the rank; core coordinates, which leave A's row space as it is, cannot do this.
 
-    Raises TypeError for anything but input moments, ValueError for a μ that is negative or not finite, for moments of different modules or adapters, and for a module that
+    Raises TypeError for anything but input moments, ValueError for a μ outside 0 … 1e100, for moments of different modules or adapters, and for a module that
     read nothing but zeros; FloatingPointError for sums that rounding has made useless.
     """
     for moments in (gain, cost):
         if not isinstance(moments, InputMoments):
             raise TypeError(f"expected the moments of two passes of input_moments, got {type(moments).__name__}")
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu must be finite and not negative, got {mu}")
+    if not 0 <= mu <= 1e100:  # its products with the moments stay within float64
+        raise ValueError(f"mu must lie in 0 … 1e100, got {mu}")
     if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
         raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
     out: dict[str, Tensor] = {}

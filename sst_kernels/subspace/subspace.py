@@ -61,9 +61,12 @@ def subspace(
         group: torch.distributed group whose ranks hold the same Fishers and share the solves of scope "module" by cost; every
             rank gets the whole result.
 
-    Raises ValueError when the Fishers do not describe one adapter, are in factor space, lie at different points without being
+    Raises TypeError for what is no Fisher; ValueError when the Fishers do not describe one adapter, are in factor space, lie at different points without being
     asked for, or hold too little data for the folds.
     """
+    for fisher, name in ((gain, "gain"), (cost, "cost")):
+        if not isinstance(fisher, Fisher):
+            raise TypeError(f"{name} must be a Fisher (fisher_accumulate, Fisher.load), got {type(fisher).__name__}")
     if scope not in ("global", "module"):
         raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
     if metric not in ("kronecker", "frobenius"):
