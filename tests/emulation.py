@@ -114,8 +114,8 @@ class EmulatedGPU:
         self, a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
     ) -> tuple[Tensor, ...]:
         """`sst_kernels.gevp.dense.gevp_dense` by csrc/cuda."""
-        batch, n, single = len(a), a.shape[-1], a.dtype is torch.float32
-        outputs = empty_outputs(batch, n, k, a.device)
+        shape, n, single = a.shape[:-2], a.shape[-1], a.dtype is torch.float32
+        batch, outputs = shape.numel(), empty_outputs(shape, n, k, a.device)
         with ExitStack() as held:
             sides = [self._put(held, x) for x in (a, b)]
             addresses = [self._put(held, x) for x in outputs]
@@ -141,7 +141,7 @@ class EmulatedGPU:
             y = products[which](x.mT).mT.contiguous()
             self._copy(target, y.data_ptr(), y.nbytes, HOST_TO_DEVICE)
 
-        outputs = empty_outputs(1, n, k, torch.device("cpu"))
+        outputs = empty_outputs((), n, k, torch.device("cpu"))
         with ExitStack() as held:
             addresses = [self._put(held, x) for x in outputs]
             size = self.native.operator_workspace_bytes(n, options, 0)

@@ -106,7 +106,7 @@ def test_a_batch_is_bitwise_its_problems(preconditioner):
     native = _native.cpu()
 
     def run(chunk, threads):
-        outputs = empty_outputs(len(a), n, k, a.device)
+        outputs = empty_outputs((len(a),), n, k, a.device)
         options = native.Options.for_problem(n, k, False)
         options.preconditioner = PRECONDITIONERS[preconditioner]
         options.inner_steps = 20 if preconditioner in ("diagonal", "none") else 0

@@ -26,7 +26,7 @@ from sst_kernels.gevp.dense import empty_outputs
 def test_the_binding_refuses_what_would_leave_the_tensors(change, message):
     a, b = (torch.eye(4, dtype=torch.float64)[None] for _ in range(2))
     names = ("values", "vectors", "bounds", "status", "cycles")
-    outputs = dict(zip(names, empty_outputs(1, 4, 2, a.device)))
+    outputs = dict(zip(names, empty_outputs((1,), 4, 2, a.device)))
     arguments = {
         "a": a.data_ptr(),
         "a_stride": 16,
@@ -48,7 +48,7 @@ def test_the_binding_lets_other_threads_run():
     n, batch = 160, 20
     a = torch.randn(batch, n, n, dtype=torch.float64)
     a, b = a @ a.mT, torch.eye(n, dtype=torch.float64).expand(batch, n, n).contiguous()
-    outputs = dict(zip(("values", "vectors", "bounds", "status", "cycles"), empty_outputs(batch, n, 2, a.device)))
+    outputs = dict(zip(("values", "vectors", "bounds", "status", "cycles"), empty_outputs((batch,), n, 2, a.device)))
     addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
     sizes = {"a_stride": n * n, "b_stride": n * n, "batch": batch, "n": n, "k": 2, "threads": 1, "single": False}
 

@@ -285,7 +285,7 @@ def test_operators_emulated(emulated: EmulatedGPU):
     products = (a.matmul, b.matmul, torch.linalg.inv(b.dense()).matmul)
     values, _, _, status, _ = emulated.gevp_products(products, 200, 6)
     assert status.item() == 0
-    torch.testing.assert_close(values[0], here.values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(values, here.values, rtol=1e-9, atol=0)
 
 
 @pytest.mark.gpu

@@ -77,11 +77,9 @@ void solve_direct(Batch<const S> a, Batch<const S> b, int64_t k, int64_t p, cons
     backend.each_column(one, k, [=](int64_t q, int64_t j) { bounds(q, j, 0) = std::sqrt(bounds(q, j, 0)); });
     result.status[p] = code(Status::converged);
     const double top = t.values[k - 1], bottom = t.values[0];
-    for (int64_t j = 0; j < k; ++j) {
-        const bool zero = gevp::finish_column(result, p, j, n, top, bottom, unscale_value, unscale_vector);
-        if (zero) result.status[p] = code(Status::rank_deficient);
-    }
-    gevp::order_zeros(result, p, k);
+    for (int64_t j = 0; j < k; ++j) gevp::finish_column(result, p, j, n, top, bottom, unscale_value, unscale_vector);
+    gevp::settle(result, p, k);
+    if (result.status[p] == code(Status::non_finite)) fail(Status::non_finite);
 }
 
 }  // namespace sst::cpu

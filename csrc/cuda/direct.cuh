@@ -130,11 +130,7 @@ public:
             gevp::finish_column(out, p, j, n, theta(p, top, 0), theta(p, top + step * (k - 1), 0),
                                 scales(p, 1, 0) / scales(p, 0, 0), sqrt(scales(p, 1, 0)));
         });
-        backend_.each(all_, [=] __device__(std::int64_t p) {
-            gevp::order_zeros(out, p, k);
-            for (std::int64_t j = 0; j < k && status[p] == code(Status::converged); ++j)
-                if (values(p, j, 0) == 0.0) status[p] = code(Status::rank_deficient);
-        });
+        backend_.each(all_, [=] __device__(std::int64_t p) { gevp::settle(out, p, k); });
         backend_.each_entry(all_, n_, k_, [=] __device__(std::int64_t p, std::int64_t i, std::int64_t j) {
             if (status[p] == code(Status::converged) || status[p] == code(Status::rank_deficient)) return;
             vectors(p, i, j) = values(p, j, 0) = bounds(p, j, 0) = std::numeric_limits<double>::quiet_NaN();

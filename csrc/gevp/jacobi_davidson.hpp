@@ -104,14 +104,10 @@ void finish(Backend& backend, const State& state, Batch<const double> x, const d
         result.bounds(p, j, 0) = rho(p, j, 0);
         finish_column(result, p, j, n, theta(p, 0, 0), theta(p, k - 1, 0), sb / sa, sqrt(sb));
     });
-    backend.each(everything, SST_LAMBDA(int64_t p) {
-        order_zeros(result, p, k);
-        for (int64_t j = 0; j < k && result.status[p] == code(Status::converged); ++j) {
-            if (result.values(p, j, 0) == 0.0) result.status[p] = code(Status::rank_deficient);
-        }
-    });
+    backend.each(everything, SST_LAMBDA(int64_t p) { settle(result, p, k); });
     backend.each_entry(everything, n, k, SST_LAMBDA(int64_t p, int64_t i, int64_t j) {
-        if (result.status[p] == code(Status::not_positive_definite)) {
+        const int32_t status = result.status[p];
+        if (status == code(Status::not_positive_definite) || status == code(Status::non_finite)) {
             result.vectors(p, i, j) = result.values(p, j, 0) = result.bounds(p, j, 0) = std::numeric_limits<double>::quiet_NaN();
         }
     });

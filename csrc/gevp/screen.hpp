@@ -51,8 +51,8 @@ void poison(Backend& backend, Active active, const Result& result, int64_t k, St
 
 /// One column into the caller's units: value and bound times `value`, vector times `vector` with its largest entry positive. A
 /// value that its own bound, or n ulp of the larger of `first` and `last` (the extreme wanted values), cannot tell from zero is
-/// zero. Returns whether it is.
-SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int64_t n, double first, double last, double value,
+/// zero.
+SST_HD inline void finish_column(const Result& result, int64_t p, int64_t j, int64_t n, double first, double last, double value,
                                  double vector) {
     double &theta = result.values(p, j, 0), &bound = result.bounds(p, j, 0);
     const double floor = n * std::numeric_limits<double>::epsilon() * (fabs(first) > fabs(last) ? fabs(first) : fabs(last));
@@ -65,11 +65,11 @@ SST_HD inline bool finish_column(const Result& result, int64_t p, int64_t j, int
     for (int64_t i = 0; i < n; ++i) result.vectors(p, i, j) *= factor;
     theta = zero ? 0.0 : theta * value;
     bound *= value;
-    return zero;
 }
 
-/// Values next to zero on the same side follow it, so that the finished values of problem p stay sorted.
-SST_HD inline void order_zeros(const Result& result, int64_t p, int64_t k) {
+/// The finished values of problem p: those next to zero on the same side follow it, so that they stay sorted, and the status says
+/// whether one is zero, or beyond float64.
+SST_HD inline void settle(const Result& result, int64_t p, int64_t k) {
     bool seen = false;
     for (int64_t j = 0; j < k; ++j) {
         double& value = result.values(p, j, 0);
@@ -81,6 +81,13 @@ SST_HD inline void order_zeros(const Result& result, int64_t p, int64_t k) {
         double& value = result.values(p, j, 0);
         seen = seen || value == 0.0;
         if (seen && value < 0.0) value = 0.0;
+    }
+    int32_t& status = result.status[p];
+    const bool usable = status == code(Status::converged) || status == code(Status::max_iterations);
+    for (int64_t j = 0; j < k; ++j) {
+        const double value = result.values(p, j, 0);
+        if (usable && fabs(value) == INFINITY) status = code(Status::non_finite);
+        if (status == code(Status::converged) && value == 0.0) status = code(Status::rank_deficient);
     }
 }
 

@@ -1,15 +1,13 @@
-"""What `gevp` refuses before it computes, and the one outcome that only shows afterwards."""
+"""What `gevp` refuses before it computes."""
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sst_kernels.gevp.operators import Dense, Operator
-from sst_kernels.gevp.result import GEVPStatus
 
 
 def operand(name: str, value: Any) -> Operator:
@@ -24,13 +22,3 @@ def operand(name: str, value: Any) -> Operator:
         kind = "a meta tensor" if value.is_meta else f"of layout {value.layout}"
         raise TypeError(f"{name} is {kind}; expected a dense tensor with data")
     return Dense(value)
-
-
-def overflowed(values: Tensor, status: Tensor) -> Tensor:
-    """`status` [batch] with `non_finite` where values [batch, k] beyond float64 came out of finite matrices."""
-    if isfinite(values.sum()):
-        return status
-    usable = (
-        (status == GEVPStatus.converged) | (status == GEVPStatus.rank_deficient) | (status == GEVPStatus.max_iterations)
-    )
-    return torch.where(usable & ~values.isfinite().all(-1), int(GEVPStatus.non_finite), status).to(status.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,12 +27,12 @@ _LIBRARY.define(
 def _solve(
     a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values [batch, k], vectors as rows [batch, k, n], bounds [batch, k], status [batch], cycles [batch] for a, b [batch, n, n].
+    """Values [..., k], vectors as rows [..., k, n], bounds [..., k], status [...], cycles [...] for a, b [..., n, n].
 
     `a` and `b` share a dtype, float32 or float64, and are contiguous; `method` is "direct" or "jacobi_davidson".
     """
-    batch, n = a.shape[0], a.shape[-1]
-    outputs = empty_outputs(batch, n, k, a.device)
+    shape, n = a.shape[:-2], a.shape[-1]
+    batch, outputs = shape.numel(), empty_outputs(shape, n, k, a.device)
     if batch == 0 or n == 0 or k == 0:
         outputs[3].zero_(), outputs[4].zero_()
         return outputs
@@ -83,7 +84,7 @@ def workspace_bytes(
 
 
 def _fake(a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int):
-    return empty_outputs(a.shape[0], a.shape[-1], k, a.device)
+    return empty_outputs(a.shape[:-2], a.shape[-1], k, a.device)
 
 
 # torch.library.custom_op would do the same and take 35 us a call instead of 7: a third of a small problem.
@@ -92,12 +93,13 @@ torch.library.register_fake("sst_kernels::gevp_dense", _fake, lib=_LIBRARY)
 gevp_dense = torch.ops.sst_kernels.gevp_dense.default
 
 
-def empty_outputs(batch: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values, vectors (rows), bounds, status and cycles, for a native solve to fill."""
-    values = torch.empty((batch, k), dtype=torch.float64, device=device)
-    status = torch.empty((batch,), dtype=torch.int32, device=device)
-    vectors = torch.empty((batch, k, n), dtype=torch.float64, device=device)
-    return values, vectors, torch.empty_like(values), status, torch.empty_like(status)
+def empty_outputs(
+    batch: Sequence[int], n: int, k: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values, vectors (rows), bounds, status and cycles of problems in the shape `batch`, for a native solve to fill."""
+    values, bounds = (torch.empty((*batch, k), dtype=torch.float64, device=device) for _ in range(2))
+    status, cycles = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
+    return values, torch.empty((*batch, k, n), dtype=torch.float64, device=device), bounds, status, cycles
 
 
 @cache

@@ -7,10 +7,9 @@ from math import sqrt
 import torch
 
 from sst_kernels import _native
-from sst_kernels.gevp.checks import overflowed
 from sst_kernels.gevp.dense import empty_outputs, iteration_options
 from sst_kernels.gevp.operators import Operator, power_of_two
-from sst_kernels.gevp.result import GEVPResult
+from sst_kernels.gevp.result import GEVPResult, GEVPStatus, failed
 from sst_kernels.gevp.settings import Settings
 
 
@@ -52,12 +51,13 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
             case _:
                 y.copy_(precondition(x))
 
-    outputs = empty_outputs(1, n, k, device)
+    outputs = empty_outputs((), n, k, device)
     with torch.cuda.device_of(workspace):
         native.solve_operator(
             apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes
         )
-    values, rows, bound, status, cycles = (tensor[0] for tensor in outputs)
+    values, rows, bound, status, cycles = outputs
     values, bound = (x * (unit_a / unit_b) for x in (values, bound))
-    status = overflowed(values[None], status[None])[0]
+    if GEVPStatus(int(status)) is not GEVPStatus.non_finite and bool(values.isinf().any()):
+        return failed(n, k, GEVPStatus.non_finite, route, device)
     return GEVPResult(values, rows.mT / sqrt(unit_b), bound, status, route, cycles)

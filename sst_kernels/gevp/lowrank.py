@@ -18,7 +18,7 @@ from torch import Tensor
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, power_of_two
 from sst_kernels.gevp.pencils import dense_route
-from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.gevp.result import GEVPResult, GEVPStatus, failed, no_cycles
 from sst_kernels.gevp.settings import Settings
 
 _EPS = torch.finfo(torch.float64).eps
@@ -107,7 +107,7 @@ def top_pairs(m: Tensor, k: int, settings: Settings) -> GEVPResult:
     rounding = values[:1].clamp_min(0) * p * _EPS
     values = values.where(values > rounding, 0.0)
     code = torch.tensor(int(GEVPStatus.converged), dtype=torch.int32)
-    return GEVPResult(values, y, rounding.expand(k), code, str(chosen), _no_cycles())
+    return GEVPResult(values, y, rounding.expand(k), code, str(chosen), no_cycles())
 
 
 def _complement(vectors: Tensor, cost: Callable[[Tensor], Tensor], n: int, count: int, seed: int) -> Tensor | None:
@@ -130,16 +130,3 @@ def oriented(vectors: Tensor) -> Tensor:
     """Columns with their largest component positive."""
     peak = vectors.abs().argmax(dim=-2, keepdim=True)
     return vectors * torch.where(vectors.gather(-2, peak) < 0, -1.0, 1.0)
-
-
-def failed(n: int, k: int, status: GEVPStatus, route: str, device: torch.device) -> GEVPResult:
-    """NaN results with a reason."""
-    values = torch.full((k,), torch.nan, dtype=torch.float64, device=device)
-    vectors = torch.full((n, k), torch.nan, dtype=torch.float64, device=device)
-    return GEVPResult(
-        values, vectors, values.clone(), torch.tensor(int(status), dtype=torch.int32), route, _no_cycles()
-    )
-
-
-def _no_cycles() -> Tensor:
-    return torch.tensor(0, dtype=torch.int32)

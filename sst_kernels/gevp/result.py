@@ -116,3 +116,16 @@ class GEVPResult:
         finite = self.values[torch.isfinite(self.values)]
         span = f", values {finite.min():.4g} .. {finite.max():.4g}" if finite.numel() else ""
         return f"GEVPResult(batch={tuple(self.status.shape)}, n={n}, k={k}, {outcome}{span}, route={self.route!r})"
+
+
+def failed(n: int, k: int, status: GEVPStatus, route: str, device: torch.device) -> GEVPResult:
+    """NaN results of one problem, with a reason."""
+    values = torch.full((k,), torch.nan, dtype=torch.float64, device=device)
+    vectors = torch.full((n, k), torch.nan, dtype=torch.float64, device=device)
+    code = torch.tensor(int(status), dtype=torch.int32)
+    return GEVPResult(values, vectors, values.clone(), code, route, no_cycles())
+
+
+def no_cycles() -> Tensor:
+    """`GEVPResult.cycles` of one direct solve."""
+    return torch.tensor(0, dtype=torch.int32)

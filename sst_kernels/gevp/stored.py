@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sst_kernels.gevp.checks import overflowed
 from sst_kernels.gevp.dense import empty_outputs, gevp_dense, workspace_bytes
 from sst_kernels.gevp.operators import Dense
 from sst_kernels.gevp.pencils import Route, iterable
@@ -31,42 +30,36 @@ def solve_stored(gain: Dense, cost: Dense, k: int, route: Route, settings: Setti
     damping, preconditioner, budget = settings.damping, settings.preconditioner, settings.memory_budget
     how = (k, route.name, preconditioner, settings.tol, settings.max_cycles, settings.seed)
 
-    def piece(first: int, last: int) -> Outputs:
-        b = cost.problems(first, last)
+    def solved(a: Tensor, b: Tensor) -> Outputs:
         b = Dense(b).damped(damping).matrix if damping else b
-        return _solve(_packed(gain.problems(first, last), dtype), _packed(b, dtype), how)
+        return _solve(_packed(a, dtype), _packed(b, dtype), how)
 
     size = count if budget is None else _fitting(gain, cost, damping, dtype, how, budget)
     if size >= count:
-        outputs = piece(0, count)
+        values, rows, bound, status, cycles = solved(gain.matrix, cost.matrix)
     else:
-        outputs = empty_outputs(count, n, k, gain.device)
+        outputs = empty_outputs((count,), n, k, gain.device)
         for first in range(0, count, size):
-            for whole, part in zip(outputs, piece(first, min(first + size, count))):
-                whole[first : first + size] = part
-    values, rows, bound, status, cycles = outputs
-    status = overflowed(values, status)
+            last = min(first + size, count)
+            for whole, part in zip(outputs, solved(gain.problems(first, last), cost.problems(first, last))):
+                whole[first:last] = part
+        values, rows, bound, status, cycles = (x.view(*batch, *x.shape[1:]) for x in outputs)
     taken = str(route)
     if preconditioner != "cholesky" and route.name != "direct":
         taken = f"{taken}; preconditioner {preconditioner}"
-    return GEVPResult(
-        values.reshape(*batch, k),
-        rows.reshape(*batch, k, n).mT,
-        bound.reshape(*batch, k),
-        status.reshape(batch),
-        taken,
-        cycles.reshape(batch),
-    )
+    return GEVPResult(values, rows.mT, bound, status, taken, cycles)
 
 
 def _solve(a: Tensor, b: Tensor, how: tuple) -> Outputs:
     outputs = gevp_dense(a, b, *how)
-    if GEVPStatus.not_symmetric in outputs[3].tolist():
-        skewed = (outputs[3] == GEVPStatus.not_symmetric).nonzero()[:, 0]
+    status = outputs[3].view(-1)
+    if GEVPStatus.not_symmetric in status.tolist():
+        a, b = (x.view(-1, *x.shape[-2:]) for x in (a, b))
+        skewed = (status == GEVPStatus.not_symmetric).nonzero()[:, 0]
         skewed = skewed[_nearly_symmetric(a[skewed]) & _nearly_symmetric(b[skewed])]
         again = gevp_dense(*((x + x.mT).div_(2) for x in (a[skewed], b[skewed])), *how)
         for old, new in zip(outputs, again):
-            old[skewed] = new
+            old.view(-1, *new.shape[1:])[skewed] = new
     return outputs
 
 

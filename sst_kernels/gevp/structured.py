@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sst_kernels.gevp.lowrank import failed, oriented
+from sst_kernels.gevp.lowrank import oriented
 from sst_kernels.gevp.operators import Diagonal, EigenKronecker, Kronecker
-from sst_kernels.gevp.result import GEVPResult, GEVPStatus
+from sst_kernels.gevp.result import GEVPResult, GEVPStatus, failed
 
 
 def diagonal_pair(gain: Diagonal, cost: Diagonal, k: int, route: str) -> GEVPResult:

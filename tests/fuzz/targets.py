@@ -144,7 +144,7 @@ def binding(data: bytes) -> None:
     options.tolerance = float(torch.frombuffer(bytearray(reader.take(8)), dtype=torch.float64))
     dtype = torch.float32 if single else torch.float64
     a, b = (_matrices(reader, dtype) for _ in range(2))
-    outputs = [_guarded(t) for t in empty_outputs(BATCH, ORDER, ORDER, a.device)]
+    outputs = [_guarded(t) for t in empty_outputs((BATCH,), ORDER, ORDER, a.device)]
     addresses = [tensor.data_ptr() + GUARD * tensor.element_size() for tensor in outputs]
     where = (a.data_ptr(), a_stride, b.data_ptr(), b_stride, single, batch, n)
     k = options.k
