@@ -105,6 +105,8 @@ class EmulatedGPU:
         found.loader.exec_module(self.native)
         self._runtime = ctypes.CDLL(str(path))
         self._runtime.cudaGetErrorString.restype = ctypes.c_char_p
+        self._runtime.emulation_waits.restype = ctypes.c_uint64
+        self.waits = 0  # of the host for its stream, within the last solve
 
     def schedule(self, seed: int) -> None:
         """Draws the order of threads anew."""
@@ -120,6 +122,7 @@ class EmulatedGPU:
             sides = [self._put(held, x) for x in (a, b)]
             addresses = [self._put(held, x) for x in outputs]
             where = (sides[0], n * n, sides[1], n * n, single, batch, n)
+            before = self._runtime.emulation_waits()
             if method == "direct":
                 size = self.native.direct_workspace_bytes(batch, n, k, single, 0)
                 self.native.solve_direct(*where, k, *addresses, self._memory(held, size), size, 0)
@@ -128,6 +131,7 @@ class EmulatedGPU:
                 options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
                 size = self.native.workspace_bytes(batch, n, options, single, 0)
                 self.native.solve_dense(*where, options, *addresses, self._memory(held, size), size, 0)
+            self.waits = self._runtime.emulation_waits() - before
             return self._fetched(addresses, outputs)
 
     def gevp_products(self, products: Sequence[Callable[[Tensor], Tensor]], n: int, k: int) -> tuple[Tensor, ...]:

@@ -272,6 +272,17 @@ def test_the_order_of_threads_changes_no_bit(emulated: EmulatedGPU, method: str)
         assert torch.equal(one, other)
 
 
+def test_the_host_waits_once_a_cycle_and_never_for_the_direct_route(emulated: EmulatedGPU):
+    a, b = batch_of(160, 16, 2)[1], torch.eye(160, dtype=torch.float64).expand(2, 160, 160).contiguous()
+    a = torch.linalg.inv(a)  # of full rank, and crowded where it is wanted
+    a = (a + a.mT) / 2
+    cycles = emulated.gevp_dense(a, b, 16, "jacobi_davidson", "cholesky", 1e-13, 100, 0)[-1]
+    assert cycles.max() > 1
+    assert emulated.waits == 2 + cycles.max()  # once for what the screen refuses, once for what has no factor
+    emulated.gevp_dense(a, b, 16, "direct", "cholesky", 1e-10, 100, 0)
+    assert emulated.waits == 0
+
+
 def low_rank_pair(n: int) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(5)
     gain, cost = (rng.standard_normal((count, n)) * np.arange(1, n + 1) ** -0.6 for count in (40, 120))

@@ -31,6 +31,7 @@ EMULATED cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 EMULATED cudaError_t cudaGetLastError();
 EMULATED const char* cudaGetErrorString(cudaError_t error);
 EMULATED void emulation_seed(std::uint64_t seed);
+EMULATED std::uint64_t emulation_waits();
 }
 cudaError_t cudaMallocHost(std::int64_t** memory, std::size_t bytes);
 cudaError_t cudaFreeHost(void* memory);

@@ -63,6 +63,7 @@ std::vector<std::function<void()>> queue;
 std::map<char*, std::size_t> device;  // first page and bytes of what cudaMalloc gave
 cudaError_t sticky = cudaSuccess;
 std::string message;
+std::uint64_t waits = 0;
 
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -248,6 +249,7 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes,
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
     const std::lock_guard<std::recursive_mutex> locked(guard);
+    ++waits;
     if (queue.empty()) return sticky;
     protect(PROT_READ | PROT_WRITE);
     try {
@@ -272,6 +274,8 @@ const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorLaunc
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorLaunchFailure ? message.c_str() : "see the call"; }
 
 void emulation_seed(std::uint64_t seed) { random_bits.seed(seed); }
+
+std::uint64_t emulation_waits() { return waits; }
 
 cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t,
                                                    std::int64_t, cudaDataType, const void*, std::int64_t, cudaDataType, const void*,
