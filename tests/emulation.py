@@ -25,17 +25,26 @@ EMULATION = ROOT / "tests" / "cpp" / "emulation"
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
 _LAUNCH = re.compile(r"(?P<kernel>[A-Za-z_]\w*(?:<[^;{}()]*?>)?)\s*<<<(?P<grid>.*?)>>>\s*\(", re.DOTALL)
+_SHARED = re.compile(r"(?<!extern )__shared__ (?:__align__\(\d+\) )?(\w+) (\w+)((?:\[[^\]]+\])+);")
 _TENSOR_CORE = re.compile(r'asm\("mma\.sync\.aligned\.m8n8k4.*?;\n', re.DOTALL)
 
 
 def translated(source: str) -> str:
-    """CUDA C++ as C++: launches, dynamic shared memory and the tensor-core instruction are calls of the emulation."""
+    """CUDA C++ as C++: launches, shared memory and the tensor-core instruction are calls of the emulation."""
+    source = _SHARED.sub(
+        r"using \2_array = \1\3; "
+        r"auto& \2 = *reinterpret_cast<\2_array*>(::emulation::static_shared(__FILE__, __LINE__, sizeof(\2_array)));",
+        source,
+    )
     source = re.sub(
         r"extern __shared__ double (\w+)\[\];",
         r"double* const \1 = reinterpret_cast<double*>(::emulation::dynamic_shared());",
         source,
     )
     source = _TENSOR_CORE.sub("::emulation::mma_8x8x4(__FILE__, __LINE__, c, a, b);\n", source)
+    assert not re.search(r"__shared__|\basm\b", source), (
+        "there is something in this source that the emulation does not know"
+    )
     parts, position = [], 0
     for launch in _LAUNCH.finditer(source):
         end = _closing(source, launch.end())
@@ -43,7 +52,9 @@ def translated(source: str) -> str:
         call = f"::emulation::launch(::emulation::Grid{{{grid}}}, [=] {{ {kernel}({arguments}); }})"
         parts += [source[position : launch.start()], call]
         position = end + 1
-    return "".join([*parts, source[position:]])
+    source = "".join([*parts, source[position:]])
+    assert "<<<" not in source, "there is a launch in this source that the emulation does not know"
+    return source
 
 
 def _closing(source: str, position: int) -> int:

@@ -13,8 +13,6 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static thread_local  // CTAs run one after another on a thread of the host
 #define EMULATED __attribute__((visibility("default")))
 
 // ---- the host's side -----------------------------------------------------------------------------------------------------------
@@ -75,7 +73,9 @@ bool barrier(const char* file, int line, bool predicate = false);
 /// Hands `value` (up to kSlot bytes) to the warp; what lane l handed in lies at l * kSlot until the thread's next such call.
 constexpr int kSlot = 16;
 const char* exchange(const char* file, int line, const void* value, std::size_t bytes);
+/// What the launch asked for, and an array of a kernel: full of NaN when a CTA begins.
 char* dynamic_shared();
+char* static_shared(const char* file, int line, std::size_t bytes);
 
 template <class T>
 T handed_in(const char* warp, unsigned lane) {

@@ -27,7 +27,7 @@
 namespace emulation {
 namespace {
 
-constexpr std::size_t kStack = 256 * 1024, kMaxShared = 227 * 1024;
+constexpr std::size_t kStack = 256 * 1024, kMaxShared = 227 * 1024;  // bytes: of a fiber, of a CTA on sm_90
 
 struct Place {
     const char* file = nullptr;
@@ -53,10 +53,12 @@ struct Cta {
     std::function<void()>* body = nullptr;
     Fiber* running = nullptr;
     bool any = false, outcome = false;
+    std::vector<std::pair<Place, char*>> arrays;  // those of the kernel that a thread has come to
+    std::size_t used = 0;                          // bytes of `shared`: what the launch asked for, then the arrays
 };
 
 Cta cta;
-std::vector<char> shared(kMaxShared);
+alignas(256) char shared[kMaxShared];
 std::mt19937_64 random_bits(1);
 std::recursive_mutex guard;
 std::vector<std::function<void()>> queue;
@@ -172,7 +174,9 @@ void launch(Grid grid, std::function<void()> thread) {
     enqueue([grid, thread]() mutable {
         for (unsigned block = 0; block < grid.ctas; ++block) {
             blockIdx.x = block;
-            std::fill_n(shared.data(), grid.shared, char(0xff));
+            std::memset(shared, 0xff, grid.shared);
+            cta.arrays.clear();
+            cta.used = (grid.shared + 15) / 16 * 16;
             run_cta(grid.threads, thread);
         }
     });
@@ -199,7 +203,19 @@ const char* exchange(const char* file, int line, const void* value, std::size_t 
     return warp;
 }
 
-char* dynamic_shared() { return shared.data(); }
+char* dynamic_shared() { return shared; }
+
+char* static_shared(const char* file, int line, std::size_t bytes) {
+    const Place place{file, line};
+    for (const auto& [known, array] : cta.arrays)
+        if (known == place) return array;
+    char* const array = shared + cta.used;
+    cta.used += (bytes + 15) / 16 * 16;
+    if (cta.used > kMaxShared) fail(text(place) + ": more shared memory than a CTA can have");
+    std::memset(array, 0xff, bytes);
+    cta.arrays.emplace_back(place, array);
+    return array;
+}
 
 }  // namespace emulation
 
