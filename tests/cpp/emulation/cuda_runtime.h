@@ -41,10 +41,7 @@ cudaError_t cudaMallocManaged(T** memory, std::size_t bytes) {
     *memory = static_cast<T*>(std::malloc(bytes));
     return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-    return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
-}
+#define cudaFuncSetAttribute(kernel, attribute, bytes) ::emulation::allow(#kernel, bytes)
 
 // ---- the device's side ---------------------------------------------------------------------------------------------------------
 struct Index {
@@ -52,7 +49,7 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 
@@ -64,18 +61,20 @@ struct Grid {
     cudaStream_t stream = nullptr;
 };
 
-/// Queues a launch: nothing runs before the host waits for the stream.
-void launch(Grid grid, std::function<void()> thread);
+/// Queues a launch of the kernel of that name: nothing runs before the host waits for the stream.
+void launch(const char* kernel, Grid grid, std::function<void()> thread);
 /// Queues a call of a library, which sees the device's memory as a kernel does.
-void enqueue(std::function<void()> work);
+void enqueue(cudaStream_t stream, std::function<void()> work);
+/// Lets launches of a kernel (template arguments do not count) ask for that much shared memory.
+cudaError_t allow(const char* kernel, int bytes);
 /// Waits for all threads of the CTA at this place of the source; whether `predicate` held for any.
 bool barrier(const char* file, int line, bool predicate = false);
 /// Hands `value` (up to kSlot bytes) to the warp; what lane l handed in lies at l * kSlot until the thread's next such call.
 constexpr int kSlot = 16;
 const char* exchange(const char* file, int line, const void* value, std::size_t bytes);
-/// What the launch asked for, and an array of a kernel: full of NaN when a CTA begins.
+/// What the launch asked for, and an array of the kernel: full of NaN when a CTA begins, and not to be left.
 char* dynamic_shared();
-char* static_shared(const char* file, int line, std::size_t bytes);
+char* static_shared(const char* name, std::size_t bytes);
 
 template <class T>
 T handed_in(const char* warp, unsigned lane) {

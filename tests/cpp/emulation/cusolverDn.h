@@ -16,12 +16,17 @@ enum cusolverStatus_t {
 enum cusolverEigMode_t { CUSOLVER_EIG_MODE_VECTOR };
 enum cublasFillMode_t { CUBLAS_FILL_MODE_LOWER };
 enum cudaDataType { CUDA_R_64F };
-using cusolverDnHandle_t = int*;
+struct Solver {
+    cudaStream_t stream = nullptr;
+};
+using cusolverDnHandle_t = Solver*;
 using cusolverDnParams_t = int*;
 
-inline cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle) { return *handle = new int, CUSOLVER_STATUS_SUCCESS; }
+inline cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle) { return *handle = new Solver, CUSOLVER_STATUS_SUCCESS; }
 inline cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) { return delete handle, CUSOLVER_STATUS_SUCCESS; }
-inline cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t, cudaStream_t) { return CUSOLVER_STATUS_SUCCESS; }
+inline cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
+    return handle->stream = stream, CUSOLVER_STATUS_SUCCESS;
+}
 inline cusolverStatus_t cusolverDnCreateParams(cusolverDnParams_t* made) { return *made = new int, CUSOLVER_STATUS_SUCCESS; }
 inline cusolverStatus_t cusolverDnDestroyParams(cusolverDnParams_t made) { return delete made, CUSOLVER_STATUS_SUCCESS; }
 cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t,

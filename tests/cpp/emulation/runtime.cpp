@@ -1,10 +1,11 @@
 // How the emulation runs. Every launch, copy and library call waits in one queue until the host waits for a stream, and device
 // memory cannot be touched outside that: a host that reads a result too early, or device memory at all, faults.
 //
-// A CTA's threads are fibers of one thread of the host, taken in a random order. A fiber runs until a barrier or a warp
-// operation; it goes on when all threads of its CTA or warp have come to the same place in the source. What depends on the order
-// of threads between barriers therefore depends on the seed, and threads that part ways at a barrier are an error of the launch.
-// A kernel whose first thread meets no barrier runs as a plain loop.
+// CTAs run one after another, and a CTA's threads are fibers of one thread of the host, all in random orders. A fiber runs until
+// a barrier or a warp operation, and goes on when all threads of its CTA or warp have come to the same place in the source; a
+// warp runs as far as it gets before the next one does. What depends on the order of threads between barriers therefore depends
+// on the seed, and threads that part ways at a barrier are an error of the launch. A kernel whose first thread meets no barrier
+// runs as a plain loop.
 #include "cuda_runtime.h"
 
 #include <csetjmp>
@@ -27,7 +28,8 @@
 namespace emulation {
 namespace {
 
-constexpr std::size_t kStack = 256 * 1024, kMaxShared = 227 * 1024;  // bytes: of a fiber, of a CTA on sm_90
+constexpr std::size_t kStack = 256 * 1024, kMaxShared = 227 * 1024, kFreeShared = 48 * 1024;  // bytes; sm_90
+constexpr std::size_t kGuard = 512;  // bytes behind every piece of shared memory that must stay as they are
 
 struct Place {
     const char* file = nullptr;
@@ -53,15 +55,17 @@ struct Cta {
     std::function<void()>* body = nullptr;
     Fiber* running = nullptr;
     bool any = false, outcome = false;
-    std::vector<std::pair<Place, char*>> arrays;  // those of the kernel that a thread has come to
-    std::size_t used = 0;                          // bytes of `shared`: what the launch asked for, then the arrays
+    std::vector<std::pair<std::string, char*>> arrays;  // those of the kernel that a thread has come to
+    std::vector<char*> guards;
+    std::size_t used = 0;  // bytes of `shared`: what the launch asked for, then the arrays, each with its guard
 };
 
 Cta cta;
-alignas(256) char shared[kMaxShared];
+alignas(256) char shared[kMaxShared + 16 * (kGuard + 16)];
 std::mt19937_64 random_bits(1);
 std::recursive_mutex guard;
-std::vector<std::function<void()>> queue;
+std::vector<std::pair<cudaStream_t, std::function<void()>>> queue;
+std::map<std::string, std::size_t> allowed;  // shared memory that launches of a kernel may ask for
 std::map<char*, std::size_t> device;  // first page and bytes of what cudaMalloc gave
 cudaError_t sticky = cudaSuccess;
 std::string message;
@@ -99,24 +103,19 @@ void run(unsigned thread) {
     setcontext(&fiber.context);
 }
 
-/// Lets the warps go on that all of their threads brought to one place. Whether there were any.
-bool release_warps(unsigned threads) {
-    bool released = false;
-    for (unsigned first = 0; first < threads; first += 32) {
-        Fiber* const warp = &cta.fibers[first];
-        const auto waits = [](const Fiber& fiber) { return fiber.state == Fiber::at_warp; };
-        const auto count = std::count_if(warp, warp + 32, waits);
-        if (count == 0) continue;
-        const Fiber& one = *std::find_if(warp, warp + 32, waits);
-        for (int lane = 0; lane < 32; ++lane) {
-            if (waits(warp[lane]) && !(warp[lane].place == one.place))
-                fail("lanes of a warp part ways at " + text(one.place) + " and " + text(warp[lane].place));
-            if (!waits(warp[lane])) fail("a warp operation at " + text(one.place) + " is not met by all lanes");
-        }
-        for (int lane = 0; lane < 32; ++lane) warp[lane].state = Fiber::ready;
-        released = true;
+/// Lets a warp go on that all of its threads brought to one place. Whether they did.
+bool release_warp(unsigned first) {
+    Fiber* const warp = &cta.fibers[first];
+    const auto waits = [](const Fiber& fiber) { return fiber.state == Fiber::at_warp; };
+    const Fiber* const one = std::find_if(warp, warp + 32, waits);
+    if (one == warp + 32) return false;
+    for (int lane = 0; lane < 32; ++lane) {
+        if (!waits(warp[lane])) fail("a warp operation at " + text(one->place) + " is not met by all lanes");
+        if (!(warp[lane].place == one->place))
+            fail("lanes of a warp part ways at " + text(one->place) + " and " + text(warp[lane].place));
     }
-    return released;
+    for (int lane = 0; lane < 32; ++lane) warp[lane].state = Fiber::ready;
+    return true;
 }
 
 /// Lets all threads go on from one barrier. False when all are done instead.
@@ -135,10 +134,29 @@ bool release_barrier(unsigned threads) {
     return true;
 }
 
-void run_cta(unsigned threads, std::function<void()>& body) {
-    std::vector<unsigned> order(threads);
+/// 0 .. count - 1 in a random order.
+std::vector<unsigned> shuffled(unsigned count) {
+    std::vector<unsigned> order(count);
     std::iota(order.begin(), order.end(), 0u);
     std::shuffle(order.begin(), order.end(), random_bits);
+    return order;
+}
+
+/// So many bytes of NaN, and a guard behind them.
+char* reserve(std::size_t bytes) {
+    char* const piece = shared + cta.used;
+    bytes = (bytes + 15) / 16 * 16;
+    cta.used += bytes + kGuard;
+    if (cta.used > kMaxShared) fail("more shared memory than a CTA can have");
+    std::memset(piece, 0xff, bytes + kGuard);
+    cta.guards.push_back(piece + bytes);
+    return piece;
+}
+
+void run_cta(unsigned threads, std::size_t dynamic, std::function<void()>& body) {
+    cta.arrays.clear(), cta.guards.clear(), cta.used = 0;
+    reserve(dynamic);
+    std::vector<unsigned> order = shuffled(threads);
     while (cta.fibers.size() < threads) cta.fibers.emplace_back();
     cta.slots.resize(cta.fibers.size() * 2 * kSlot);
     for (unsigned t = 0; t < threads; ++t) cta.fibers[t].state = Fiber::ready, cta.fibers[t].started = false, cta.fibers[t].turn = 0;
@@ -147,15 +165,19 @@ void run_cta(unsigned threads, std::function<void()>& body) {
     if (cta.fibers[order[0]].state == Fiber::done) {
         cta.running = nullptr;
         for (unsigned t = 1; t < threads; ++t) threadIdx.x = order[t], body();
-        return;
-    }
-    do {
+    } else {
         do {
-            for (unsigned t : order)
-                if (cta.fibers[t].state == Fiber::ready) run(t);
-        } while (release_warps(threads));
-        std::shuffle(order.begin(), order.end(), random_bits);
-    } while (release_barrier(threads));
+            for (unsigned warp : shuffled(threads / 32)) {
+                const std::vector<unsigned> lanes = shuffled(32);
+                do {
+                    for (unsigned lane : lanes)
+                        if (cta.fibers[32 * warp + lane].state == Fiber::ready) run(32 * warp + lane);
+                } while (release_warp(32 * warp));
+            }
+        } while (release_barrier(threads));
+    }
+    for (const char* guard : cta.guards)
+        if (std::any_of(guard, guard + kGuard, [](char byte) { return byte != char(0xff); })) fail("a write behind shared memory");
 }
 
 void protect(int rights) {
@@ -164,27 +186,36 @@ void protect(int rights) {
 
 }  // namespace
 
-void launch(Grid grid, std::function<void()> thread) {
+void launch(const char* kernel, Grid grid, std::function<void()> thread) {
     const std::lock_guard<std::recursive_mutex> locked(guard);
-    const bool fits = grid.ctas >= 1 && grid.ctas <= 0x7fffffff && grid.threads >= 1 && grid.threads <= 1024 && grid.shared <= kMaxShared;
+    const std::size_t most = std::max(kFreeShared, allowed[kernel]);
+    const bool fits = grid.ctas >= 1 && grid.ctas <= 0x7fffffff && grid.threads >= 1 && grid.threads <= 1024 && grid.shared <= most;
     if (!fits || grid.threads % 32 != 0) {
         sticky = cudaErrorInvalidConfiguration;
         return;
     }
-    enqueue([grid, thread]() mutable {
-        for (unsigned block = 0; block < grid.ctas; ++block) {
+    enqueue(grid.stream, [=]() mutable {
+        for (unsigned block : shuffled(grid.ctas)) {
             blockIdx.x = block;
-            std::memset(shared, 0xff, grid.shared);
-            cta.arrays.clear();
-            cta.used = (grid.shared + 15) / 16 * 16;
-            run_cta(grid.threads, thread);
+            try {
+                run_cta(grid.threads, grid.shared, thread);
+            } catch (const std::runtime_error& error) {
+                fail(std::string(kernel) + ": " + error.what());
+            }
         }
     });
 }
 
-void enqueue(std::function<void()> work) {
+void enqueue(cudaStream_t stream, std::function<void()> work) {
     const std::lock_guard<std::recursive_mutex> locked(guard);
-    queue.push_back(std::move(work));
+    queue.emplace_back(stream, std::move(work));
+}
+
+cudaError_t allow(const char* kernel, int bytes) {
+    const std::lock_guard<std::recursive_mutex> locked(guard);
+    if (bytes < 0 || std::size_t(bytes) > kMaxShared) return cudaErrorInvalidValue;
+    allowed[std::string(kernel, std::strcspn(kernel, "<"))] = std::size_t(bytes);
+    return cudaSuccess;
 }
 
 bool barrier(const char* file, int line, bool predicate) {
@@ -205,16 +236,10 @@ const char* exchange(const char* file, int line, const void* value, std::size_t 
 
 char* dynamic_shared() { return shared; }
 
-char* static_shared(const char* file, int line, std::size_t bytes) {
-    const Place place{file, line};
+char* static_shared(const char* name, std::size_t bytes) {
     for (const auto& [known, array] : cta.arrays)
-        if (known == place) return array;
-    char* const array = shared + cta.used;
-    cta.used += (bytes + 15) / 16 * 16;
-    if (cta.used > kMaxShared) fail(text(place) + ": more shared memory than a CTA can have");
-    std::memset(array, 0xff, bytes);
-    cta.arrays.emplace_back(place, array);
-    return array;
+        if (known == name) return array;
+    return cta.arrays.emplace_back(name, reserve(bytes)).second;
 }
 
 }  // namespace emulation
@@ -258,23 +283,28 @@ cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; 
 
 cudaError_t cudaGetDevice(int* current) { return *current = 0, cudaSuccess; }
 
-cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    enqueue([=] { std::memcpy(target, source, bytes); });
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+    enqueue(stream, [=] { std::memcpy(target, source, bytes); });
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     const std::lock_guard<std::recursive_mutex> locked(guard);
     ++waits;
-    if (queue.empty()) return sticky;
+    decltype(queue) later;
     protect(PROT_READ | PROT_WRITE);
     try {
-        for (auto& work : queue) work();
+        for (auto& [own, work] : queue) {
+            if (stream == nullptr || own == stream)
+                work();
+            else
+                later.emplace_back(own, std::move(work));
+        }
     } catch (const std::runtime_error& error) {
         sticky = cudaErrorLaunchFailure, message = error.what();
     }
     protect(PROT_NONE);
-    queue.clear();
+    queue = std::move(later);
     return sticky;
 }
 
@@ -300,12 +330,12 @@ cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t, cusolverD
     return CUSOLVER_STATUS_SUCCESS;
 }
 
-cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t, std::int64_t n,
+cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnParams_t, cusolverEigMode_t, cublasFillMode_t, std::int64_t n,
                                         cudaDataType, void* a, std::int64_t ld, cudaDataType, void* values, cudaDataType, void* scratch,
                                         std::size_t scratch_bytes, void* host, std::size_t host_bytes, std::int32_t* info,
                                         std::int64_t batch) {
     if (ld != n || scratch_bytes < 512 || host_bytes < 64 || !host || n * n * batch > 0x7fffffff) return CUSOLVER_STATUS_INVALID_VALUE;
-    enqueue([=] {
+    enqueue(handle->stream, [=] {
         std::memset(scratch, 0xff, scratch_bytes);
         for (std::int64_t p = 0; p < batch; ++p) {
             double* const matrix = static_cast<double*>(a) + p * n * n;
