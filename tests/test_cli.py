@@ -251,7 +251,15 @@ def test_brackets_in_paths_and_prompts_stay(capsys):
 
 @pytest.mark.parametrize(
     ("elapsed", "rate"),
-    [(60.0, "0.5"), (30 / 987, "987"), (30 / 138_786, "139k"), (30 / 999_700, "1,000k"), (30 / 3e9, "3G"), (0.0, "–")],
+    [
+        (60.0, "0.5"),
+        (30 / 987, "987"),
+        (30 / 9_999, "9,999"),
+        (30 / 138_786, "139k"),
+        (30 / 999_700, "1,000k"),
+        (30 / 3e9, "3G"),
+        (0.0, "–"),
+    ],
 )
 def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch, elapsed, rate):
     monkeypatch.setenv("COLUMNS", "80")

@@ -254,9 +254,29 @@ def test_iterated_operators_of_any_size(route, scale_a, scale_b):
         assert (norms - 1).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("route", list(operators()))
+@pytest.mark.parametrize("method", ["auto", "jacobi_davidson"])
+def test_structured_pencils_at_the_edges(route, method):
+    """No pairs, values beyond float64, entries that are not finite, and orders that leave no room for a restarted basis."""
+    gain, cost = operators()[route]
+    none = gevp(gain, cost, 0, method=method)
+    assert none.statuses() == [GEVPStatus.converged]
+    assert none.vectors.shape == (gain.n, 0)
+    assert none.values.shape == (0,)
+    if route.endswith("projection"):
+        return
+    assert_solves(gevp(gain, cost, 60, method=method), gain.dense(), cost.dense())
+    nan = float("nan")
+    pencils = (sized(gain, 1e250), sized(cost, 1e-250)), (sized(gain, nan), cost), (gain, sized(cost, nan))
+    for pencil in pencils:
+        assert gevp(*pencil, 3, method=method).statuses() == [GEVPStatus.non_finite]
+
+
 def sized(operator, scale):
     """`operator` times `scale`."""
     match operator:
+        case Diagonal():
+            return Diagonal(operator.diag * scale)
         case EigenKronecker():
             return EigenKronecker(operator.u_left, operator.u_right, operator.s * scale)
         case Kronecker():

@@ -15,7 +15,7 @@ from sst_kernels.fisher import Interrupted, structures
 from sst_merge import passes
 from sst_merge.data import load_dataset
 from sst_merge.errors import MergeError, OutputError
-from sst_merge.passes import Continuity, filtered_reads, fisher_pass
+from sst_merge.passes import Continuity, continuing, filtered_reads, fisher_pass
 from sst_merge.progress import Reporter
 from sst_merge.session import open_session
 from tests import merge_cases as cases
@@ -63,9 +63,24 @@ def test_checkpoints_of_a_run_that_works_are_left_alone(tmp_path):
     assert other.stdout.readline() == "ready\n"
     with pytest.raises(OutputError, match="another run is at work there"):
         Continuity.beside(output, 1, True)
+    with pytest.raises(OutputError, match="another run is at work there"):  # and not advice to remove its checkpoints
+        Continuity.beside(output, 1, False)
     other.kill()
     other.communicate()
     Continuity.beside(output, 1, True).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_its_checkpoints_to_others(tmp_path):
+    output, started = tmp_path / "out", tmp_path / ".out-checkpoints" / "gain.checkpoint"
+    with pytest.raises(RuntimeError), continuing(output, 1, False):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError), continuing(output, 1, False):
+        started.touch()
+        raise RuntimeError
+    with continuing(output, None, True) as keep:
+        assert keep.begun
     assert list(tmp_path.iterdir()) == []
 
 

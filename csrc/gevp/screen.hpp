@@ -64,11 +64,11 @@ SST_HD inline void finish_column(const Result& result, int64_t p, int64_t j, int
     const double factor = result.vectors(p, peak, j) < 0.0 ? -vector : vector;
     for (int64_t i = 0; i < n; ++i) result.vectors(p, i, j) *= factor;
     theta = zero ? 0.0 : theta * value;
-    bound *= value;
+    bound = bound == 0.0 ? 0.0 : bound * value;
 }
 
 /// The finished values of problem p: those next to zero on the same side follow it, so that they stay sorted, and the status says
-/// whether one is zero, or beyond float64.
+/// whether one is zero, or it or its bound beyond float64.
 SST_HD inline void settle(const Result& result, int64_t p, int64_t k) {
     bool seen = false;
     for (int64_t j = 0; j < k; ++j) {
@@ -86,7 +86,7 @@ SST_HD inline void settle(const Result& result, int64_t p, int64_t k) {
     const bool usable = status == code(Status::converged) || status == code(Status::max_iterations);
     for (int64_t j = 0; j < k; ++j) {
         const double value = result.values(p, j, 0);
-        if (usable && fabs(value) == INFINITY) status = code(Status::non_finite);
+        if (usable && (fabs(value) == INFINITY || result.bounds(p, j, 0) == INFINITY)) status = code(Status::non_finite);
         if (status == code(Status::converged) && value == 0.0) status = code(Status::rank_deficient);
     }
 }

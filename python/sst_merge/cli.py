@@ -158,13 +158,16 @@ def fisher(
     from .recipe import check_structure
 
     check_structure(structure)
-    from .passes import Continuity, fisher_pass, leader, ranks
+    from .passes import continuing, fisher_pass, leader, ranks
     from .session import open_session
 
     inputs: list[str | Path] = [model, safety, data, *([task] if task is not None else [])]
-    with ranks(), output_file(output, force=force, inputs=inputs) if leader() else nullcontext(output) as partial:
+    with (
+        ranks(),
+        continuing(output, checkpoint_every, resume) as continuity,
+        output_file(output, force=force, inputs=inputs) if leader() else nullcontext(output) as partial,
+    ):
         reporter = Reporter(quiet or not leader())
-        continuity = Continuity.beside(output, checkpoint_every, resume)
         session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
         dataset = load_dataset(data, session.tokenizer, max_length=max_length, skip_bad_lines=skip_bad_lines)
         result = fisher_pass(
@@ -187,8 +190,6 @@ def fisher(
         result.save(partial)
         if dataset.skipped:
             reporter.warn(f"{len(dataset.skipped)} lines left out: {list(dataset.skipped[:10])}")
-    if continuity is not None:
-        continuity.remove()
     counts = result.counts
     print(f"{counts.sequences} sequences, {counts.tokens} tokens, {counts.labels} label tokens, {len(result)} blocks")
     print(f"written to {output.absolute()}")

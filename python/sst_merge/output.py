@@ -113,6 +113,8 @@ def claimed(path: Path) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_nlink == 0:  # the run that held it has just removed it
+            raise BlockingIOError
     except (BlockingIOError, PermissionError) as error:
         os.close(file)
         raise OutputError(

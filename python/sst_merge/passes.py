@@ -51,14 +51,21 @@ class Continuity:
             return None
         output = expanded(output).absolute()
         folder = output.with_name(f".{output.name}-checkpoints")
-        if not resume and folder.is_dir() and any(folder.glob("*.checkpoint*")):
-            raise OutputError(
-                f"{folder} holds the checkpoints of an unfinished run: go on with --resume, or remove that folder"
-            )
         with creating(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = claimed(folder / "lock") if leader() else None
-        return cls(folder, every or 100, resume, lock)
+        keep = cls(folder, every or 100, resume, lock)
+        if not resume and keep.begun:
+            keep.close()
+            raise OutputError(
+                f"{folder} holds the checkpoints of an unfinished run: go on with --resume, or remove that folder"
+            )
+        return keep
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(self.folder.glob("*.checkpoint*"))
 
     def path(self, name: str) -> Path:
         """The checkpoint of the pass called `name`, one per rank."""
@@ -67,8 +74,28 @@ class Continuity:
     def remove(self) -> None:
         """Delete the checkpoints of a run that has written its output."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
         if self.lock is not None:
             os.close(self.lock)
+
+
+@contextmanager
+def continuing(output: Path, every: int | None, resume: bool) -> Iterator[Continuity | None]:
+    """`Continuity.beside` for a block: when it ends its checkpoints are removed, when it fails they stay, and others may go on."""
+    continuity = Continuity.beside(output, every, resume)
+    if continuity is None:
+        yield None
+        return
+    done = False
+    try:
+        yield continuity
+        done = True
+    finally:
+        if leader() and (done or not continuity.begun):
+            continuity.remove()
+        continuity.close()
 
 
 def world() -> Any:

@@ -21,8 +21,8 @@ from .errors import RecipeError, headlined
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .memory import check_pencil
 from .models import check_fit
-from .output import output_folder
-from .passes import Continuity, filtered_reads, fisher_pass, leader, world
+from .output import check_output, output_folder
+from .passes import Continuity, continuing, filtered_reads, fisher_pass, leader, world
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
@@ -145,8 +145,12 @@ def merge(
     """
     reporter = reporter or Reporter()
     leading = leader()
-    with output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder:
-        continuity = Continuity.beside(recipe.output, checkpoint_every, resume)
+    if leading:
+        check_output(recipe.output, force=force)
+    with (
+        continuing(recipe.output, checkpoint_every, resume) as continuity,
+        output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
+    ):
         session = open_session(
             recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
         )
@@ -174,8 +178,6 @@ def merge(
         write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_report(report, folder)
-    if continuity is not None:
-        continuity.remove()
     return report
 
 

@@ -22,7 +22,7 @@ class _Rate(ProgressColumn):
         speed = "–"
         if task.completed and task.elapsed:
             rate = task.completed / task.elapsed
-            scale, suffix = pick_unit_and_suffix(int(rate), ["", "k", "M", "G"], 1000)
+            scale, suffix = pick_unit_and_suffix(int(rate), ["", "k", "M", "G"], 1000) if rate >= 1e4 else (1, "")
             speed = f"{rate / scale:,.{int(rate < 10)}f}{suffix}"
         return Text(f"{speed:>5} {self.unit}/s", style="cyan", no_wrap=True)
 

@@ -34,7 +34,10 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
 
     # Products and their squares stay inside float64 for pencils of any size: powers of two, so that nothing is rounded.
     sample = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    unit_a, unit_b = power_of_two(gain.matmul(sample)), power_of_two(cost.matmul(sample), even=True)
+    images = gain.matmul(sample), cost.matmul(sample)
+    if not all(bool(torch.isfinite(image).all()) for image in images):
+        return failed(n, k, GEVPStatus.non_finite, route, device)
+    unit_a, unit_b = power_of_two(images[0]), power_of_two(images[1], even=True)
     weights = cost.diagonal()[:, None] / unit_b
 
     def precondition(x: torch.Tensor) -> torch.Tensor:
@@ -58,6 +61,6 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
         )
     values, rows, bound, status, cycles = outputs
     values, bound = (x * (unit_a / unit_b) for x in (values, bound))
-    if GEVPStatus(int(status)) is not GEVPStatus.non_finite and bool(values.isinf().any()):
+    if status != GEVPStatus.not_positive_definite and not bool(torch.isfinite(values).all()):
         return failed(n, k, GEVPStatus.non_finite, route, device)
     return GEVPResult(values, rows.mT / sqrt(unit_b), bound, status, route, cycles)

@@ -45,7 +45,7 @@ class Operator(ABC):
 def power_of_two(x: Tensor, even: bool = False) -> float:
     """2^e near the largest |entry| of x, with an even e if asked for; 1 where there is none or only zeros."""
     exponent = frexp(float(x.abs().amax()))[1] if x.numel() else 0
-    return 2.0 ** min(1000, exponent - (exponent % 2 if even else 0))
+    return 2.0 ** max(-1000, min(1000, exponent - (exponent % 2 if even else 0)))
 
 
 def _square(name: str, matrix: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def choose(gain: Operator, cost: Operator, k: int, method: str) -> Route:
         reduced = _reduction(gain, cost)
         if reduced is not None:
             return reduced
-    if not iterate and (method == "direct" or gain.n <= DENSE_LIMIT):
+    if not iterable(gain.n, k) or (not iterate and (method == "direct" or gain.n <= DENSE_LIMIT)):
         return Route("stored", f"n = {gain.n}: the operators are stored and solved as dense matrices")
     if any(isinstance(side, Dense) and side.batch for side in (gain, cost)):
         raise ValueError(

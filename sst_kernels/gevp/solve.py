@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sst_kernels.gevp import lowrank, structured
 from sst_kernels.gevp.checks import operand
+from sst_kernels.gevp.dense import empty_outputs
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
 from sst_kernels.gevp.pencils import choose
@@ -76,6 +77,9 @@ def _solve(A: Tensor | Operator, B: Tensor | Operator, k: int, settings: Setting
             f"memory_budget splits batches of stored matrices; a pencil of {type(gain).__name__} and {type(cost).__name__} is one "
             "problem and cannot be split: leave it out"
         )
+    if k == 0:
+        values, rows, bound, status, cycles = empty_outputs((), gain.n, 0, gain.device)
+        return GEVPResult(values, rows.mT, bound, status.zero_(), "no pair was asked for", cycles.zero_())
     cost, settings = cost.damped(settings.damping), replace(settings, damping=0.0)
     chosen = choose(gain, cost, k, settings.method)
     route = str(chosen)

@@ -64,6 +64,8 @@ def _ratios(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | GEVPStatus:
 
 
 def _exact(values: Tensor, vectors: Tensor, route: str, bound: Tensor | None = None) -> GEVPResult:
+    if not bool(torch.isfinite(values).all()):
+        return failed(len(vectors), len(values), GEVPStatus.non_finite, route, values.device)
     zero = values.abs() <= values.abs().amax() * torch.finfo(torch.float64).eps * len(values)
     status = GEVPStatus.rank_deficient if bool(zero.any()) else GEVPStatus.converged
     bound = values.abs() * 4 * torch.finfo(torch.float64).eps if bound is None else bound
