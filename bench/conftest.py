@@ -17,6 +17,7 @@ from bench.shapes import SHAPES, Shape
 
 import torch  # isort: skip
 
+SECONDS, MOST_ROUNDS = 2.0, 500  # what a benchmark takes where it can be had in more than its least rounds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -88,13 +89,17 @@ class Cost:
         """Check `run` on the first of `inputs` with `gate` (which raises, or returns an error to report), then time it.
 
         inputs: argument tuples to rotate through: together several times the L2 cache where memory traffic is the point.
-        bytes, flops, dtype: the least work, for the floor. Returns what the gated call returned.
+        rounds: the least number of them. bytes, flops, dtype: the least work, for the floor. Returns what the gated call returned.
         """
         with peak_memory(self.device) as peak:
             result = run(*inputs[0])
         error = gate(result)
         turn = iter(range(10**9))
-        self.benchmark._timer = EventClock() if self.device == "cuda" else cpu_clock()
+        clock = self.benchmark._timer = EventClock() if self.device == "cuda" else cpu_clock()
+        if self.benchmark.enabled:  # warm by now: as many rounds as fit SECONDS
+            begin = clock()
+            run(*inputs[-1])
+            rounds = max(rounds, min(MOST_ROUNDS, int(SECONDS / max(clock() - begin, 1e-9))))
         self.benchmark.pedantic(
             run,
             setup=lambda: (inputs[next(turn) % len(inputs)], {}),
