@@ -61,12 +61,14 @@ def subspace(
         group: torch.distributed group whose ranks hold the same Fishers and share the solves of scope "module" by cost; every
             rank gets the whole result.
 
-    Raises TypeError for what is no Fisher; ValueError when the Fishers do not describe one adapter, are in factor space, lie at different points without being
-    asked for, or hold too little data for the folds.
+    Raises TypeError for what is no Fisher; ValueError when the Fishers hold no sequences or too few for the folds, do not describe
+    one adapter, are in factor space, or lie at different points without being asked for.
     """
     for fisher, name in ((gain, "gain"), (cost, "cost")):
         if not isinstance(fisher, Fisher):
             raise TypeError(f"{name} must be a Fisher (fisher_accumulate, Fisher.load), got {type(fisher).__name__}")
+        if not fisher.counts.sequences:
+            raise ValueError(f"the {name} Fisher holds no sequences: run backward passes before solving")
     if scope not in ("global", "module"):
         raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
     if metric not in ("kronecker", "frobenius"):
@@ -81,14 +83,10 @@ def subspace(
             f"subspace works in core space, these Fishers are in {gain.meta['space']} space: accumulate with space='core'"
         )
     points = (str(gain.meta["point"]), str(cost.meta["point"]))
-    asked = mix_points or (gain.meta["point_given"] and cost.meta["point_given"])
-    if points[0] != points[1] and not asked:
+    if points[0] != points[1] and not (mix_points or (gain.meta["point_given"] and cost.meta["point_given"])):
         raise ValueError(
             f"the Fishers lie at different points {points}: give point= to both passes, or mix_points=True, to ask for that"
         )
-    for fisher, name in ((gain, "gain"), (cost, "cost")):
-        if not fisher.counts.sequences:
-            raise ValueError(f"the {name} Fisher holds no sequences: run backward passes before solving")
     return Subspace(gain, cost, scope, metric, damping, folds, group)
 
 
