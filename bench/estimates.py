@@ -6,7 +6,7 @@ import bisect
 from dataclasses import dataclass
 
 from bench.shapes import Shape
-from sst_kernels.fisher.inputs import columns as kept_columns
+from sst_kernels.inputs.moments import columns as kept_columns
 from sst_kernels.subspace.memory import estimate_solve
 
 GIB = 2**30

@@ -5,9 +5,9 @@ generalized eigenproblems, `subspace` finds and keeps the directions of a patch 
 """
 
 from sst_kernels.fisher import Fisher, declared_loss, fisher_accumulate, label_logits, opening_weights, sequence_nll
-from sst_kernels.fisher.inputs import InputMoments, input_moments
 from sst_kernels.gevp import GEVPResult, GEVPStatus, gevp
-from sst_kernels.subspace import Patch, Subspace, filter_inputs, subspace
+from sst_kernels.inputs import InputMoments, filter_inputs, input_moments
+from sst_kernels.subspace import Patch, Subspace, subspace
 
 __version__ = "0.1.0"
 

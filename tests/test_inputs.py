@@ -247,7 +247,7 @@ def test_sketches_without_cholesky_factors(outlier, monkeypatch):
 def test_sketches_are_inverted_through_their_columns():
     """Woodbury and the dense Cholesky factor agree where the sketches have fewer columns than d_in."""
     from sst_kernels.fisher.structures.moment import Columns
-    from sst_kernels.subspace.inputs import _inverse
+    from sst_kernels.inputs.filter import _inverse
 
     generator = torch.Generator().manual_seed(0)
 
@@ -263,7 +263,7 @@ def test_sketches_are_inverted_through_their_columns():
 
 
 def test_sums_that_rounding_made_indefinite_are_steadied_or_refused_by_name():
-    from sst_kernels.subspace.inputs import _inverse
+    from sst_kernels.inputs.filter import _inverse
 
     nearly = torch.tensor([[1.0, 1.0 + 5e-4], [1.0 + 5e-4, 1.0]], dtype=torch.float64)  # smallest eigenvalue -5e-4
     nothing = torch.zeros(2, 2, dtype=torch.float64)

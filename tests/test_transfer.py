@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels import fisher_accumulate, sequence_nll
-from sst_kernels.fisher import Fisher, accumulator, transfer
+from sst_kernels.fisher import Fisher, accumulator, hooks, transfer
 from sst_kernels.fisher.transfer import DEPTH, HostCopies
 from tests.models import tiny_batch, tiny_lora
 
@@ -251,7 +251,7 @@ def test_gradients_that_are_not_finite_are_found_on_arrival(bad, streams):
 
 def test_ranks_reduce_what_has_arrived(streams, monkeypatch):
     reduced = []
-    monkeypatch.setattr(accumulator, "raise_together", lambda error, group: None)
+    monkeypatch.setattr(hooks, "raise_together", lambda error, group: None)
     monkeypatch.setattr(Fisher, "all_reduce", lambda fisher, group: reduced.append(fisher.rows().clone()))
     run(streams, group="all of them")
     assert torch.equal(reduced[0], beside("full").rows())

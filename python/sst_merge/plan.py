@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sst_kernels.fisher.inputs import columns
+from sst_kernels.inputs.moments import columns
 
 from .adapters import Adapter, load_adapter
 from .memory import fisher_memory

@@ -85,6 +85,7 @@ def fisher_accumulate(
     _usable(state_device)
     if grad_scale is not None and not 0 < abs(grad_scale) < float("inf"):
         raise ValueError(f"grad_scale must be finite and not zero, got {grad_scale}")
+    synchronised = isinstance(model, nn.parallel.DistributedDataParallel)  # waits for gradients of the branch's own weights
     model = unwrapped(model)
     sites = find_sites(model, adapter, modules)
     where = "patched" if point is None else point
@@ -114,8 +115,9 @@ def fisher_accumulate(
             'use "full", "diagonal" or "lowrank" in core space, or nonfinite="raise"'
         )
     accumulator = Accumulator(
-        model, sites, fisher, cores, reduction=reduction, grad_scale=grad_scale, nonfinite=nonfinite, group=group
-    )
+        model, sites, fisher, cores, branch=synchronised,
+        reduction=reduction, grad_scale=grad_scale, nonfinite=nonfinite, group=group,
+    )  # fmt: skip
     if resume is not None:
         accumulator.load_checkpoint(resume)
     return accumulator

@@ -41,9 +41,9 @@ class Pass:
     ):
         self.index, self.layout, self.divisor, self.grad_scale = index, layout, divisor, grad_scale
         self.source, self.groups = source, groups
-        self.claimed: set[tuple[str, str]] = set()
+        self.seen: set[str] = set()
+        self.claimed: set[str] = set()
         self.done: dict[str, Any] = {}
-        self.outputs: dict[str, Tensor] = {}
         self.complete = False
         self.counts = Counts(layout.samples, layout.tokens, int(layout.labels.sum()))
         self._measured: Tensor | None = None

@@ -1,7 +1,6 @@
-"""From a pair of Fishers to a filtered patch, and from a pair of input moments to what it reads."""
+"""From a pair of Fishers to a filtered patch."""
 
-from sst_kernels.subspace.inputs import filter_inputs
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.subspace import Subspace, subspace
 
-__all__ = ["Patch", "Prediction", "Subspace", "filter_inputs", "subspace"]
+__all__ = ["Patch", "Prediction", "Subspace", "subspace"]

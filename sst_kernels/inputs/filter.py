@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sst_kernels.fisher.inputs import InputMoments
+from sst_kernels.inputs.moments import InputMoments
 from sst_kernels.fisher.structures.moment import Moment, dense
 
 _LEVEL = (
