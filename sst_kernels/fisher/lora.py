@@ -124,12 +124,16 @@ def find_sites(model: nn.Module, adapter: str, modules: str | Iterable[str] | No
 
 def fingerprint(sites: Iterable[LoraSite]) -> str:
     """SHA-256 over names, scalings and weights: two Fishers belong to one adapter exactly when these agree."""
+    return digest_of((s.name, s.scaling, whole_weight(s.lora_a), whole_weight(s.lora_b)) for s in sites)
+
+
+def digest_of(modules: Iterable[tuple[str, float, Tensor, Tensor]]) -> str:
+    """`fingerprint` of modules given as name, scaling, A [r, d_in] and B [d_out, r]."""
     digest = hashlib.sha256()
-    for site in sites:
-        digest.update(f"{site.name}\0{site.scaling!r}\0".encode())
-        for part in (site.lora_a, site.lora_b):
-            weight = whole_weight(part).to("cpu", torch.float32).contiguous()
-            digest.update(weight.numpy().tobytes())
+    for name, scaling, *parts in modules:
+        digest.update(f"{name}\0{scaling!r}\0".encode())
+        for part in parts:
+            digest.update(part.to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -90,27 +90,48 @@ def sequence_nll(
         raise ValueError(
             'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
         )
-    if weights is not None and weights.shape != batch["labels"].shape:
-        raise ValueError(
-            f"weights must have the shape of the labels {tuple(batch['labels'].shape)}, got {tuple(weights.shape)}"
-        )
     source = labels if weights is None else "weighted data"
     with declared_loss(batch["labels"], source=source, groups=groups) as declaration:
         logits, answers, _ = label_logits(model, batch)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         if labels == "model":
-            with torch.no_grad():
-                predicted = logits.softmax(-1)
-                if predicted[:, 0].isnan().any():  # a row of NaN: CUDA would end the process
-                    raise FloatingPointError(
-                        "the model's logits are not finite, so that no labels can be drawn: load it in bfloat16 or float32, or take the "
-                        "Fisher at another point"
-                    )
-                answers = torch.multinomial(predicted, 1, generator=generator).squeeze(-1)
-        if weights is None:
-            return declaration.loss(nn.functional.cross_entropy(logits, answers, reduction="sum"))
-        factors = weights[:, 1:][batch["labels"][:, 1:] != IGNORE].to(logits)
-        return declaration.loss(nn.functional.cross_entropy(logits, answers, reduction="none") @ factors)
+            (answers,) = draw_labels(logits, 1, generator)
+        return declaration.loss(nll(logits, answers, batch["labels"], weights))
+
+
+def nll(logits: Tensor, answers: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ −log p of `answers` [L] under `logits` [L, V]; `weights` [N, T] of the label places of `labels` [N, T] or None.
+
+    Raises ValueError for weights of another shape than the labels.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if weights is None:
+        return nn.functional.cross_entropy(logits, answers, reduction="sum")
+    if weights.shape != labels.shape:
+        raise ValueError(
+            f"weights must have the shape of the labels {tuple(labels.shape)}, got {tuple(weights.shape)}"
+        )
+    factors = weights[:, 1:][labels[:, 1:] != IGNORE].to(logits)
+    return nn.functional.cross_entropy(logits, answers, reduction="none") @ factors
+
+
+@torch.no_grad()
+def draw_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> list[Tensor]:
+    """`draws` times labels [L] from the model's own predictions, by inverting their cumulative probabilities.
+
+    Raises FloatingPointError for logits that are not finite: on a GPU drawing from them would end the process.
+    """
+    cumulative = logits.float().softmax(-1).cumsum_(-1)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise FloatingPointError(
+            "the model's logits are not finite, so that no labels can be drawn: load it in bfloat16 or float32, or take the "
+            "Fisher at another point"
+        )
+    drawn = []
+    for _ in range(draws):
+        level = torch.rand(total.shape, generator=generator, device=total.device) * total
+        drawn.append(torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1))
+    return drawn
 
 
 def opening_weights(labels: Tensor, *, tokens: int = 4, weight: float = 3.0) -> Tensor:

@@ -45,9 +45,21 @@ class Pass:
         self.claimed: set[str] = set()
         self.done: dict[str, Any] = {}
         self.complete = False
+        self.schedule: list[str] = []  # the losses of `evidence`: one backward pass each
+        self.finished: list[Tensor] = []  # rows [N, ·] of those that have arrived
+        self.rows: Tensor | None = None  # and of the one under way
+        self.known: set[str] = set()  # modules whose moments hold this batch
         self.counts = Counts(layout.samples, layout.tokens, int(layout.labels.sum()))
         self._measured: Tensor | None = None
-        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._spans: dict[torch.device, Tensor] = {}
+        self._scales: dict[torch.device, Tensor] = {}
+
+    def again(self) -> None:
+        """Another backward pass through the same forward pass will follow, of a loss of its own."""
+        self.done.clear()
+        self.claimed.clear()
+        self._measured = None
+        self._scales.clear()
 
     def watch(self, loss: Tensor) -> None:
         """Measure ∂(what backward was called on)/∂loss when the backward pass enters at `loss`."""
@@ -80,24 +92,14 @@ class Pass:
         return torch.cat([pieces[site.name].to(first) for site in sites], 1)
 
     def spans(self, device: torch.device) -> Tensor:
-        return self._on(device)[0]
+        """Token ranges of the samples [N, 2], copied to each device once."""
+        if device not in self._spans:
+            self._spans[device] = self.layout.spans.to(device, non_blocking=True)
+        return self._spans[device]
 
     def scale(self, device: torch.device) -> Tensor:
-        return self._on(device)[1]
-
-    def samples_all(self, tokens: Tensor) -> Tensor:
-        """Which samples [N] have only true ones among their tokens; `tokens` [S] bool."""
-        false = torch.cat([tokens.new_zeros(1, dtype=torch.int64), (~tokens).cumsum(0)])
-        spans = self.spans(tokens.device)
-        return false[spans[:, 1]] == false[spans[:, 0]]
-
-    def counts_of(self, kept: Tensor) -> Counts:
-        spans = self.layout.spans[kept]
-        return Counts(len(spans), int((spans[:, 1] - spans[:, 0]).sum()), int(self.layout.labels[kept].sum()))
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._on_device:
-            spans = self.layout.spans.to(device, non_blocking=True)
+        """What turns the autograd gradients of the samples into those of their summed losses, [N]."""
+        if device not in self._scales:
             factor: float | Tensor = self.divisor
             if self.grad_scale is not None:
                 factor = self.divisor / self.grad_scale
@@ -108,5 +110,15 @@ class Pass:
                     f"batch {self.index}: the loss that backward() was called on does not come from the model's own loss, sequence_nll or "
                     "declared_loss, so its scale is unknown: use one of them, or state grad_scale="
                 )
-            self._on_device[device] = spans, torch.ones(self.layout.samples, device=device) * factor
-        return self._on_device[device]
+            self._scales[device] = torch.ones(self.layout.samples, device=device) * factor
+        return self._scales[device]
+
+    def samples_all(self, tokens: Tensor) -> Tensor:
+        """Which samples [N] have only true ones among their tokens; `tokens` [S] bool."""
+        false = torch.cat([tokens.new_zeros(1, dtype=torch.int64), (~tokens).cumsum(0)])
+        spans = self.spans(tokens.device)
+        return false[spans[:, 1]] == false[spans[:, 0]]
+
+    def counts_of(self, kept: Tensor) -> Counts:
+        spans = self.layout.spans[kept]
+        return Counts(len(spans), int((spans[:, 1] - spans[:, 0]).sum()), int(self.layout.labels[kept].sum()))

@@ -24,7 +24,9 @@ class Full(Joint):
     most 12·n² bytes whatever the number of samples, the same F, but which sample a row came from is lost, and with it the
     cross-module Fisher and cross-fitting (`rows` then raises).
 
-    State: `rows` [N, n] float32, and for "fold" also `matrix` [n, n] float64 (raw sums).
+    `dtype="bfloat16"` keeps rows in half the memory, rounded once each.
+
+    State: `rows` [N, n] in `dtype`, and for "fold" also `matrix` [n, n] float64 (raw sums).
     """
 
     kind = "full"
@@ -37,17 +39,23 @@ class Full(Joint):
         sample: str = "sequence",
         count: str = "sequences",
         rows: str = "keep",
+        dtype: str = "float32",
     ):
         super().__init__(shape, device=device, sample=sample, count=count)
         if rows not in ("keep", "fold"):
             raise ValueError(f'rows: expected "keep" or "fold", got {rows!r}')
-        self._mode = rows
-        self._buffer = RowBuffer(self.size, self.device)
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype: expected "float32" or "bfloat16", got {dtype!r}')
+        self._mode, self._dtype = rows, dtype
+        self._buffer = self._empty()
         self._columns: slice | None = None
         self._matrix: Tensor | None = None
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "rows": self._mode}
+        return {**super().options(), "rows": self._mode, "dtype": self._dtype}
+
+    def _empty(self) -> RowBuffer:
+        return RowBuffer(self.size, self.device, getattr(torch, self._dtype))
 
     @property
     def folded(self) -> bool:
@@ -129,7 +137,7 @@ class Full(Joint):
         if folded or (self._mode == "fold" and total > self.size):
             yield Sum([self._fold()])
             return
-        rows = RowBuffer(self.size, self.device)
+        rows = self._empty()
         rows.reserve(total)
         for piece in (yield Gather(self._buffer.rows)):
             rows.append(piece)
@@ -142,7 +150,7 @@ class Full(Joint):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._buffer, self._columns, self._matrix = RowBuffer(self.size, self.device), None, None
+        self._buffer, self._columns, self._matrix = self._empty(), None, None
         self._buffer.append(state["rows"].to(self.device))
         if "matrix" in state:
             self._sums().copy_(state["matrix"])

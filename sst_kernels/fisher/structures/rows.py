@@ -7,15 +7,16 @@ from torch import Tensor
 
 
 class RowBuffer:
-    """A float32 [N, width] matrix that grows by doubling; its rows are the samples of one device, in arrival order.
+    """A [N, width] matrix (float32 unless told otherwise) that grows by doubling; its rows are the samples of one device, in arrival order.
 
     One buffer may serve many blocks, each a range of its columns: the rows stay aligned across modules.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu"):
+    def __init__(self, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.width = int(width)
         self.device = torch.device(device)
-        self._store = torch.empty(0, self.width, dtype=torch.float32, device=self.device)
+        self.dtype = dtype
+        self._store = torch.empty(0, self.width, dtype=dtype, device=self.device)
         self._used = 0
 
     def __len__(self) -> int:
@@ -29,7 +30,7 @@ class RowBuffer:
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows in total, so that a pass of known length never copies."""
         if rows > len(self._store):
-            store = torch.empty(rows, self.width, dtype=torch.float32, device=self.device)
+            store = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
             store[: self._used] = self.rows
             self._store = store
 

@@ -1,0 +1,425 @@
+"""`Evidence`: what one reading of two sides' data tells about a patch, kept, so that every decision about it follows without the model.
+
+At the reference point (patch off) nothing that a patch reads changes what the model computes. One forward pass a batch therefore
+gives both the second moments of the inputs x of every patched module and, with its backward pass, the gradient of every sample n
+with respect to A,
+
+    G_n = Σ_t e_t x_tᵀ        [r, d_in],   e = c Bᵀ ∂L/∂y
+
+which knows the gradients in core coordinates for *any* row space A' that is chosen afterwards: ∂L/∂S = G_n A'ᵀ [r, r].
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from sst_kernels.evidence.reading import Reading
+from sst_kernels.evidence.side import Side
+from sst_kernels.fisher.base import Block, whole
+from sst_kernels.fisher.fisher import Fisher
+from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint, unwrapped, whole_weight
+from sst_kernels.fisher.memory import Estimate, require
+from sst_kernels.fisher.storage import read_tensors, write_tensors
+from sst_kernels.fisher.structures import Full
+from sst_kernels.inputs.filter import Basis, check_mu, filtered_in_basis, filtered_reads
+from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
+from sst_kernels.profiling import stage
+from sst_kernels.subspace import Subspace, subspace
+
+SideName = Literal["gain", "cost"]
+MUS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a basis is exact unless told otherwise
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The adapter that was read: per module A [r, d_in], B [d_out, r] (float32, CPU) and the scaling c."""
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    scaling: dict[str, float]
+
+    @classmethod
+    def of(cls, sites: Sequence[LoraSite]) -> Weights:
+        a, b = ({s.name: whole_weight(w(s)).to("cpu", torch.float32, copy=True) for s in sites} for w in (_lora_a, _lora_b))
+        return cls(a, b, {s.name: s.scaling for s in sites})
+
+    def metric(self, reads: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per module (c²BᵀB, AAᵀ), [r, r] float64, with other A where `reads` has them."""
+        out = {}
+        for name, a in (self.a if reads is None else reads).items():
+            b, wide = self.b[name].double(), a.double()
+            out[name] = (self.scaling[name] ** 2 * (b.T @ b), wide @ wide.T)
+        return out
+
+    def fingerprint(self, reads: Mapping[str, Tensor]) -> str:
+        """`fisher.lora.fingerprint` of the adapter that has these A."""
+        return digest_of((name, self.scaling[name], a, self.b[name]) for name, a in reads.items())
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The patch with its inputs filtered at the price `mu`: what it reads, and both Fishers of its core.
+
+    reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
+    `fisher_accumulate(point="reference")` would take them of a model that carries A'.
+    """
+
+    mu: float
+    reads: dict[str, Tensor]
+    gain: Fisher = field(repr=False)
+    cost: Fisher = field(repr=False)
+    weights: Weights = field(repr=False)
+
+    def subspace(self, **options: Any) -> Subspace:
+        """`sst_kernels.subspace` of both Fishers."""
+        return subspace(self.gain, self.cost, **options)
+
+    def factors(self, coordinates: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
+        return {
+            name: (self.reads[name], (self.weights.b[name].double() @ s.cpu().double()).float(), self.weights.scaling[name])
+            for name, s in coordinates.items()
+        }
+
+
+class Evidence:
+    """Both sides' gradients and input moments at the reference point. Make one with `Evidence.of(model, ...)` or `Evidence.load`.
+
+    Example:
+        >>> evidence = sst.Evidence.of(model, adapter="safety")                      # doctest: +SKIP
+        >>> with evidence.accumulate("gain") as reading:                             # doctest: +SKIP
+        ...     for batch in harm_batches:
+        ...         reading.backward(batch, weights=sst.opening_weights(batch["labels"]))
+        >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
+        ...     for batch in benign_batches:
+        ...         reading.backward(batch, labels="model", draws=2)
+        >>> patch = evidence.subspace(mu=3.0).soft(kl_budget=0.02)                   # doctest: +SKIP
+
+    Attributes:
+        gain, cost: the two `Side`s.
+        weights: the adapter that was read.
+        basis: where rows and moments are kept in (see `Basis`), None for all of d_in.
+        about: what the user says of model, template and data; `merge` and `resume` refuse another `about`.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        sides: tuple[Side, Side],
+        meta: dict[str, Any],
+        basis: Basis | None,
+        small: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
+    ):
+        self.weights, self.meta, self.basis = weights, meta, basis
+        self.gain, self.cost = sides
+        self._small = None if small is None else dict(small)
+        self._open: Callable[..., Reading] | None = None
+        self._last: Filtered | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        adapter: str = "default",
+        *,
+        basis: Basis | None = None,
+        rank: int | None = 512,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        modules: str | Iterable[str] | None = None,
+        state_device: torch.device | str | None = None,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        seed: int = 0,
+        group: Any = None,
+        about: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Evidence about `adapter` that holds nothing yet.
+
+        Args:
+            model: a model with PEFT LoRA layers, `adapter` among the active ones; others stay on.
+            basis: keep gradients and moments in these coordinates (see `pilot`, `Basis`); None keeps all of d_in, exactly.
+            rank: columns of the streaming sketches of moments of modules with d_in > 4·rank; None keeps [d_in, d_in] for all. Not
+                used with a basis, whose moments are whole.
+            dtype: of the kept gradients; "bfloat16" rounds each once, for half the memory.
+            modules: regular expression for, or names of, the modules to include; all that carry the adapter by default.
+            state_device: where gradients are kept, "cpu" to leave device memory to the model; beside the first module by default.
+            nonfinite: "raise" names the batch and sample whose gradients are not finite; "skip" leaves such samples out.
+            seed: of the sketches' test matrices.
+            group: torch.distributed group over which passes are shared: every rank brings its part and ends with the total.
+            about: what the evidence depends on beside the adapter's weights (model, template).
+
+        Raises ValueError for what `find_sites` refuses and a basis of other modules; MemoryError when the moments would not fit.
+        """
+        rank = None if rank is None else whole("rank", rank)
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype: expected "float32" or "bfloat16", got {dtype!r}')
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f'nonfinite: expected "raise" or "skip", got {nonfinite!r}')
+        model = unwrapped(model)
+        sites = find_sites(model, adapter, modules)
+        weights = Weights.of(sites)
+        if basis is None:
+            require_moments(model, sites, rank)
+        elif list(basis) != list(weights.a):
+            raise ValueError("the basis belongs to other modules: make it of moments of the same model and adapter")
+        device = None if state_device is None else torch.device(state_device)
+        widths = {s.name: width_of(s) if basis is None else len(basis[s.name]) for s in sites}
+        meta = {
+            "space": "reads",
+            "structure": "full",
+            "scope": "global",
+            "sample": "sequence",
+            "count": "sequences",
+            "point": "reference",
+            "point_given": True,
+            "adapter": adapter,
+            "fingerprint": fingerprint(sites),
+            "about": dict(about or {}),
+        }
+        blocks = [Block(s.name, s.name, (s.rank, widths[s.name])) for s in sites]
+        make = lambda: Side(  # noqa: E731
+            blocks,
+            MomentSums(widths, None if basis is not None else rank, seed),
+            meta,
+            metric=weights.metric(),
+            dtype=getattr(torch, dtype),
+            device=device,
+        )
+        out = cls(weights, (make(), make()), meta, basis)
+
+        def opened(side: Side) -> Reading:
+            return Reading(
+                model, sites, side, basis, reduction="mean", grad_scale=None, nonfinite=nonfinite, group=group
+            )
+
+        out._open = opened
+        return out
+
+    @property
+    def about(self) -> dict[str, str]:
+        return self.meta["about"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both sides."""
+        return self.gain.nbytes + self.cost.nbytes
+
+    def accumulate(
+        self, side: SideName, *, sequences: int | None = None, resume: str | os.PathLike | None = None
+    ) -> Reading:
+        """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
+
+        In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
+        The adapter is off while the context is open. `sequences`: how many rows this process will bring (each draw is one), if known:
+        MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
+        """
+        if side not in ("gain", "cost"):
+            raise ValueError(f'side: expected "gain" or "cost", got {side!r}')
+        if self._open is None:
+            raise RuntimeError("this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that")
+        own: Side = getattr(self, side)
+        reading = self._open(own)
+        if sequences is not None:
+            size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
+            where = own.device or reading.sites[0].device
+            half = {} if own.dtype == torch.bfloat16 else {'dtype="bfloat16"': Estimate(size // 2, size // 2)}
+            require(
+                "the gradients that an evidence keeps", Estimate(size, size), where, half, 'use state_device="cpu" or a basis'
+            )
+            own.reserve(sequences)
+        if resume is not None:
+            reading.load_checkpoint(resume)
+        self._last = None
+        return reading
+
+    @stage("filter")
+    def filter(self, mu: float, *, losses: Mapping[str, float] | None = None) -> Filtered:
+        """The patch with its inputs filtered at the price `mu` of benign ones; 0 leaves what it reads as it is.
+
+        `filter_inputs` of the kept moments, and the Fishers of that patch, without the model. With a basis A' is the best one in its
+        span. `losses`: factors of the gain's named losses, whose gradients add up; 1 each by default.
+
+        Raises ValueError for μ outside 0 … 1e100, losses that were not accumulated, and a side without data.
+        """
+        check_mu(mu)
+        for name, side in (("gain", self.gain), ("cost", self.cost)):
+            if not side.counts.sequences:
+                raise ValueError(f"the {name} side holds no sequences: accumulate it first")
+        if self._last is not None and self._last.mu == mu and losses is None:
+            return self._last
+        given = {name: a.double() for name, a in self.weights.a.items()}
+        columns = given  # A' in the coordinates that rows are kept in
+        if self.basis is not None:
+            columns = {name: self.basis.coordinates(name, a) for name, a in given.items()}
+            if mu and self._small is not None:
+                columns = filtered_in_basis(columns, self._small, mu)
+            elif mu:
+                columns = {n: new for n, (new,) in filtered_reads(columns, self.gain.moments, self.cost.moments, [mu]).items()}
+            reads = {name: (a.cpu() @ self.basis[name].cpu().double()).float() for name, a in columns.items()}
+            reads = reads if mu else dict(self.weights.a)
+        elif mu:
+            columns = {n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()}
+            reads = {name: a.to("cpu", torch.float32) for name, a in columns.items()}
+        else:
+            reads = dict(self.weights.a)
+        meta = {**self.meta, "space": "core", "fingerprint": self.weights.fingerprint(reads)}
+        meta.pop("about")
+        metric = self.weights.metric(reads)
+        gain = _core(self.gain, columns, meta, metric, losses)
+        cost = _core(self.cost, columns, meta, metric, None)
+        found = Filtered(mu, reads, gain, cost, self.weights)
+        if losses is None:
+            self._last = found
+        return found
+
+    def subspace(self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Any) -> Subspace:
+        """The solved pencil of the patch filtered at `mu` (`filter`); `options` as in `sst_kernels.subspace`."""
+        return self.filter(mu, losses=losses).subspace(**options)
+
+    def condense(self, mus: Sequence[float] = MUS) -> Evidence:
+        """The same evidence in a `Basis` of the filters at `mus`: some hundredth of the size, and decisions in milliseconds.
+
+        Exact at these μ (to rounding), and between them up to what `Basis` says; `read_loss` tells. Itself where there is a basis.
+        """
+        if self.basis is not None:
+            return self
+        basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, [m for m in mus if m])
+        sides = []
+        for side in (self.gain, self.cost):
+            blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
+            widths = {b.name: b.shape[1] for b in blocks}
+            new = Side(blocks, MomentSums(widths, None, side.moments.seed), side.meta, metric=side.metric, dtype=side.dtype, device=side.device)
+            new.moments.tokens, new.skipped = side.moments.tokens, list(side.skipped)
+            for name, fisher in side.rows.items():
+                rows = fisher.rows()
+                part = new.loss(name, rows.device)
+                assert isinstance(part.joint, Full)
+                part.joint.append(_times(rows, side, {n: basis.dual[n] for n in basis}, rows.new_empty(len(rows), new.width)))
+                part.joint.counts = copy.copy(fisher.counts)
+                part.groups, part.meta = list(fisher.groups), dict(fisher.meta)
+            sides.append(new)
+        return Evidence(self.weights, (sides[0], sides[1]), self.meta, basis, small)
+
+    def merge(self, other: Evidence) -> None:
+        """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
+        for key in ("fingerprint", "adapter", "about"):
+            if self.meta[key] != other.meta[key]:
+                raise ValueError(f"cannot merge evidence: {key} differs ({self.meta[key]!r} and {other.meta[key]!r})")
+        if self._small is not None or other._small is not None:
+            raise ValueError("condensed evidence has no moments to add: merge before condense()")
+        mine, theirs = self.basis, other.basis
+        if (mine is None) != (theirs is None) or (
+            mine is not None and theirs is not None and any(not torch.equal(mine[n], theirs[n]) for n in mine)
+        ):
+            raise ValueError("cannot merge evidence: it is kept in different bases")
+        self.gain.merge(other.gain)
+        self.cost.merge(other.cost)
+        self._last = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything to one safetensors file with a checksum, atomically. Raises `storage.StorageError`."""
+        tensors = {f"weights/{n}/A": a for n, a in self.weights.a.items()}
+        tensors |= {f"weights/{n}/B": b for n, b in self.weights.b.items()}
+        header: dict[str, Any] = {"kind": "evidence", "meta": self.meta, "scaling": self.weights.scaling, "sides": {}}
+        header["blocks"] = [[b.name, *b.shape] for b in self.gain.blocks]
+        for name, side in (("gain", self.gain), ("cost", self.cost)):
+            header["sides"][name], kept = side.pack()
+            tensors |= {f"{name}/{key}": tensor for key, tensor in kept.items()}
+        if self.basis is not None:
+            header["mus"] = self.basis.mus
+            tensors |= {f"basis/{n}/columns": q for n, q in self.basis.columns.items()}
+            tensors |= {f"basis/{n}/dual": q for n, q in self.basis.dual.items()}
+        for name, parts in (self._small or {}).items():
+            tensors |= {f"small/{name}/{i}": part for i, part in enumerate(parts)}
+        write_tensors(path, {name: tensor.detach() for name, tensor in tensors.items()}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Evidence:
+        """Read what `save` wrote. ValueError when the file is no evidence, is damaged, or has another schema."""
+        header, tensors = read_tensors(path, device)
+        if header.get("kind") != "evidence":
+            raise ValueError(f"{path} holds a {header.get('kind')!r}, expected evidence (sst-merge collect, Evidence.save)")
+        try:
+            names = [name for name, *_ in header["blocks"]]
+            blocks = [Block(name, name, (p, q)) for name, p, q in header["blocks"]]
+            part = lambda kind, leaf: {n: tensors[f"{kind}/{n}/{leaf}"] for n in names}  # noqa: E731
+            weights = Weights(
+                {n: t.cpu() for n, t in part("weights", "A").items()},
+                {n: t.cpu() for n, t in part("weights", "B").items()},
+                header["scaling"],
+            )
+            basis, small = None, None
+            if "mus" in header:
+                basis = Basis(part("basis", "columns"), part("basis", "dual"), header["mus"])
+                if f"small/{names[0]}/0" in tensors:
+                    kept = [part("small", i) for i in range(3)]
+                    small = {n: (kept[0][n], kept[1][n], kept[2][n]) for n in names}
+            sides = []
+            for name in ("gain", "cost"):
+                about = header["sides"][name]
+                moments = MomentSums(*(about["moments"][key] for key in ("widths", "rank", "seed")))
+                dtype = getattr(torch, about["dtype"].removeprefix("torch."))
+                side = Side(blocks, moments, header["meta"], metric=weights.metric(), dtype=dtype, device=torch.device(device))
+                own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
+                side.unpack(about, own)
+                sides.append(side)
+            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, small)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path}: its header does not describe evidence ({error!r}): collect it again") from error
+
+    def __repr__(self) -> str:
+        sides = ", ".join(f"{n}={s.counts.sequences} sequences" for n, s in (("gain", self.gain), ("cost", self.cost)))
+        kept = "all of d_in" if self.basis is None else f"a basis of {max(len(q) for q in self.basis.values())}"
+        return f"Evidence({len(self.weights.a)} modules, {sides}, {kept}, bytes={self.nbytes})"
+
+
+def _core(
+    side: Side,
+    columns: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    metric: Mapping[str, tuple[Tensor, Tensor]],
+    losses: Mapping[str, float] | None,
+) -> Fisher:
+    """The core-space Fisher of one side's rows for A' = `columns` in the coordinates that they are kept in."""
+    factors = dict.fromkeys(side.rows, 1.0) if losses is None else dict(losses)
+    if unknown := sorted(set(factors) - set(side.rows)):
+        raise ValueError(f"losses {unknown} were not accumulated; there are {sorted(side.rows)}")
+    blocks = [Block(b.name, b.module, (b.shape[0], len(columns[b.name]))) for b in side.blocks]
+    first = side.rows[next(iter(factors))]
+    assert first.joint is not None
+    total = torch.zeros(first.counts.sequences, sum(b.size for b in blocks), device=first.joint.device)
+    for name, factor in factors.items():
+        scaled = {n: factor * a for n, a in columns.items()} if factor != 1 else columns
+        _times(side.rows[name].rows(), side, scaled, total, add=True)
+    joint = Full((total.shape[1], 1), device=total.device)
+    joint.append(total)
+    joint.counts = copy.copy(first.counts)
+    about = {**meta, "labels": first.meta["labels"], "groups": first.meta["groups"]}
+    return Fisher(blocks, {}, joint, metric, about, list(first.groups))
+
+
+def _times(rows: Tensor, side: Side, columns: Mapping[str, Tensor], out: Tensor, *, add: bool = False) -> Tensor:
+    """Per block G [r, m] -> G columnsᵀ [r, q], for all rows; float32 products."""
+    at = 0
+    for block in side.blocks:
+        wide = columns[block.name].to(rows.device, torch.float32)
+        part = rows[:, side.columns[block.name]].reshape(-1, block.shape[1]).float() @ wide.mT
+        size = block.shape[0] * len(wide)
+        into = out[:, at : at + size]
+        into.copy_(into + part.view(len(rows), size) if add else part.view(len(rows), size))
+        at += size
+    return out
+
+
+def _lora_a(site: LoraSite) -> nn.Module:
+    return site.lora_a
+
+
+def _lora_b(site: LoraSite) -> nn.Module:
+    return site.lora_b
