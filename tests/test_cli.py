@@ -16,7 +16,6 @@ import torch
 from rich.progress import Task
 from typer.testing import CliRunner
 
-import sst_kernels as sst
 from sst_merge import cli
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
@@ -54,7 +53,7 @@ def inputs(world):
 def test_merge_from_flags_and_force(world, tmp_path):
     command = ["merge", *inputs(world), "--output", tmp_path / "out", "--kl-budget", "0.05", "--label-draws", "1"]
     plan = call(*command, "--dry-run")
-    assert "Fisher, benign" in plan
+    assert "reading, benign" in plan
     assert list(tmp_path.iterdir()) == []
     assert f"written to {tmp_path / 'out'}" in call(*command)
     first = json.loads((tmp_path / "out/report.json").read_text())
@@ -76,17 +75,34 @@ def test_flags_win_over_the_recipe(world, tmp_path):
     assert report["inputs"]["data"]["harm"]["sequences"] == 6
 
 
-def test_fisher_saves_what_sst_kernels_loads(world, tmp_path):
-    path = tmp_path / "harm.safetensors"
-    text = call(
-        *("fisher", "--model", world / "model", "--safety", world / "safety", "--data", world / "harm.jsonl"),
-        *("--point", "reference", "--labels", "model", "--draws", 2, "-o", path, "-q", "--device", "cpu"),
-    )
-    fisher = sst.Fisher.load(path)
-    assert fisher.counts.sequences == 16
-    assert fisher.meta["point"] == "reference"
-    assert f"16 sequences, {fisher.counts.tokens} tokens" in text
-    assert [p.name for p in tmp_path.iterdir()] == ["harm.safetensors"]
+def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
+    """One reading, then other strengths, scopes and filters of it without model or data: the same bits as runs of their own."""
+    path, own = tmp_path / "evidence.safetensors", tmp_path / "own"
+    text = call("collect", *inputs(world), "-o", path, "--label-draws", 2)
+    assert re.search(r"harm: 8 sequences, \d+ tokens read, \d+ label tokens\nbenign: 16 sequences", text)
+    assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"]
+    call("merge", *inputs(world), "-o", own, "--kl-budget", 0.05)
+    adapters = ["--safety", world / "safety", "--task", world / "task", "-q"]
+    for i, file in enumerate((path, own / "evidence.safetensors")):
+        call("merge", *adapters, "--evidence", file, "-o", tmp_path / f"{i}", "--kl-budget", 0.05)
+        assert (tmp_path / f"{i}" / "adapter_model.safetensors").read_bytes() == (
+            own / "adapter_model.safetensors"
+        ).read_bytes()
+    given = ["--kl-budget", 0.01, "--scope", "module", "--input-filter", 1.0]
+    call("merge", *adapters, "--evidence", path, "-o", tmp_path / "other", *given)
+    call("merge", *inputs(world), "-o", tmp_path / "anew", *given)
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("other", "anew"))
+    assert one == two
+    with pytest.raises(MergeError, match="another safety adapter"):
+        call("merge", "--safety", world / "task", "-q", "--evidence", path, "-o", tmp_path / "x")
+    with pytest.raises(MergeError, match="another task adapter"):
+        call("merge", "--safety", world / "safety", "-q", "--evidence", path, "-o", tmp_path / "x")
+    with pytest.raises(MergeError, match="unless evidence is given"):
+        call("merge", *adapters, "-o", tmp_path / "x")
+    with pytest.raises(MergeError, match="need a run of their own, without evidence"):
+        call("merge", *adapters, "--evidence", path, "-o", tmp_path / "x", "--structure", "lowrank")
+    with pytest.raises(MergeError, match=r"holds a 'fisher'|no file of sst_kernels|not a readable"):
+        call("merge", *adapters, "--evidence", own / "adapter_model.safetensors", "-o", tmp_path / "x")
 
 
 def test_evaluate_prints_a_table_and_writes_prompts(world, tmp_path):
@@ -118,19 +134,9 @@ def test_nothing_but_the_output_is_written(world, tmp_path, monkeypatch):
 
     before = contents()
     call("merge", *inputs(world), "-o", tmp_path / "merged", "--label-draws", "1", "--checkpoint-every", "1")
-    given = [
-        "--model",
-        world / "model",
-        "--safety",
-        world / "safety",
-        "--data",
-        world / "harm.jsonl",
-        "--device",
-        "cpu",
-    ]
-    call("fisher", *given, "-o", tmp_path / "harm.fisher", "--checkpoint-every", "1", "-q")
+    call("collect", *inputs(world), "-o", tmp_path / "evidence", "--checkpoint-every", "1")
     assert contents() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "harm.fisher", "merged", "tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "evidence", "merged", "tmp"]
 
 
 def test_env_reports(capsys):

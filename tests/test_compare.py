@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from sst_merge import compare as comparing
+from sst_merge import source
 from sst_merge.compare import compare
 from sst_merge.compare_plan import Comparison
 from sst_merge.compare_report import html, markdown
 from sst_merge.errors import MergeError, OutputError, RecipeError
-from sst_merge.methods import evidence
 from sst_merge.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
 from sst_merge.progress import Reporter
 from tests import merge_cases as cases
@@ -229,20 +229,23 @@ def test_methods_that_cannot_be_made_say_why(world, tmp_path):
 
 
 def test_each_fisher_is_accumulated_once(world, tmp_path, monkeypatch):
-    passes, run = [], evidence.fisher_pass
+    passes, run, read, collect = [], source.fisher_pass, [], source.collect
 
     def counted(session, data, **options):
         filtered = session.patch is not session.safety
         passes.append((options["structure"], options["space"], options["name"], options.get("opening"), filtered))
         return run(session, data, **options)
 
-    monkeypatch.setattr(evidence, "fisher_pass", counted)
+    monkeypatch.setattr(source, "fisher_pass", counted)
+    monkeypatch.setattr(source, "collect", lambda *given: read.append(given) or collect(*given))
     names = ["sst", "sst-core", "sst-patched", "sst-frobenius", "sst-module", "sst-top-k", "random-subspace", "diagonal-sst", "fisher-average"]  # fmt: skip
     given = {"methods": names, "strengths": {"plain": [0.5]} | {n: [0.05, 0.1] for n in names}}
     report = compare(Comparison.load(world / "compare.yml", output=tmp_path / "out", **given), reporter=QUIET)
     assert not report["refused"]
     assert len(passes) == len(set(passes))
     assert {p[:2] for p in passes} == {("full", "core"), ("diagonal", "factor")}
+    assert len(read) == 1
+    assert {p[2] for p in passes if p[0] == "full"} == {"harm-patched"}  # all others follow from the one reading
 
 
 def test_kl_at_is_log_linear_between_non_dominated_points():

@@ -26,20 +26,21 @@ def test_the_demo_compares_at_equal_cost_and_says_where_everything_is(tmp_path, 
         cases.write_jsonl(shipped / f"{name}.jsonl", cases.pairs(n, word))
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
     monkeypatch.setattr(demo, "WHEEL", str(cases.model_folder(tmp_path / "model")))
-    report = demo.run(tmp_path / "out", device="cpu", reporter=Reporter())
+    report = demo.run(tmp_path / "out", {"device": "cpu"}, reporter=Reporter())
     shown = capsys.readouterr()
 
     rows = report["evaluation"]
     assert list(rows) == [
         "no patch",
         *(f"plain addition, α = {alpha:g}" for alpha in demo.ALPHAS),
+        *(f"SST, {budget:g} nats predicted" for budget in demo.BUDGETS),
         *(f"SST, KL matched to α = {alpha:g}" for alpha in demo.MATCHED),
     ]
     for alpha in demo.MATCHED:
         target = rows[f"plain addition, α = {alpha:g}"]["benign_kl"]
         assert rows[f"SST, KL matched to α = {alpha:g}"]["benign_kl"] == pytest.approx(target, rel=demo.TOLERANCE)
     assert [point["measured_kl"] for point in report["calibration"]] == [
-        rows[f"SST, KL matched to α = {alpha:g}"]["benign_kl"] for alpha in demo.MATCHED
+        rows[name]["benign_kl"] for name in rows if name.startswith("SST")
     ]
     assert all(name.split(",")[0] in shown.out for name in rows)
     assert all(str(tmp_path / path) in shown.out for path in ("out", "out/report.md"))

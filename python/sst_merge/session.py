@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from .adapters import Adapter, load_adapter
 from .algebra import concatenate, transform
 from .data import Dataset
+from .errors import ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .models import attach, check_fit, load_model
 from .output import output_file
@@ -22,37 +22,46 @@ from .progress import Reporter
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
 
 
-@dataclass
 class Session:
     """A model with the task and the safety adapter on it; the reference is base + task, the patch absent.
 
-    `safety` is the adapter as given, `patch` what core coordinates are taken of: the same, until its reads are filtered.
+    The model is loaded when it is first asked for: what follows from evidence alone never asks. `safety` is the adapter as given,
+    `patch` the one on the model: the same, until passes of their own want its reads filtered.
     """
 
-    model: Any
-    tokenizer: Any
-    safety: Adapter
-    task: Adapter | None
-    reporter: Reporter
-    seconds: dict[str, float] = field(default_factory=dict)
-    patch: Adapter = field(init=False)
+    def __init__(self, load: Callable[[], tuple[Any, Any]], safety: Adapter, task: Adapter | None, reporter: Reporter):
+        self.safety, self.task, self.patch, self.reporter = safety, task, safety, reporter
+        self.seconds: dict[str, float] = {}
+        self._load = load
+        self._loaded: tuple[Any, Any] | None = None
 
-    def __post_init__(self) -> None:
-        self.patch = self.safety
+    @property
+    def model(self) -> Any:
+        """The PEFT model, both adapters on it. Raises ModelError or AdapterError when it is loaded."""
+        return self._network()[0]
 
-    def use(self, patch: Adapter) -> None:
-        """Filter `patch` from here on, in place of the safety adapter as it was given."""
-        if patch is not self.patch:
-            attach(self.model, SAFETY, patch)
-            self.patch = patch
+    @property
+    def tokenizer(self) -> Any:
+        return self._network()[1]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether anybody has asked for the model."""
+        return self._loaded is not None
 
     @property
     def reference(self) -> str | None:
         return TASK if self.task is not None else None
 
-    def merged(self, coordinates: Mapping[str, Tensor]) -> Adapter:
-        """task + the patch at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
-        return self._with_task(1.0, transform(self.patch, coordinates))
+    def use(self, patch: Adapter) -> None:
+        """Put `patch` on the model in place of the safety adapter as it was given."""
+        if patch is not self.patch:
+            attach(self.model, SAFETY, patch)
+            self.patch = patch
+
+    def merged(self, patch: Adapter, coordinates: Mapping[str, Tensor]) -> Adapter:
+        """task + `patch` at core coordinates S [r, r] per module (`Patch.coordinates`): exact, by concatenation."""
+        return self._with_task(1.0, transform(patch, coordinates))
 
     def plain(self, alpha: float) -> Adapter:
         """task + α · safety: task arithmetic, the baseline."""
@@ -69,9 +78,21 @@ class Session:
     def _with_task(self, weight: float, patch: Adapter) -> Adapter:
         return concatenate([*([(1.0, self.task)] if self.task is not None else []), (weight, patch)])
 
+    def _network(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            start = time.monotonic()
+            network, tokenizer = self._load()
+            _check(network, [self.safety, self.task], self.reporter)
+            network = attach(network, SAFETY, self.safety)
+            if self.task is not None:
+                network = attach(network, TASK, self.task)
+            self._loaded = network, tokenizer
+            self.seconds["load"] = time.monotonic() - start
+        return self._loaded
+
 
 def open_session(
-    model: str,
+    model: str | None,
     safety: Path,
     task: Path | None = None,
     *,
@@ -79,15 +100,16 @@ def open_session(
     device: str = "auto",
     reporter: Reporter,
 ) -> Session:
-    """Load a model with its adapters. Raises ModelError or AdapterError."""
-    start = time.monotonic()
+    """Adapters, and a model that is loaded when asked for. Raises AdapterError, and ModelError when it is loaded."""
+
+    def load() -> tuple[Any, Any]:
+        if model is None:
+            raise ModelError("this needs the model: give --model")
+        return load_model(model, dtype=dtype, device=device)
+
     patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
-    _warn(network, [patch, base_task], reporter)
-    network = attach(network, SAFETY, patch)
-    if base_task is not None:
-        network = attach(network, TASK, base_task)
-    return Session(network, tokenizer, patch, base_task, reporter, {"load": time.monotonic() - start})
+    _warn([patch, base_task], reporter)
+    return Session(load, patch, base_task, reporter)
 
 
 def evaluate_folders(
@@ -115,7 +137,8 @@ def evaluate_folders(
         folders = {str(path): load_adapter(path) for path in adapters}
         base_task = load_adapter(task) if task is not None else None
         network, tokenizer = load_model(model, dtype=dtype, device=device)
-        _warn(network, [base_task, *folders.values()], reporter)
+        _warn([base_task, *folders.values()], reporter)
+        _check(network, [base_task, *folders.values()], reporter)
         reference = None
         if base_task is not None:
             network, reference = attach(network, TASK, base_task), TASK
@@ -138,7 +161,7 @@ def evaluate_folders(
     return results
 
 
-def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
+def _warn(adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
     given = [adapter for adapter in adapters if adapter is not None]
     bases = {adapter.base_model.rstrip("/").rsplit("/", 1)[-1]: adapter.base_model for adapter in given}
     bases.pop("", None)
@@ -146,6 +169,9 @@ def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) ->
         reporter.warn(
             f"the adapters name different base models, {' and '.join(bases.values())}: where the shapes agree, nothing else tells"
         )
-    for adapter in given:
+
+
+def _check(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
+    for adapter in filter(None, adapters):
         for warning in check_fit(model, adapter):
             reporter.warn(f"{adapter.path}: {warning}")

@@ -28,13 +28,12 @@ from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint
 from sst_kernels.fisher.memory import Estimate, require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
-from sst_kernels.inputs.filter import Basis, check_mu, filtered_in_basis, filtered_reads
+from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
 from sst_kernels.subspace import Subspace, subspace
 
 SideName = Literal["gain", "cost"]
-MUS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a basis is exact unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class Weights:
 
     @classmethod
     def of(cls, sites: Sequence[LoraSite]) -> Weights:
-        a, b = ({s.name: whole_weight(w(s)).to("cpu", torch.float32, copy=True) for s in sites} for w in (_lora_a, _lora_b))
+        a, b = (
+            {s.name: whole_weight(w(s)).to("cpu", torch.float32, copy=True) for s in sites} for w in (_lora_a, _lora_b)
+        )
         return cls(a, b, {s.name: s.scaling for s in sites})
 
     def metric(self, reads: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -84,7 +85,11 @@ class Filtered:
     def factors(self, coordinates: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
         """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
         return {
-            name: (self.reads[name], (self.weights.b[name].double() @ s.cpu().double()).float(), self.weights.scaling[name])
+            name: (
+                self.reads[name],
+                (self.weights.b[name].double() @ s.cpu().double()).float(),
+                self.weights.scaling[name],
+            )
             for name, s in coordinates.items()
         }
 
@@ -121,7 +126,7 @@ class Evidence:
         self.gain, self.cost = sides
         self._small = None if small is None else dict(small)
         self._open: Callable[..., Reading] | None = None
-        self._last: Filtered | None = None
+        self._last: tuple[Any, Filtered] | None = None
 
     @classmethod
     def of(
@@ -222,7 +227,9 @@ class Evidence:
         if side not in ("gain", "cost"):
             raise ValueError(f'side: expected "gain" or "cost", got {side!r}')
         if self._open is None:
-            raise RuntimeError("this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that")
+            raise RuntimeError(
+                "this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that"
+            )
         own: Side = getattr(self, side)
         reading = self._open(own)
         if sequences is not None:
@@ -230,7 +237,11 @@ class Evidence:
             where = own.device or reading.sites[0].device
             half = {} if own.dtype == torch.bfloat16 else {'dtype="bfloat16"': Estimate(size // 2, size // 2)}
             require(
-                "the gradients that an evidence keeps", Estimate(size, size), where, half, 'use state_device="cpu" or a basis'
+                "the gradients that an evidence keeps",
+                Estimate(size, size),
+                where,
+                half,
+                'use state_device="cpu" or a basis',
             )
             own.reserve(sequences)
         if resume is not None:
@@ -251,8 +262,9 @@ class Evidence:
         for name, side in (("gain", self.gain), ("cost", self.cost)):
             if not side.counts.sequences:
                 raise ValueError(f"the {name} side holds no sequences: accumulate it first")
-        if self._last is not None and self._last.mu == mu and losses is None:
-            return self._last
+        asked = mu, None if losses is None else tuple(sorted(losses.items()))
+        if self._last is not None and self._last[0] == asked:
+            return self._last[1]
         given = {name: a.double() for name, a in self.weights.a.items()}
         columns = given  # A' in the coordinates that rows are kept in
         if self.basis is not None:
@@ -260,11 +272,15 @@ class Evidence:
             if mu and self._small is not None:
                 columns = filtered_in_basis(columns, self._small, mu)
             elif mu:
-                columns = {n: new for n, (new,) in filtered_reads(columns, self.gain.moments, self.cost.moments, [mu]).items()}
+                columns = {
+                    n: new for n, (new,) in filtered_reads(columns, self.gain.moments, self.cost.moments, [mu]).items()
+                }
             reads = {name: (a.cpu() @ self.basis[name].cpu().double()).float() for name, a in columns.items()}
             reads = reads if mu else dict(self.weights.a)
         elif mu:
-            columns = {n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()}
+            columns = {
+                n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()
+            }
             reads = {name: a.to("cpu", torch.float32) for name, a in columns.items()}
         else:
             reads = dict(self.weights.a)
@@ -274,8 +290,7 @@ class Evidence:
         gain = _core(self.gain, columns, meta, metric, losses)
         cost = _core(self.cost, columns, meta, metric, None)
         found = Filtered(mu, reads, gain, cost, self.weights)
-        if losses is None:
-            self._last = found
+        self._last = asked, found
         return found
 
     def subspace(self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Any) -> Subspace:
@@ -289,18 +304,25 @@ class Evidence:
         """
         if self.basis is not None:
             return self
-        basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, [m for m in mus if m])
+        basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
         sides = []
         for side in (self.gain, self.cost):
             blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
             widths = {b.name: b.shape[1] for b in blocks}
-            new = Side(blocks, MomentSums(widths, None, side.moments.seed), side.meta, metric=side.metric, dtype=side.dtype, device=side.device)
+            new = Side(
+                blocks,
+                MomentSums(widths, None, side.moments.seed),
+                side.meta,
+                metric=side.metric,
+                dtype=side.dtype,
+                device=side.device,
+            )
             new.moments.tokens, new.skipped = side.moments.tokens, list(side.skipped)
             for name, fisher in side.rows.items():
                 rows = fisher.rows()
                 part = new.loss(name, rows.device)
                 assert isinstance(part.joint, Full)
-                part.joint.append(_times(rows, side, {n: basis.dual[n] for n in basis}, rows.new_empty(len(rows), new.width)))
+                part.joint.append(_times(rows, side, basis.columns, rows.new_empty(len(rows), new.width)))
                 part.joint.counts = copy.copy(fisher.counts)
                 part.groups, part.meta = list(fisher.groups), dict(fisher.meta)
             sides.append(new)
@@ -344,7 +366,9 @@ class Evidence:
         """Read what `save` wrote. ValueError when the file is no evidence, is damaged, or has another schema."""
         header, tensors = read_tensors(path, device)
         if header.get("kind") != "evidence":
-            raise ValueError(f"{path} holds a {header.get('kind')!r}, expected evidence (sst-merge collect, Evidence.save)")
+            raise ValueError(
+                f"{path} holds a {header.get('kind')!r}, expected evidence (sst-merge collect, Evidence.save)"
+            )
         try:
             names = [name for name, *_ in header["blocks"]]
             blocks = [Block(name, name, (p, q)) for name, p, q in header["blocks"]]
@@ -365,7 +389,9 @@ class Evidence:
                 about = header["sides"][name]
                 moments = MomentSums(*(about["moments"][key] for key in ("widths", "rank", "seed")))
                 dtype = getattr(torch, about["dtype"].removeprefix("torch."))
-                side = Side(blocks, moments, header["meta"], metric=weights.metric(), dtype=dtype, device=torch.device(device))
+                side = Side(
+                    blocks, moments, header["meta"], metric=weights.metric(), dtype=dtype, device=torch.device(device)
+                )
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)

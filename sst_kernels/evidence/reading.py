@@ -14,7 +14,7 @@ from sst_kernels.distributed import gather_objects
 from sst_kernels.evidence.side import Side
 from sst_kernels.fisher.hooks import Hooks
 from sst_kernels.fisher.lora import LoraSite
-from sst_kernels.fisher.loss import declared_loss, draw_labels, label_logits, nll
+from sst_kernels.fisher.loss import NO_LABELS, declared_loss, draw_labels, label_logits, nll
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.taps import LayerTap, Signal
@@ -79,9 +79,11 @@ class Reading(Hooks):
         if draws > 1 and groups is None:
             start = self._side.next_group
             groups = range(start, start + len(batch["labels"]))
+        if batch.get("labels") is None:
+            raise ValueError(NO_LABELS)
         source = labels if weights is None else "weighted data"
         try:
-            with declared_loss(batch.get("labels"), source=source, groups=groups):
+            with declared_loss(batch["labels"], source=source, groups=groups):
                 logits, answers, _ = label_logits(self.model, batch)
                 current = self._waiting[-1]
                 drawn = draw_labels(logits, draws, generator) if labels == "model" else None

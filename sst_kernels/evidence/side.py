@@ -63,7 +63,9 @@ class Side:
     def loss(self, name: str, device: torch.device | None = None) -> Fisher:
         """The rows of a named loss; a new one holds none."""
         if name not in self.rows:
-            joint = Full((self.width, 1), device=self.device or device or "cpu", dtype=str(self.dtype).removeprefix("torch."))
+            joint = Full(
+                (self.width, 1), device=self.device or device or "cpu", dtype=str(self.dtype).removeprefix("torch.")
+            )
             joint.reserve(self._expected)
             meta = {**self.meta, "loss": name, "labels": None, "groups": None}
             self.rows[name] = Fisher(self.blocks, {}, joint, self.metric, meta)
@@ -101,11 +103,20 @@ class Side:
         for name, fisher in self.rows.items():
             losses[name], kept = fisher.pack()
             tensors |= {f"loss/{name}/{key}": tensor for key, tensor in kept.items() if not key.startswith("metric/")}
-        header = {"meta": self.meta, "moments": about, "losses": losses, "skipped": self.skipped, "dtype": str(self.dtype)}
+        header = {
+            "meta": self.meta,
+            "moments": about,
+            "losses": losses,
+            "skipped": self.skipped,
+            "dtype": str(self.dtype),
+        }
         return header, tensors
 
     def unpack(
-        self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device] | None = None
+        self,
+        header: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        devices: Mapping[str, torch.device] | None = None,
     ) -> None:
         """Replace the state by a packed one. ValueError, naming what differs, when it is of another pass."""
         differing = [key for key, value in self.meta.items() if header["meta"].get(key) != value]
@@ -123,5 +134,7 @@ class Side:
         home = None if devices is None else next(iter(devices.values()))
         for name, about in header["losses"].items():
             prefix = f"loss/{name}/"
-            self.loss(name, home).unpack(about, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            self.loss(name, home).unpack(
+                about, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
         self.skipped = [(batch, sample) for batch, sample in header["skipped"]]

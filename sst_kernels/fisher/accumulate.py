@@ -85,7 +85,9 @@ def fisher_accumulate(
     _usable(state_device)
     if grad_scale is not None and not 0 < abs(grad_scale) < float("inf"):
         raise ValueError(f"grad_scale must be finite and not zero, got {grad_scale}")
-    synchronised = isinstance(model, nn.parallel.DistributedDataParallel)  # waits for gradients of the branch's own weights
+    synchronised = isinstance(
+        model, nn.parallel.DistributedDataParallel
+    )  # waits for gradients of the branch's own weights
     model = unwrapped(model)
     sites = find_sites(model, adapter, modules)
     where = "patched" if point is None else point

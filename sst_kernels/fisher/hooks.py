@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
@@ -74,6 +75,10 @@ class Hooks(ABC):
     @abstractmethod
     def _reduce(self) -> None:
         """Combine over the group."""
+
+    @abstractmethod
+    def save_checkpoint(self, path: str | os.PathLike, progress: Mapping[str, Any] | None = None) -> None:
+        """Write the state of the pass, atomically, with what `progress` says of it."""
 
     def _settle(self) -> None:
         """Wait for what is under way; raise what a device has found."""
@@ -192,7 +197,7 @@ class Hooks(ABC):
         current.seen.add(site.name)
         self._look(current, site, kept)
 
-    def _look(self, current: Pass, site: LoraSite, kept: Tensor) -> None:
+    def _look(self, current: Pass, site: LoraSite, kept: Tensor) -> None:  # noqa: B027
         """What a module reads, in the forward pass."""
 
     def claim(self, site: LoraSite) -> Pass | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sst_kernels.fisher.lora import unwrapped
 
 IGNORE = -100
-_NO_LABELS = "batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer"
+NO_LABELS = "batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer"
 
 
 @dataclass
@@ -85,7 +85,7 @@ def sequence_nll(
     if labels not in ("data", "model"):
         raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
     if batch.get("labels") is None:
-        raise ValueError(_NO_LABELS)
+        raise ValueError(NO_LABELS)
     if weights is not None and labels == "model":
         raise ValueError(
             'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
@@ -107,9 +107,7 @@ def nll(logits: Tensor, answers: Tensor, labels: Tensor, weights: Tensor | None)
     if weights is None:
         return nn.functional.cross_entropy(logits, answers, reduction="sum")
     if weights.shape != labels.shape:
-        raise ValueError(
-            f"weights must have the shape of the labels {tuple(labels.shape)}, got {tuple(weights.shape)}"
-        )
+        raise ValueError(f"weights must have the shape of the labels {tuple(labels.shape)}, got {tuple(weights.shape)}")
     factors = weights[:, 1:][labels[:, 1:] != IGNORE].to(logits)
     return nn.functional.cross_entropy(logits, answers, reduction="none") @ factors
 
@@ -158,7 +156,7 @@ def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     values. Raises ValueError without labels, if every label is masked, and for encoder-decoder models.
     """
     if batch.get("labels") is None:
-        raise ValueError(_NO_LABELS)
+        raise ValueError(NO_LABELS)
     plain: Any = unwrapped(model)
     plain = unwrapped(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
     if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):

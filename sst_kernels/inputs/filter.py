@@ -18,7 +18,10 @@ _ROUNDING = (
     1e-3,
     1e-2,
 )  # shares of the diagonal added to it, the first that suffices: float32 sums round coordinate by coordinate
-_DEPENDENT = 1e-10  # squared length, in the inputs' own metric, below which a direction of unit length adds nothing to a basis
+MUS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a basis is exact unless told otherwise
+_DEPENDENT = (
+    1e-10  # squared length, in the inputs' own metric, below which a direction of unit length adds nothing to a basis
+)
 
 
 def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str, Tensor]:
@@ -128,13 +131,18 @@ class Basis(Mapping[str, Tensor]):
         return cls(columns, dual, mus), small
 
 
+def basis_of(gain: InputMoments, cost: InputMoments, mus: Sequence[float] = MUS) -> Basis:
+    """The basis of the filters at `mus`, from two passes of `input_moments` (a pilot over a share of the prompts, say)."""
+    return Basis.of(gain.reads, gain.sums, cost.sums, mus)[0]
+
+
 def filtered_in_basis(
     reads: Mapping[str, Tensor], small: Mapping[str, tuple[Tensor, Tensor, Tensor]], mu: float
 ) -> dict[str, Tensor]:
     """Per module A' [r, m] float64 of A [r, m], both in coordinates of a basis: the best A' in its span."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, own in reads.items():
-        groups.setdefault(tuple(own.shape), []).append(name)
+        groups.setdefault((own.shape[0], own.shape[1]), []).append(name)
     out: dict[str, Tensor] = {}
     for names in groups.values():
         x, ridged, other = (torch.stack(part) for part in zip(*(small[name] for name in names)))

@@ -64,7 +64,8 @@ class MomentSums(Mapping[str, Moment]):
         if leader == name:
             if known is None or name not in known:
                 self._sum(name, flat.device).add(flat, spans, None)
-                known is None or known.add(name)
+                if known is not None:
+                    known.add(name)
         elif leader != reader:
             raise RuntimeError(
                 f"{name} read what {leader} reads in the first batch, and something else now: give the modules apart with modules="
@@ -103,7 +104,13 @@ class MomentSums(Mapping[str, Moment]):
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All state as a JSON-able header and tensors by name."""
-        about = {"widths": self.widths, "rank": self.rank, "seed": self.seed, "tokens": self.tokens, "shared": self.shared}
+        about = {
+            "widths": self.widths,
+            "rank": self.rank,
+            "seed": self.seed,
+            "tokens": self.tokens,
+            "shared": self.shared,
+        }
         tensors = {f"{name}/sum": m.sum for name, m in self._sums.items()}
         return about, tensors | {f"{name}/trace": m.trace for name, m in self._sums.items()}
 

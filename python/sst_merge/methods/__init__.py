@@ -7,7 +7,6 @@ import difflib
 from ..errors import RecipeError
 from . import masks, peft_svd, projection, regmean, sparse, spectral, sst, task_arithmetic
 from .base import Inputs, Method
-from .evidence import Evidence
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -15,7 +14,7 @@ METHODS: dict[str, Method] = {
     for method in module.METHODS
 }
 
-__all__ = ["METHODS", "Evidence", "Inputs", "Method", "find"]
+__all__ = ["METHODS", "Inputs", "Method", "find"]
 
 
 def find(name: str) -> Method:

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..adapters import Adapter, LoraTerm
 from ..algebra import concatenate, recompress, transform
 from ..errors import AdapterError, MergeError
+from ..specs import Pencil
 
 if TYPE_CHECKING:
-    from .evidence import Evidence
+    from ..source import Source
 
 
 @dataclass
@@ -23,19 +24,21 @@ class Inputs:
     """What every method is given.
 
     rank: rank at which methods that work on the dense ΔW export it; None exports the whole numerical rank, exactly.
-    evidence: Fishers and activations on the fitting data, for methods with `needs`.
+    source: evidence, Fishers and activations on the fitting data, for methods with `needs`. pencil: what they take where a method does
+    not say otherwise.
     """
 
     task: Adapter | None
     safety: Adapter
-    evidence: Evidence | None = None
+    source: Source | None = None
+    pencil: Pencil = field(default_factory=Pencil)
     rank: int | None = None
     seed: int = 0
 
-    def require(self) -> Evidence:
-        if self.evidence is None:
+    def require(self) -> Source:
+        if self.source is None:
             raise MergeError("this method looks at data: give the comparison harm_data and benign_data")
-        return self.evidence
+        return self.source
 
 
 @dataclass(frozen=True)

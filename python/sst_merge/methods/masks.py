@@ -15,6 +15,7 @@ from sst_kernels.fisher.structures import Diagonal, Vila
 from sst_kernels.fisher.structures.vila import select_top, vila_ratio
 
 from ..adapters import Adapter, LoraTerm
+from ..specs import Fishers
 from .base import Inputs, Method, check_strength, with_task
 from .sst import SHARES
 
@@ -40,9 +41,14 @@ def _factors(fisher: Fisher, name: str, kind: type[S]) -> tuple[S, S]:
     return a, b
 
 
+def of_factors(structure: str) -> Fishers:
+    """Per factor A and B of the patch as it is: refusals at the patched point, benign answers at the reference."""
+    return Fishers(0.0, 1.0, structure, space="factor", harm_points=("patched",))
+
+
 def _diagonals(inputs: Inputs) -> Callable[[str], list[tuple[Tensor, Tensor]]]:
     """Per module, for A and B: (F_harm, F_benign) of the entries."""
-    gain, cost = inputs.require().fishers("diagonal", space="factor", point="patched")
+    gain, cost = inputs.require().fishers(of_factors("diagonal"))
 
     def of(name: str) -> list[tuple[Tensor, Tensor]]:
         sides = zip(_factors(gain, name, Diagonal), _factors(cost, name, Diagonal))
@@ -82,7 +88,7 @@ def _fisher_average(inputs: Inputs, strength: float) -> Adapter:
 def _vila(inputs: Inputs, strength: float) -> Adapter:
     """Keep the output rows of each module (rows of B) with the largest harm-to-benign ratio of VILA importances."""
     check_strength(strength, 0.0, 1.0)
-    harm, benign = inputs.require().fishers("vila", space="factor", point="patched")
+    harm, benign = inputs.require().fishers(of_factors("vila"))
 
     def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
         ratio = vila_ratio(_factors(harm, name, Vila), _factors(benign, name, Vila))

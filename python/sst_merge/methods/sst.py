@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,18 +13,21 @@ from sst_kernels.subspace.coordinates import Coordinates
 
 from ..adapters import Adapter
 from ..algebra import transform
+from ..specs import Fishers, Pencil, Strength
 from .base import Inputs, Method, check_strength, from_cores, with_task
 
 BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)
+PATH: tuple[str | float, ...] = ("reference", 0.5, "patched")
 _BOTH = ("harm", "benign", "model")
+Rule = Literal["soft", "top_k", "threshold"]
 
 
-def _budget(rule: str, options: dict[str, Any], inputs: Inputs, strength: float) -> Adapter:
-    evidence = inputs.require()
-    patch = evidence.patch() if options["filtered"] else inputs.safety
-    space = evidence.subspace(**options)
-    return with_task(inputs, transform(patch, getattr(space, rule)(kl_budget=strength).coordinates))
+def _budget(rule: Rule, change: dict[str, Any], of_fishers: dict[str, Any], inputs: Inputs, strength: float) -> Adapter:
+    given = inputs.pencil
+    pencil: Pencil = replace(given, **change, fishers=replace(given.fishers, **of_fishers))
+    patch, reads = inputs.require().filtered(pencil, Strength(rule, kl_budget=strength))
+    return with_task(inputs, transform(reads, patch.coordinates))
 
 
 def _reads_only(inputs: Inputs, strength: float) -> Adapter:
@@ -32,10 +36,14 @@ def _reads_only(inputs: Inputs, strength: float) -> Adapter:
     return with_task(inputs, inputs.require().patch(strength))
 
 
+def _unfiltered(inputs: Inputs) -> Fishers:
+    return replace(inputs.pencil.fishers, input_filter=0.0)
+
+
 def _gain_only(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in the top eigenvectors of F_harm alone, a share of them; metric: Frobenius norm of ΔW."""
     check_strength(strength, 0.0, 1.0)
-    gain = inputs.require().gain(weighted=True)
+    gain = inputs.require().gain(_unfiltered(inputs))
     z = _coordinates(gain)
     rows = z.gradients(gain.rows().cpu())
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -46,7 +54,7 @@ def _gain_only(inputs: Inputs, strength: float) -> Adapter:
 def _random(inputs: Inputs, strength: float) -> Adapter:
     """The patch's part in random directions of each module, a share of them."""
     check_strength(strength, 0.0, 1.0)
-    gain = inputs.require().gain(weighted=True)
+    gain = inputs.require().gain(_unfiltered(inputs))
     z = _coordinates(gain)
     patch, generator = z.patch(), torch.Generator().manual_seed(inputs.seed)
     for where in z.slices.values():
@@ -66,42 +74,32 @@ def _form(
     name: str,
     structure: str,
     scope: str,
-    point: str = "reference",
+    points: tuple[str | float, ...] = ("reference",),
     metric: str = "kronecker",
-    rule: str = "soft",
+    rule: Rule = "soft",
     weighted: bool = True,
     filtered: bool = True,
     source: str = "ours",
 ) -> Method:
-    where = "along the patch's path" if point == "path" else f"at the {point} point"
+    where = "along the patch's path" if len(points) > 1 else f"at the {points[0]} point"
     words = "first words weighted" if weighted else "all words alike"
     reads = "reads closed to benign inputs" if filtered else "reads as they are"
     variant = f"{reads}; {structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
-    options = {
-        "structure": structure,
-        "scope": scope,
-        "point": point,
-        "metric": metric,
-        "weighted": weighted,
-        "filtered": filtered,
-    }
-    return Method(
-        name,
-        source,
-        variant,
-        "KL budget, nats per label token",
-        BUDGETS,
-        partial(_budget, rule, options),
-        _BOTH,
-    )
+    # Rows over all modules serve both scopes; other structures keep what their scope needs.
+    of_fishers: dict[str, Any] = {"structure": structure, "options": (), "harm_points": points}
+    of_fishers["scope"] = "global" if structure == "full" else scope
+    of_fishers |= {} if weighted else {"opening_weight": 1.0}
+    of_fishers |= {} if filtered else {"input_filter": 0.0}
+    merge = partial(_budget, rule, {"scope": scope, "metric": metric}, of_fishers)
+    return Method(name, source, variant, "KL budget, nats per label token", BUDGETS, merge, _BOTH)
 
 
 METHODS = [
     _form("sst", "full", "global"),
     _form("sst-core", "full", "global", filtered=False),
     Method("input-filter", "after RegMean, arXiv:2212.09849", "A' = A X_harm (X_harm + μ X_benign)⁻¹, the task adapter as it is; no Fisher", "μ, the price of benign inputs", (100.0, 30.0, 10.0, 3.0, 1.0), _reads_only, _BOTH),
-    _form("sst-path", "full", "global", "path"),
-    _form("sst-patched", "full", "global", "patched"),
+    _form("sst-path", "full", "global", PATH),
+    _form("sst-patched", "full", "global", ("patched",)),
     _form("sst-uniform", "full", "global", weighted=False),
     _form("sst-frobenius", "full", "global", metric="frobenius"),
     _form("sst-top-k", "full", "global", rule="top_k"),
