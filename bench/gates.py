@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -70,26 +72,29 @@ def inputs_gate(device: str) -> float:
     return max(ratios.values())
 
 
-def gevp_gate(space: sst.Subspace) -> float:
-    """Residual and B-orthonormality, in all n coordinates, of the pairs a subspace holds, relative to the largest λ."""
-    worst = 0.0
-    device = space._patch.device
-    gain, cost = (space._z.gradients(f.rows().to(device)) / len(f.rows()) ** 0.5 for f in (space.gain, space.cost))
-    blocks = list(space._z.slices.values()) if space.scope == "module" else [slice(0, space._z.size)]
-    for block, spectrum in list(zip(blocks, space._spectra))[:3]:
-        small = torch.zeros(len(space._patch), spectrum.vectors.shape[1], dtype=torch.float64, device=device)
-        small[spectrum.where] = spectrum.vectors
-        u, w, v = gain[:, block], cost[:, block], space._system.space.lift(small)[block]
-        bv = w.mT @ (w @ v) + space.epsilon * v
-        gram = v.mT @ bv
-        residual = v.mT @ (u.mT @ (u @ v)) - gram * spectrum.values
-        worst = max(
-            worst,
-            float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()),
-            float(residual.abs().max() / spectrum.values.max()),
-        )
-    assert worst <= 1e-8, f"eigenpairs: residual or orthonormality {worst:.2e} exceeds 1e-8"
-    return worst
+def solve_gate(gain: sst.Fisher, cost: sst.Fisher, scope: str) -> float:
+    """The soft filter against what defines it: its patch s' makes (s'−s)ᵀF_gain(s'−s) + μ s'ᵀ(F_cost + ε M)s' stationary.
+
+    In the metric M = ‖ΔW‖², which is public. Returns the gradient in all n coordinates over the sizes of its terms.
+    """
+    space = sst.subspace(gain, cost, scope=scope, metric="frobenius")
+    mu = float(space.values[len(space.values) // 4])
+    patch = {name: S.double() for name, S in space.soft(mu=mu).coordinates.items()}
+    device = next(iter(patch.values())).device
+    full, kept = (torch.cat([x.flatten() for x in s]) for s in ([torch.eye(len(S)).to(S) for S in patch.values()], patch.values()))
+    metric = [gain.metric[name] for name in patch]
+    weighed = torch.cat([(b.to(S) @ S @ a.to(S)).flatten() for (b, a), S in zip(metric, patch.values())])
+    fisher = lambda f, v: _by_block(f.rows().to(device).double(), v, patch.values() if scope == "module" else ())  # noqa: E731
+    terms = [fisher(gain, kept - full), mu * fisher(cost, kept), mu * space.epsilon * weighed]
+    ratio = float(sum(terms).norm() / max(term.norm() for term in terms))
+    assert ratio <= 1e-8, f"{scope}: the filtered patch is not stationary, {ratio:.2e} of the gradient's terms exceeds 1e-8"
+    return ratio
+
+
+def _by_block(rows: Tensor, v: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """RᵀR v / N, of the diagonal blocks alone where blocks are given."""
+    widths = [block.numel() for block in blocks] or [len(v)]
+    return torch.cat([r.mT @ (r @ x) for r, x in zip(rows.split(widths, 1), v.split(widths))]) / len(rows)
 
 
 def baseline_gate(device: str) -> float:

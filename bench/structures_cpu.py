@@ -1,27 +1,23 @@
 """Time and memory of every Fisher structure above a plain forward and backward pass, at small sizes on a CPU.
 
-    python bench/structures_cpu.py [--quick] [--out bench/results/structures_cpu.csv]
+    python -m bench.structures_cpu [--quick] [--out bench/results/structures_cpu.csv]
 
-One Llama (4 layers of width 256, LoRA on all linear maps), float32. `ratio` is the median over pairs of steps taken in turn,
-one observed and one of an unobserved copy of the model, so that a busy machine slows both; `peak_mib` is the most memory held
-above the start of a step, by the allocator's own record, minus the same of the unobserved step. A structure is timed only if
-feeding a batch whole and feeding it one sequence at a time give the same matrix; `error` is the difference.
+One Llama (4 layers of width 256, LoRA on all linear maps), float32; each structure in turn with the plain step (`bench.passes.beside`).
+A structure is timed only if feeding a batch whole and feeding it one sequence at a time give the same matrix; `error` is the difference.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.common import ROOT, Recorder
 
-import torch
-
-from bench.common import ROOT, Measured, Recorder, measure, peak_mib
+import torch  # isort: skip
+from bench.passes import beside
+from bench.shapes import SHAPES
+from bench.workload import token_batch
 from sst_kernels.fisher import fisher_accumulate, sequence_nll
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -39,30 +35,17 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("factor", "lowrank", {"rank": 16}),
 ]
 ALLOWED = 1e-4
+SHAPE = SHAPES["llama-4x256"]
 
 
 def build(rank: int, length: int) -> Any:
+    """The model with an adapter "patch" of PEFT's own random weights."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=length,
-    )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(LlamaForCausalLM(config), lora, adapter_name="patch").eval()
-
-
-def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, 1024, (batch, length), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, : length // 4] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return get_peft_model(LlamaForCausalLM(SHAPE.config(length, "sdpa")), lora, adapter_name="patch").eval()
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> None:
@@ -72,15 +55,6 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 def accumulate(model: Any, space: str, structure: str, options: dict[str, Any]) -> Any:
     return fisher_accumulate(model, adapter="patch", space=space, structure=structure, reduction="sum", **options)
-
-
-def with_basis(model: Any, batch: dict, space: str, structure: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with the K-FAC pass that EK-FAC starts from."""
-    if structure != "eigen_kronecker":
-        return options
-    with accumulate(model, space, "kronecker", {}) as first:
-        step(model, batch)
-    return {**options, "basis": first.fisher}
 
 
 def disagreement(model: Any, batch: dict, space: str, structure: str, options: dict[str, Any]) -> float:
@@ -100,47 +74,31 @@ def disagreement(model: Any, batch: dict, space: str, structure: str, options: d
     return worst
 
 
-def in_turn(observed: Callable[[], Any], plain: Callable[[], Any], repeats: int) -> tuple[Measured, Measured]:
-    """The two measured step by step in turn, after two steps of warm-up each, with the peak of a further step."""
-    taken: list[tuple[float, float]] = []
-    for i in range(repeats + 2):
-        pair = tuple(measure(run, "cpu", repeats=1, warmup=0).median for run in (observed, plain))
-        if i >= 2:
-            taken.append(pair)
-    times = zip(*taken, strict=True)
-    return tuple(Measured(list(t), peak_mib(run)) for t, run in zip(times, (observed, plain), strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/structures_cpu.csv")
     parser.add_argument("--quick", action="store_true", help="one small size, three repeats")
     arguments = parser.parse_args()
     sizes = [(8, 4, 32)] if arguments.quick else [(8, 1, 64), (8, 8, 64), (16, 8, 64), (16, 4, 256)]
-    repeats = 3 if arguments.quick else 7
     arguments.out.unlink(missing_ok=True)
     for rank, batch_size, length in sizes:
-        record = Recorder(
-            arguments.out, "cpu", model="llama-4x256", targets="all-linear", rank=rank, batch=batch_size, length=length
-        )
-        model, bare, batch = build(rank, length), build(rank, length), tokens(batch_size, length)
+        about = {"model": SHAPE.name, "targets": "all-linear", "rank": rank, "batch": batch_size, "length": length}
+        record = Recorder(arguments.out, "cpu", **about)
+        model, bare, batch = build(rank, length), build(rank, length), token_batch(SHAPE, batch_size, length, "cpu", seed=1)
         for space, structure, options in CASES:
-            options = with_basis(model, batch, space, structure, options)
+            if structure == "eigen_kronecker":  # starts from a K-FAC pass
+                with accumulate(model, space, "kronecker", {}) as first:
+                    step(model, batch)
+                options = {"basis": first.fisher}
             error = disagreement(model, batch, space, structure, options)
             if error > ALLOWED:
-                record(space, structure, error=error, note="values differ: not timed")
+                record(space, structure, basis="failed", error=error, note="values differ: not timed")
                 continue
-            with accumulate(model, space, structure, options) as run:
-                taken, plain = in_turn(lambda: step(model, batch), lambda: step(bare, batch), repeats)  # noqa: B023
-            record(
-                space,
-                structure,
-                Measured(taken.times, taken.peak_mib - plain.peak_mib),
-                ratio=statistics.median(a / b for a, b in zip(taken.times, plain.times, strict=True)),
-                state_bytes=run.fisher.nbytes,
-                error=error,
-                note=" ".join(f"{k}={v}" for k, v in options.items() if k != "basis"),
-            )
+            run = accumulate(model, space, structure, options)
+            turns = {structure: (lambda: step(model, batch), lambda: run)}  # noqa: B023
+            rows = beside(lambda: step(bare, batch), turns, "cpu", 3 if arguments.quick else 7)  # noqa: B023
+            note = " ".join(f"{k}={v}" for k, v in options.items() if k != "basis")
+            record(space, structure, **rows[structure], state_bytes=run.fisher.nbytes, error=error, note=note)
 
 
 if __name__ == "__main__":

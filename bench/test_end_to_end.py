@@ -3,8 +3,9 @@
 import torch
 
 import sst_kernels as sst
-from bench import estimates, gates, workload
-from bench.inputs import MU, Forward
+from bench import gates, workload
+from bench.passes import MU, Forward
+from bench.shapes import INPUT_RANK
 from sst_merge.adapters import Adapter, LoraTerm, load_adapter, write_adapter
 from sst_merge.algebra import transform, with_reads
 
@@ -22,9 +23,7 @@ def test_end_to_end(cost, shape, device, tmp_path):
     gates.fisher_gate(device)
     gates.inputs_gate(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    size, length, rank, count, sketch = (
-        (8, 512, 16, 8, estimates.INPUT_RANK) if device == "cuda" else (4, 64, 16, 3, 32)
-    )
+    size, length, rank, count, sketch = (8, 512, 16, 8, INPUT_RANK) if device == "cuda" else (4, 64, 16, 3, 32)
     model = workload.build_model(shape, rank=rank, length=length, device=device, dtype=dtype).requires_grad_(False)
     adapter = adapter_of(model, "safety")
     batches = [workload.token_batch(shape, size, length, device, seed=seed) for seed in range(2 * count)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import spectral_rows
+import bench.common  # sets the import paths, so before the library  # noqa: F401
 from bench.shapes import TARGETS, Shape
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.base import Block, Counts
@@ -101,3 +101,10 @@ def core_fisher(adapter: Adapter, samples: int, *, device: str, seed: int, decay
     fisher.joint.counts += Counts(samples, samples * 512, samples * 384)
     fisher.note("data", samples, None)
     return fisher
+
+
+def spectral_rows(count: int, width: int, device: str, *, seed: int = 0, decay: float = 0.02) -> Tensor:
+    """Random rows [count, width] float32 whose Gram spectrum decays like that of measured Fishers: e^(-decay·i)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.randn(count, width, device=device, generator=generator)
+    return rows * torch.exp(-decay / 2 * torch.arange(count, device=device))[:, None]
