@@ -58,11 +58,11 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	mkdir -p bench-output
 	$(BIN)/python -m bench.ops --quick --out bench-output/ops.csv
-	$(BIN)/python bench/structures_cpu.py --quick --out bench-output/structures_cpu.csv
+	$(BIN)/python -m bench.structures_cpu --quick --out bench-output/structures_cpu.csv
 
 # One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.
 profile: $(VENV)/ready
-	$(BIN)/python -m bench.profile $(or $(STAGE),ops)
+	$(BIN)/python -m bench.capture $(or $(STAGE),ops)
 
 clean:
 	rm -rf $(VENV) build dist demo-output bench-output *.egg-info sst_kernels/_native_*.so

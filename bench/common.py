@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ Turn = Run | tuple[Run, Callable[[], AbstractContextManager]]  # what is timed, 
 PACKAGES = ("torch", "triton", "transformers", "peft", "scipy")
 
 
-@functools.cache
+@cache
 def commit() -> str:
     """$SST_COMMIT, else git's HEAD (with + when library or bench differ from it), else a digest of the sources."""
     if given := os.environ.get("SST_COMMIT"):
         return given
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     with suppress(OSError, subprocess.CalledProcessError):
         head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         sources = ("sst_kernels", "csrc", "bench/*.py")
@@ -56,7 +56,7 @@ def commit() -> str:
     return f"tree-{digest.hexdigest()[:10]}"
 
 
-@functools.cache
+@cache
 def machine(device: str) -> dict[str, str]:
     """Device, driver, versions, commit and date, as every row carries them."""
     versions = [f"python {platform.python_version()}"]
@@ -69,7 +69,10 @@ def machine(device: str) -> dict[str, str]:
         name, driver = torch.cuda.get_device_name(device), found[0] if found else "unknown"
     else:
         threads = torch.get_num_threads()
-        name, driver = f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}", ""
+        name, driver = (
+            f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}",
+            "",
+        )
     about = {"device": name, "driver": driver, "versions": " ".join(versions)}
     return about | {"commit": commit(), "date": datetime.date.today().isoformat()}
 
@@ -235,17 +238,15 @@ def measure_ceilings(device: str, dtype: torch.dtype, record: Recorder | None = 
     elements, n = (2**30, 8192) if device.startswith("cuda") else (2**24, 1024)
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), device, repeats=10, warmup=3)
+    copy = measure(partial(target.copy_, source), device, repeats=10, warmup=3)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    product = measure(lambda: a @ b, device, repeats=10, warmup=3)
+    product = measure(partial(torch.matmul, a, b), device, repeats=10, warmup=3)
     moved, flops = 8 * elements, 2.0 * n**3
     found = Ceilings(1e3 * moved / copy.median, 1e3 * flops / product.median)
     if record is not None:
         record("ceiling", "copy", copy, bytes=moved, note=f"{found.bandwidth / 1e9:.4g} GB/s read + written")
         name = f"matmul {n} {str(dtype).removeprefix('torch.')}"
         record("ceiling", name, product, flops=flops, note=f"{found.matmul / 1e9:.4g} GFLOP/s")
-    del source, target, a, b
-    free(device)
     return found
 
 
@@ -261,7 +262,7 @@ def count_calls(run: Run, device: str) -> tuple[int, int]:
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-@functools.cache
+@cache
 def _own_waits() -> int:
     """Synchronisations that profiling itself brings."""
     return sum(event.name in _WAITS for event in profiled(lambda: None, on_gpu=True))

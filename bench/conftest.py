@@ -106,8 +106,16 @@ class Cost:
         self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds, warmup_rounds=2)
         ceiling = self.ceilings[dtype or next(iter(self.ceilings))]
         floor = ceiling.floor_ms(bytes, flops) if bytes or flops else None
-        columns |= {"bytes": bytes or None, "flops": flops or None, "floor_ms": floor, "peak_mib": peak.mib, "error": error}
-        self.benchmark.extra_info.update(machine(self.device), stage=stage, variant=variant, basis="measured", **columns)
+        columns |= {
+            "bytes": bytes or None,
+            "flops": flops or None,
+            "floor_ms": floor,
+            "peak_mib": peak.mib,
+            "error": error,
+        }
+        self.benchmark.extra_info.update(
+            machine(self.device), stage=stage, variant=variant, basis="measured", **columns
+        )
         if self.benchmark.enabled and (out := os.environ.get("OUT")):
             stats = self.benchmark.stats.stats
             columns |= {"ms": 1e3 * stats.median, "iqr_ms": 1e3 * stats.iqr, "runs": stats.rounds}

@@ -81,13 +81,17 @@ def solve_gate(gain: sst.Fisher, cost: sst.Fisher, scope: str) -> float:
     mu = float(space.values[len(space.values) // 4])
     patch = {name: S.double() for name, S in space.soft(mu=mu).coordinates.items()}
     device = next(iter(patch.values())).device
-    full, kept = (torch.cat([x.flatten() for x in s]) for s in ([torch.eye(len(S)).to(S) for S in patch.values()], patch.values()))
+    full, kept = (
+        torch.cat([x.flatten() for x in s]) for s in ([torch.eye(len(S)).to(S) for S in patch.values()], patch.values())
+    )
     metric = [gain.metric[name] for name in patch]
     weighed = torch.cat([(b.to(S) @ S @ a.to(S)).flatten() for (b, a), S in zip(metric, patch.values())])
     fisher = lambda f, v: _by_block(f.rows().to(device).double(), v, patch.values() if scope == "module" else ())  # noqa: E731
     terms = [fisher(gain, kept - full), mu * fisher(cost, kept), mu * space.epsilon * weighed]
     ratio = float(sum(terms).norm() / max(term.norm() for term in terms))
-    assert ratio <= 1e-8, f"{scope}: the filtered patch is not stationary, {ratio:.2e} of the gradient's terms exceeds 1e-8"
+    assert ratio <= 1e-8, (
+        f"{scope}: the filtered patch is not stationary, {ratio:.2e} of the gradient's terms exceeds 1e-8"
+    )
     return ratio
 
 

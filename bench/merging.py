@@ -75,10 +75,10 @@ def peft_merges(
 
     def once(method: str, size: tuple[int, int]) -> Measured:
         model = build_model(
-            shape.with_layers(1), rank=rank, modules=(names[size],), device=device, dtype=torch.float32, adapters=("a", "b")
+            shape.with_layers(1), rank=rank, modules=(names[size],), device=device, dtype=torch.float32, adapters=("one", "two")
         )  # fmt: skip
         options = {"combination_type": method, "density": 0.5}
-        merge = partial(model.base_model.add_weighted_adapter, ["a", "b"], [1.0, 0.5], "merged", **options)
+        merge = partial(model.base_model.add_weighted_adapter, ["one", "two"], [1.0, 0.5], "merged", **options)
         return measure(merge, device, repeats=1, warmup=0)
 
     for method in methods:
@@ -107,7 +107,9 @@ def dense_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, dev
         return measure(lambda: method(tasks), device, repeats=1, warmup=0)
 
     for name, method in baselines.DENSE.items():
-        _by_size(name, shape.modules(targets).values(), partial(once, method), record, device, rank=rank, targets=targets)
+        _by_size(
+            name, shape.modules(targets).values(), partial(once, method), record, device, rank=rank, targets=targets
+        )
 
 
 def kfac_pencils(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
@@ -131,7 +133,9 @@ def _by_size(
         measured = once(size)
         total += measured.median * count
         peaks.append(measured.peak_mib or 0.0)
-        parts.append(f"{'x'.join(map(str, size)) if isinstance(size, tuple) else size}: {measured.median:.3g} ms x {count}")
+        parts.append(
+            f"{'x'.join(map(str, size)) if isinstance(size, tuple) else size}: {measured.median:.3g} ms x {count}"
+        )
         free(device)
     record("merge", name, ms=total, basis="scaled", peak_mib=max(peaks) or None, note="; ".join(parts), **columns)
 

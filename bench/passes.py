@@ -132,7 +132,9 @@ def fisher_passes(at: Setting, record: Recorder, ceilings: Ceilings) -> dict[str
     flops = at.shape.step_flops(at.batch, at.length, at.rank, at.targets) * (1.5 if at.checkpointing else 1.0)
     found: dict[str, float] = {}
     for name, variant in VARIANTS.items():
-        hooks = sst.fisher_accumulate(model, "safety", space=variant.space, structure=variant.structure, **variant.options)
+        hooks = sst.fisher_accumulate(
+            model, "safety", space=variant.space, structure=variant.structure, **variant.options
+        )
         plain = (Pass(model, tokens), partial(_frozen if variant.frozen else _trained, model))
         hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
         try:
@@ -144,7 +146,9 @@ def fisher_passes(at: Setting, record: Recorder, ceilings: Ceilings) -> dict[str
             record("pass", name + suffix, **at.columns, basis=basis, note=note)
             continue
         if not found:
-            record("pass", "plain" + suffix, **at.columns, **rows[""], flops=flops, floor_ms=ceilings.floor_ms(flops=flops))
+            record(
+                "pass", "plain" + suffix, **at.columns, **rows[""], flops=flops, floor_ms=ceilings.floor_ms(flops=flops)
+            )
         moved = _added_bytes(at, variant.space)
         record(
             "pass", name + suffix, **at.columns, **rows[name], state_bytes=hooks.fisher.nbytes,

@@ -84,7 +84,11 @@ def main() -> None:
     for rank, batch_size, length in sizes:
         about = {"model": SHAPE.name, "targets": "all-linear", "rank": rank, "batch": batch_size, "length": length}
         record = Recorder(arguments.out, "cpu", **about)
-        model, bare, batch = build(rank, length), build(rank, length), token_batch(SHAPE, batch_size, length, "cpu", seed=1)
+        model, bare, batch = (
+            build(rank, length),
+            build(rank, length),
+            token_batch(SHAPE, batch_size, length, "cpu", seed=1),
+        )
         for space, structure, options in CASES:
             if structure == "eigen_kronecker":  # starts from a K-FAC pass
                 with accumulate(model, space, "kronecker", {}) as first:

@@ -21,7 +21,9 @@ def at(shape, device):
     gates.fisher_gate(device)
     gates.inputs_gate(device)
     batch, length = (8, 512) if device == "cuda" else (4, 64)
-    return Setting(shape, 16, "all-linear", batch, length, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return Setting(
+        shape, 16, "all-linear", batch, length, device, torch.bfloat16 if device == "cuda" else torch.float32
+    )
 
 
 @pytest.fixture(scope="module")
