@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import sst_kernels as sst
 from bench import gates
 from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, measure, peak_mib
 from bench.shapes import Shape
-from bench.workload import build_model, token_batch
+from bench.workload import Variant, build_model, token_batch
 
 MU = 3.0  # what recipes weigh benign inputs with
 WHOLE_UP_TO = 2048  # widest input whose [d, d] moments are solved here: recipes sketch wider ones
@@ -44,18 +44,6 @@ def beside(plain: Turn, runs: Mapping[str, Turn], device: str, repeats: int = 5)
             row["above_plain_mib"] = row["peak_mib"] - columns[""]["peak_mib"]
         columns[name] = row
     return columns
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run a Fisher pass: drop-in passes run in the user's training step, which also computes the adapter's own
-    gradients; frozen ones are the passes of a merge, which do not."""
-
-    space: str
-    structure: str
-    options: dict[str, Any] = field(default_factory=dict)
-    frozen: bool = False
-    sampled: bool = False
 
 
 VARIANTS = {
@@ -121,7 +109,9 @@ class Setting:
         return token_batch(self.shape, self.batch, self.length, self.device, seed=seed)
 
 
-def fisher_passes(at: Setting, record: Recorder, ceilings: Ceilings) -> dict[str, float]:
+def fisher_passes(
+    at: Setting, record: Recorder, ceilings: Ceilings, variants: Mapping[str, Variant] = VARIANTS
+) -> dict[str, float]:
     """Rows of the plain step and of every variant, each in turn with a plain step of its own kind; returns median ms per variant."""
     model, tokens = at.model(), at.tokens()
     suffix = ""
@@ -131,13 +121,12 @@ def fisher_passes(at: Setting, record: Recorder, ceilings: Ceilings) -> dict[str
         suffix = ", checkpointing"
     flops = at.shape.step_flops(at.batch, at.length, at.rank, at.targets) * (1.5 if at.checkpointing else 1.0)
     found: dict[str, float] = {}
-    for name, variant in VARIANTS.items():
-        hooks = sst.fisher_accumulate(
-            model, "safety", space=variant.space, structure=variant.structure, **variant.options
-        )
-        plain = (Pass(model, tokens), partial(_frozen if variant.frozen else _trained, model))
-        hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
+    step = Pass(model, tokens)
+    for name, variant in variants.items():
         try:
+            hooks = variant.hooks(model, step)
+            plain = (step, partial(_frozen if variant.frozen else _trained, model))
+            hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
             rows = beside(plain, {name: hooked}, at.device, at.repeats)
         except Exception as error:  # one variant that fails must not cost the others
             traceback.print_exc()

@@ -7,13 +7,7 @@ import sst_kernels as sst
 from bench import gates
 from bench.passes import MU, Forward, Pass, Setting, name_of
 from bench.shapes import INPUT_RANK
-
-STRUCTURES = (
-    *(("core", name, {}) for name in ("full", "diagonal", "kronecker", "kronecker_svd")),
-    *(("factor", name, {}) for name in ("diagonal", "kronecker", "vila")),
-    ("core", "lowrank", {"rank": 64}),
-    ("factor", "kronecker_lowrank", {"rank": 64}),
-)
+from bench.workload import STRUCTURES
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +40,16 @@ def test_plain(cost, model, at, columns):
     cost("pass", "plain", Pass(model, at.tokens()), gate=lambda _: None, flops=flops, **columns)
 
 
-@pytest.mark.parametrize(("space", "structure", "options"), STRUCTURES, ids=lambda x: x if isinstance(x, str) else "")
-def test_accumulate(cost, model, at, columns, space, structure, options):
-    flops = at.shape.step_flops(at.batch, at.length, at.rank)
-    with sst.fisher_accumulate(model, "safety", space=space, structure=structure, **options) as accumulator:
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_accumulate(cost, model, at, columns, name):
+    flops, step = at.shape.step_flops(at.batch, at.length, at.rank), Pass(model, at.tokens())
+    with STRUCTURES[name].hooks(model, step) as accumulator:
 
         def finite(_):
             state = next(iter(accumulator.fisher.values())).state_dict()
             assert all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
 
-        cost("pass", f"{space}/{structure}", Pass(model, at.tokens()), gate=finite, flops=flops, **columns)
+        cost("pass", name, step, gate=finite, flops=flops, **columns)
     cost.benchmark.extra_info["state_bytes"] = accumulator.fisher.nbytes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,11 +11,44 @@ from torch import Tensor
 
 import bench.common  # sets the import paths, so before the library  # noqa: F401
 from bench.shapes import TARGETS, Shape
+
+import sst_kernels as sst  # isort: skip
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.base import Block, Counts
 from sst_merge.adapters import Adapter, LoraTerm
 
 SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a Fisher pass: drop-in passes run in the user's training step, which also computes the adapter's own
+    gradients; frozen ones are the passes of a merge, which do not."""
+
+    space: str
+    structure: str
+    options: dict[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    sampled: bool = False
+
+    def hooks(self, model: Any, step: Callable[[], Any]) -> Any:
+        """The accumulator; EK-FAC's starts from the K-FAC pass of one step."""
+        options = dict(self.options)
+        if self.structure == "eigen_kronecker":
+            with sst.fisher_accumulate(model, "safety", space=self.space, structure="kronecker") as first:
+                step()
+            options["basis"] = first.fisher
+        return sst.fisher_accumulate(model, "safety", space=self.space, structure=self.structure, **options)
+
+
+STRUCTURES = {
+    name: Variant(*name.split("/"), options)
+    for name, options in {
+        "core/full": {}, "core/lowrank": {"rank": 32}, "core/diagonal": {}, "core/kronecker": {}, "core/eigen_kronecker": {},
+        "core/kronecker_svd": {}, "factor/diagonal": {}, "factor/vila": {}, "factor/kronecker": {},
+        "factor/kronecker_lowrank": {"rank": 64}, "factor/eigen_kronecker": {}, "factor/lowrank": {"rank": 16},
+    }.items()
+}  # fmt: skip
 
 
 def build_model(
