@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import count_calls  # sets the import paths, so before the library
+from bench.common import count_calls, profile  # sets the import paths, so before the library
 
 import torch  # isort: skip
 import sst_kernels as sst
@@ -129,21 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
     launches, syncs = count_calls(run, device)
     kind = "kernel launches" if on_gpu else "torch operations"
     print(f"{options.stage}: {launches} {kind}, {syncs} host synchronisations")
-    print(f"trace: {write_trace(run, options.out / f'trace_{options.stage}.json')}")
+    trace = options.out / f"trace_{options.stage}.json"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profile(run).export_chrome_trace(str(trace))
+    print(f"trace: {trace}")
     return 0
-
-
-def write_trace(run: Callable[[], Any], path: Path) -> Path:
-    """A Chrome trace of one call of `run`."""
-    from torch.profiler import profile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with profile() as profiler:
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    return path
 
 
 def write_table(logs: list[Path], path: Path) -> None:

@@ -191,7 +191,7 @@ def peak_mib(run: Run, device: str = "cpu") -> float | None:
             run()
         return peak.mib
     held = most = 0
-    profiler = _profile(run, "CPU", profile_memory=True).profiler
+    profiler = profile(run, "CPU", profile_memory=True).profiler
     for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
@@ -270,15 +270,18 @@ def _own_waits() -> int:
 
 def profiled(run: Run, *, on_gpu: bool = False) -> Any:
     """What torch's profiler saw of one call: the CUDA runtime's calls and kernels, or torch's operations."""
-    return _profile(run, "CUDA" if on_gpu else "CPU").events()
+    return profile(run, "CUDA" if on_gpu else "CPU").events()
 
 
-def _profile(run: Run, activity: str, **options: Any) -> Any:
-    from torch.profiler import ProfilerActivity, profile
+def profile(run: Run, *activities: str, **options: Any) -> Any:
+    """torch's profiler after one call of `run`; all activities that there are unless some are named."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
 
-    with profile(activities=[getattr(ProfilerActivity, activity)], **options) as profiler:
+    wanted = [getattr(ProfilerActivity, name) for name in activities] or None
+    with recorded(activities=wanted, **options) as profiler:
         run()
-        if activity == "CUDA":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
     return profiler
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,71 @@ from bench.results import (
     table,
     times,
     value,
-)  # fmt: skip
+)
 from bench.shapes import INPUT_RANK, SHAPES
 
 TEMPLATE = ROOT / "bench" / "report.md.j2"
 OUTPUT = ROOT / "docs" / "report.md"
-LARGE = SHAPES["llama-2-7b"]
-Find = Callable[..., Row | None]
+LARGE, SMALL = SHAPES["llama-2-7b"], SHAPES["llama-small"]
+MIB = 2.0**20
+Find = Callable[[str, str], Row | None]
+Cell = Callable[[Row, list[Row]], str]
 
 
-@dataclass(frozen=True)
-class Station:
-    """The model that the report draws its conclusions from on one kind of machine."""
-
-    title: str
-    model: str
-    gpu: bool
-
-    def rows(self, results: Results, *stages: str) -> list[Row]:
-        match = {"model": self.model, "rank": "16", "targets": "all-linear"}
-        return [row for s in stages for row in results.all(lambda r: is_gpu(r) is self.gpu, stage=s, **match)]
-
-    def find(self, results: Results, stage: str, start: str) -> Row | None:
-        """The last timed row of a stage whose variant is `start`, or begins with it where it ends in a space."""
-        fits = lambda v: v.startswith(start) if start.endswith(" ") else v == start  # noqa: E731
-        return next((r for r in reversed(self.rows(results, stage)) if r["ms"] and fits(r["variant"])), None)
+def headline(row: Row) -> bool:
+    """Whether a row is of the model that the report draws its conclusions from: the 7B shape on a GPU, a small one on a CPU."""
+    model = LARGE.name if is_gpu(row) else SMALL.name
+    return (row["model"], row["rank"], row["targets"]) == (model, "16", "all-linear")
 
 
-STATIONS = (Station("Llama-2-7B, GPU", "llama-2-7b", True), Station("llama-small, CPU", "llama-small", False))
+def finder(results: Results, gpu: bool, cited: list[Row]) -> Find:
+    """Finds the last timed row of a stage whose variant begins as given, or is that where it is one whole; notes what it found."""
+    rows = [row for row in results.all(headline) if row["ms"] and is_gpu(row) is gpu]
+
+    def find(stage: str, start: str) -> Row | None:
+        named = [row for row in rows if row["stage"] == stage and row["variant"].startswith(start)]
+        found = [row for row in named if row["variant"] == start] or named
+        cited.extend(found[-1:])
+        return found[-1] if found else None
+
+    return find
+
+
+def over(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+def total(*parts: float | None) -> float | None:
+    return None if None in parts else sum(parts)  # type: ignore[arg-type]
+
+
+def _ratio(variant: str, find: Find) -> float | None:
+    return value(find("pass", variant), "ratio")
+
+
+def _memory(variant: str, find: Find) -> float | None:
+    above = value(find("pass", variant), "above_plain_mib")
+    return None if above is None else max(0.0, above) * MIB
+
+
+def _reading(find: Find) -> float | None:
+    """The sketched input pass over the training step beside it."""
+    return over(value(find("inputs", "sketch ")), value(find("inputs", "training step")))
+
+
+def _ours(find: Find) -> float | None:
+    return value(find("merge", "SST-Merge global: subspace + filter + export"))
+
+
+def _core_space(find: Find) -> float | None:
+    names = [f"Core Space{kind}, {how}" for kind in ("", " QR") for how in ("module by module", "stacked by shape")]
+    best = min((ms for name in names if (ms := value(find("merge", name))) is not None), default=None)
+    return over(total(best, value(find("export", "global, transform + concatenate + write"))), _ours(find))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for. `figure` gets the station's finder; `by_arithmetic` stands in for the 7B shape."""
+    """What was asked for. `figure` takes it from a machine's rows; `by_arithmetic` stands in for the 7B shape."""
 
     name: str
     bound: float
@@ -73,59 +106,26 @@ class Target:
         return "met" if (got >= self.bound if self.at_least else got <= self.bound) else "missed"
 
 
-def _pass(variant: str, column: str = "ratio", scale: float = 1.0) -> Callable[[Find], float | None]:
-    def figure(find: Find) -> float | None:
-        found = value(find("pass", variant), column)
-        return None if found is None else max(0.0, found * scale)
-
-    return figure
-
-
-def _over(above: float | None, below: float | None) -> float | None:
-    return None if above is None or not below else above / below
-
-
-def _sum(*parts: float | None) -> float | None:
-    return None if None in parts else sum(parts)  # type: ignore[arg-type]
-
-
-def _reading(find: Find) -> float | None:
-    """The sketched input pass over the training step beside it."""
-    return _over(value(find("inputs", "sketch ")), value(find("inputs", "training step")))
-
-
-def _ours(find: Find) -> float | None:
-    return value(find("merge", "SST-Merge global: subspace + filter + export"))
-
-
-def _core_space(find: Find) -> float | None:
-    theirs = [value(find("merge", f"Core Space{kind}, {how}")) for kind in ("", " QR")
-              for how in ("module by module", "stacked by shape")]  # fmt: skip
-    best = min((ms for ms in theirs if ms is not None), default=None)
-    return _over(_sum(best, value(find("export", "global, transform + concatenate + write"))), _ours(find))
-
-
-MIB = 2.0**20
+STREAMED = "factor/kronecker_lowrank l=64"
 TARGETS = (
-    Target("Fisher pass (core/full) over plain forward + backward", 1.05, times, _pass("core/full")),
-    Target("core/full: memory above plain", 100 * MIB, size, _pass("core/full", "above_plain_mib", MIB)),
-    Target("factor/diagonal over plain", 1.05, times, _pass("factor/diagonal"),
+    Target("Fisher pass (core/full) over plain forward + backward", 1.05, times, partial(_ratio, "core/full")),
+    Target("core/full: memory above plain", 100 * MIB, size, partial(_memory, "core/full")),
+    Target("factor/diagonal over plain", 1.05, times, partial(_ratio, "factor/diagonal"),
            miss="the moments of every module are a launch of their own"),
-    Target("factor/diagonal: memory above plain", 200 * MIB, size, _pass("factor/diagonal", "above_plain_mib", MIB)),
-    Target("factor/kronecker_lowrank l=64 over plain", 1.08, times, _pass("factor/kronecker_lowrank l=64"),
+    Target("factor/diagonal: memory above plain", 200 * MIB, size, partial(_memory, "factor/diagonal")),
+    Target(f"{STREAMED} over plain", 1.08, times, partial(_ratio, STREAMED),
            miss="two sketches a module; modules of one input share theirs"),
-    Target("factor/kronecker_lowrank l=64: memory above plain", 1024 * MIB, size,
-           _pass("factor/kronecker_lowrank l=64", "above_plain_mib", MIB)),
+    Target(f"{STREAMED}: memory above plain", 1024 * MIB, size, partial(_memory, STREAMED)),
     Target("Fisher pass and input pass over plain forward + backward", 1.05, times,
-           lambda find: _sum(_pass("core/full")(find), _reading(find)),
+           lambda find: total(_ratio("core/full", find), _reading(find)),
            by_arithmetic=1 + LARGE.input_share(INPUT_RANK), miss="a forward pass is about half of a training step"),
     Target("GEVP + filter + export, all 224 modules, core space", 1000.0, milliseconds, _ours),
     Target("the same and the solve of the input filter", 1000.0, milliseconds,
-           lambda find: _sum(_ours(find), value(find("inputs", "filter_inputs, sketch ")))),
+           lambda find: total(_ours(find), value(find("inputs", "filter_inputs, sketch ")))),
     Target("Core Space merging + the same export, over ours", 0.5, times, _core_space, True,
            miss="a QR for every fold, whose metric is its own"),
     Target("PEFT dare_linear_svd over SST-Merge end to end", 5.0, times,
-           lambda find: _over(value(find("merge", "PEFT dare_linear_svd")), value(find("end to end", "SST-Merge global"))),
+           lambda find: over(value(find("merge", "PEFT dare_linear_svd")), value(find("end to end", "SST-Merge global"))),
            True, miss="passes grow with the width's square, SVDs with its cube"),
     Target("both Fishers, 256 + 256 rows, of dense K-FAC's state", 0.01, percent,
            by_arithmetic=LARGE.row_bytes(16, 256) / LARGE.kfac_bytes()),
@@ -138,15 +138,7 @@ TARGETS = (
 def _targets(results: Results) -> dict[str, Any]:
     """Every target of the 7B shape on a GPU, measured or open, beside the same ratios of the scaled-down shape on a CPU."""
     body, misses, cited = [], [], []
-
-    def finder(station: Station) -> Find:
-        def find(stage: str, start: str) -> Row | None:
-            cited.append(station.find(results, stage, start))
-            return cited[-1]
-
-        return find
-
-    large, small = (finder(station) for station in STATIONS)
+    large, small = (finder(results, gpu, cited) for gpu in (True, False))
     for target in TARGETS:
         got, name = target.figure(large), target.name
         if got is None and target.by_arithmetic is not None:
@@ -162,111 +154,103 @@ def _targets(results: Results) -> dict[str, Any]:
     return {"targets": table(head, body), "targets_sources": sources(cited), "misses": "\n".join(misses)}
 
 
-def _stations(
-    results: Results, name: str, lines: Callable[[Station], tuple[list[list[str]], list[Row]]], head: list[str]
-):
-    """One table for each station that has rows."""
-    parts = []
-    for station in STATIONS:
-        body, rows = lines(station)
-        if body:
-            parts.append(f"**{station.title}**\n\n{table(head, body)}\n\n{sources(rows)}")
-    return {name: "\n\n".join(parts) or "Not measured yet."}
-
-
-def _passes(results: Results) -> dict[str, Any]:
-    def lines(station: Station) -> tuple[list[list[str]], list[Row]]:
-        rows = [r for r in station.rows(results, "pass", "inputs") if r["ms"] and not r["variant"].startswith("filter")]
-        step = value(station.find(results, "inputs", "training step"))
-        body = []
-        for r in rows:
-            ratio = value(r, "ratio") if r["stage"] == "pass" else _over(value(r), step)
-            above = value(r, "above_plain_mib") if r["state_bytes"] else None
-            name = r["variant"] if r["stage"] == "pass" else f"inputs: {r['variant']}"
-            body.append(
-                [
-                    name,
-                    f"{r['batch']} x {r['length']}",
-                    milliseconds(value(r)),
-                    milliseconds(value(r, "iqr_ms")),
-                    times(ratio),
-                    size(None if above is None else max(0.0, above) * MIB),
-                    size(value(r, "state_bytes")),
-                ]
-            )
-        return body, rows  # fmt: skip
-
-    head = ["pass", "batch", "time", "IQR", "of the plain step", "memory above plain", "state"]
-    return _stations(results, "passes", lines, head)
-
-
 def _preparation(results: Results) -> dict[str, Any]:
     """The passes of a merge over its data, in training steps on the same rows."""
     body, cited = [], []
-    for station in STATIONS:
-        found = [station.find(results, *what) for what in
-                 (("pass", "core/full"), ("inputs", "sketch "), ("inputs", "training step"))]  # fmt: skip
-        if all(found):
-            one, read = value(found[0], "ratio"), value(found[1]) / value(found[2])
-            kind = "GPU" if station.gpu else "CPU"
-            body.append([station.model, kind, *map(times, (one, read, one + read, 2 * one + read))])
-            cited += found
+    for gpu, model in ((True, LARGE.name), (False, SMALL.name)):
+        find = finder(results, gpu, cited)
+        one, read = _ratio("core/full", find), _reading(find)
+        if one is not None and read is not None:
+            body.append([model, "GPU" if gpu else "CPU", *map(times, (one, read, one + read, 2 * one + read))])
     head = ["model", "machine", "Fisher pass", "input pass", "a row of refusals: both", "a benign row: two draws"]
     return {"preparation": table(head, body) if body else "Not measured yet.", "preparation_sources": sources(cited)}
 
 
-def _solves(results: Results) -> dict[str, Any]:
-    def lines(station: Station) -> tuple[list[list[str]], list[Row]]:
-        rows = [
-            r for r in station.rows(results, "gevp", "filter", "export") if r["ms"] and "one solve" not in r["variant"]
-        ]
-        body = [[r["variant"], *(milliseconds(value(r, c)) for c in ("ms", "iqr_ms", "floor_ms"))] for r in rows]
-        return body, rows
-
-    return _stations(results, "solves", lines, ["scope, what", "time", "IQR", "floor"])
+def cell(write: Callable[[float | None], str], column: str, scale: float = 1.0) -> Cell:
+    """A cell that writes a column; what lies below zero is noise."""
+    return lambda row, _rows: write(None if (x := value(row, column)) is None else max(0.0, x * scale))
 
 
-def _merges(results: Results) -> dict[str, Any]:
-    def lines(station: Station) -> tuple[list[list[str]], list[Row]]:
-        rows = [r for r in station.rows(results, "merge", "end to end") if r["ms"]]
-        rows.sort(key=lambda r: (r["stage"] != "merge", value(r)))
-        ours = _ours(lambda *what: station.find(results, *what))
-        named = lambda r: r["variant"] + ", end to end" * (r["stage"] != "merge")  # noqa: E731
-        return [[named(r), milliseconds(value(r)), times(_over(value(r), ours)), r["basis"]] for r in rows], rows
+def beside(write: Callable[[float | None], str], fits: Callable[[Row, Row], bool], inverse: bool = False) -> Cell:
+    """A cell that writes a row's time over that of the first row of its table that fits it, or the inverse."""
 
-    return _stations(results, "merges", lines, ["merge of all modules", "time", "of SST-Merge global", "basis"])
+    def written(row: Row, rows: list[Row]) -> str:
+        pair = value(row), next((value(other) for other in rows if fits(row, other)), None)
+        return write(over(*(pair[::-1] if inverse else pair)))
 
-
-def _ops(results: Results) -> dict[str, Any]:
-    """Every op at one size per machine: our time beside its floor, the torch form and what torch.compile makes of that."""
-    body, cited = [], []
-    for station in STATIONS:
-        fits = lambda r, gpu=station.gpu: is_gpu(r) is gpu and r["file"].startswith("ops_") and r["model"] != ""  # noqa: E731
-        rows = fullest(results.all(fits))
-        forms = {(r["stage"], r["variant"]): value(r) for r in rows}
-        for r in (r for r in rows if r["variant"] == "sst" and r["ms"]):
-            others = (_over(forms.get((r["stage"], form)), value(r)) for form in ("torch", "torch.compile"))
-            share = _over(value(r, "floor_ms"), value(r))
-            body.append([r["stage"], f"{r['batch']} x {r['length']}, r = {r['rank']}, {r['model']}", milliseconds(value(r)),
-                         milliseconds(value(r, "floor_ms")), "–" if share is None else f"{100 * share:.0f} %",
-                         *map(times, others), "GPU" if station.gpu else "CPU"])  # fmt: skip
-        cited += rows
-    head = ["op", "size", "time", "floor", "share", "torch", "torch.compile", "machine"]
-    return {"ops": table(head, body) if body else "Not measured yet.", "ops_sources": sources(cited)}
+    return written
 
 
-def _peers(results: Results) -> dict[str, Any]:
-    """Other libraries on the same batches: what they take over the plain pass, and whether their values are ours."""
-    rows = results.all(lambda r: r["file"].startswith("peers"))
-    body = []
-    for r in rows:
-        above, error = value(r, "above_plain_mib"), value(r, "error")
-        name = " ".join(filter(None, [r["variant"], r["note"] if r["ms"] else r["note"].split(" ")[0]]))
-        body.append([r["stage"], name, milliseconds(value(r)), milliseconds(value(r, "iqr_ms")), times(value(r, "ratio")),
-                     size(None if above is None else max(0.0, above) * MIB),
-                     "–" if error is None else f"{error:.0e}" if error else "equal"])  # fmt: skip
-    head = ["what", "library", "time", "IQR", "of the plain pass", "peak above", "difference"]
-    return {"peers": table(head, body) if body else "Not measured yet.", "peers_sources": sources(rows)}
+def _of_step(row: Row, rows: list[Row]) -> str:
+    if row["stage"] == "pass":
+        return times(value(row, "ratio"))
+    return beside(times, lambda _row, other: other["variant"] == "training step")(row, rows)
+
+
+def _difference(row: Row, _rows: list[Row]) -> str:
+    error = value(row, "error")
+    return "–" if error is None else f"{error:.0e}" if error else "equal"
+
+
+def _sized(rows: list[Row]) -> list[Row]:
+    return fullest([row for row in rows if row["model"]])
+
+
+def _timed(stages: tuple[str, ...], rows: list[Row]) -> list[Row]:
+    return [r for r in rows if headline(r) and r["ms"] and r["stage"] in stages
+            and not r["variant"].startswith("filter_inputs") and "one solve" not in r["variant"]]  # fmt: skip
+
+
+def _by_time(rows: list[Row]) -> list[Row]:
+    return sorted(_timed(("merge", "end to end"), rows), key=lambda r: (r["stage"] != "merge", value(r)))
+
+
+TIME, IQR, FLOOR = cell(milliseconds, "ms"), cell(milliseconds, "iqr_ms"), cell(milliseconds, "floor_ms")
+# Name: the files, which of their rows of one machine are shown, which of those have a line, and the columns.
+TABLES: dict[str, tuple[str, Callable[[list[Row]], list[Row]], Callable[[Row], bool], dict[str, Cell]]] = {
+    "passes": ("llm", partial(_timed, ("pass", "inputs")), lambda _: True, {
+        "pass": lambda r, _: "inputs: " * (r["stage"] == "inputs") + r["variant"],
+        "batch": lambda r, _: f"{r['batch']} x {r['length']}", "time": TIME, "IQR": IQR, "of the plain step": _of_step,
+        "memory above": lambda r, _: cell(size, "above_plain_mib", MIB)(r, _) if r["state_bytes"] else "–",
+        "state": cell(size, "state_bytes"),
+    }),
+    "solves": ("llm", partial(_timed, ("gevp", "filter", "export")), lambda _: True, {
+        "scope, what": lambda r, _: r["variant"], "time": TIME, "IQR": IQR, "floor": FLOOR,
+    }),
+    "merges": ("llm", _by_time, lambda _: True, {
+        "merge of all modules": lambda r, _: r["variant"] + ", end to end" * (r["stage"] != "merge"), "time": TIME,
+        "of SST-Merge global": beside(times, lambda _, other: other["variant"].startswith("SST-Merge global: ")),
+        "basis": lambda r, _: r["basis"],
+    }),
+    "ops": ("ops_", _sized, lambda r: r["variant"] == "sst", {
+        "op": lambda r, _: r["stage"], "size": lambda r, _: f"{r['batch']} x {r['length']}, r = {r['rank']}, {r['model']}",
+        "time": TIME, "floor": FLOOR,
+        "share": lambda r, _: "–" if (share := over(value(r, "floor_ms"), value(r))) is None else f"{100 * share:.0f} %",
+    } | {form: beside(times, lambda r, other, form=form: (other["stage"], other["variant"]) == (r["stage"], form), True)
+         for form in ("torch", "torch.compile")}),
+    "peers": ("peers", lambda rows: rows, lambda _: True, {
+        "what": lambda r, _: r["stage"],
+        "library": lambda r, _: f"{r['variant']} {r['note'] if r['ms'] else r['note'].split(' ')[0]}".strip(),
+        "time": TIME, "IQR": IQR, "of the plain pass": cell(times, "ratio"),
+        "peak above": cell(size, "above_plain_mib", MIB), "difference": _difference,
+    }),
+}  # fmt: skip
+
+
+def _tables(results: Results) -> dict[str, Any]:
+    """Each of TABLES for every machine that has rows."""
+    texts = {}
+    for name, (files, pick, shown, columns) in TABLES.items():
+        parts = []
+        for gpu in (True, False):
+            rows = pick(results.all(lambda r, gpu=gpu, files=files: is_gpu(r) is gpu and r["file"].startswith(files)))
+            body = [[write(row, rows) for write in columns.values()] for row in rows if shown(row)]
+            if body:
+                models = {row["model"] for row in rows}
+                title = f"**{models.pop()}**\n\n" if len(models) == 1 else ""
+                parts.append(f"{title}{table(list(columns), body)}\n\n{sources(rows)}")
+        texts[name] = "\n\n".join(parts) or "Not measured yet."
+    return texts
 
 
 def _gates(results: Results) -> dict[str, Any]:
@@ -282,11 +266,9 @@ def _gates(results: Results) -> dict[str, Any]:
 def render(results: Results) -> str:
     """The report's text; a pure function of the tables."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    context: dict[str, Any] = {}
-    for section in (_targets, _passes, _preparation, _solves, _merges, _ops, _peers, _gates):
-        context |= section(results)
-    return template.render(context)
+    sections = (_targets, _preparation, _tables, _gates)
+    context = {key: text for section in sections for key, text in section(results).items()}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
 
 
 def main(arguments: list[str] | None = None) -> int:
