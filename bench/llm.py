@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape, where = SHAPES[options.model], {"rank": options.rank, "targets": options.targets, "device": device}
     record("gate", "Fisher passes against one backward per sample", error=gates.fisher_gate(device))
     ceilings, ceilings64 = (measure_ceilings(device, kind, record) for kind in (dtype, torch.float64))
+    free(device)
     at = passes.Setting(
         shape, batch=options.batch, length=options.length, dtype=dtype, repeats=options.repeats,
         checkpointing=options.checkpointing, **where,

@@ -135,9 +135,8 @@ def fisher_passes(
             record("pass", name + suffix, **at.columns, basis=basis, note=note)
             continue
         if not found:
-            record(
-                "pass", "plain" + suffix, **at.columns, **rows[""], flops=flops, floor_ms=ceilings.floor_ms(flops=flops)
-            )
+            work = {"flops": flops, "floor_ms": ceilings.floor_ms(flops=flops)}
+            record("pass", "plain" + suffix, **at.columns, **rows[""], **work)
         moved = _added_bytes(at, variant.space)
         record(
             "pass", name + suffix, **at.columns, **rows[name], state_bytes=hooks.fisher.nbytes,
@@ -215,8 +214,10 @@ def _frozen(model: Any) -> Iterator[None]:
     """Gradients that start at the embeddings of a frozen model, as those of a frozen Fisher pass do."""
     model.requires_grad_(False)
     handle = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

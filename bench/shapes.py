@@ -128,6 +128,7 @@ SHAPES = {
         Shape("llama-3.1-8b", "llama", 4096, 14336, 32, 32, 8, 128256),
         Shape("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 152064),
         Shape("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 32000),
+        Shape("smollm2-135m", "llama", 576, 1536, 30, 9, 3, 49152),
         # The first of these at 1/16 and 1/8 of its width, for machines without a GPU.
         Shape("llama-small", "llama", 512, 1376, 8, 8, 8, 4000),
         Shape("llama-tiny", "llama", 256, 688, 4, 4, 4, 1000),
