@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sst_kernels.fisher.inputs import columns as kept_columns
-
 INPUT_RANK = 512  # columns of the sketch of inputs in a recipe
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -84,14 +82,17 @@ class Shape:
         """float32 factors E[xxᵀ] [d_in, d_in] and E[ggᵀ] [d_out, d_out] of dense K-FAC over the adapted modules."""
         return 4 * sum(p * p + q * q for p, q in self.modules(targets).values())
 
+    def kept(self, columns: int | None, targets: str = "all-linear") -> list[tuple[int, int]]:
+        """(d, columns kept) of every tensor that is read: all d of them unless a sketch takes less than d² products."""
+        return [(d, d if columns is None or d <= 4 * columns else columns) for d in self.read_widths(targets)]
+
     def input_bytes(self, columns: int | None, targets: str = "all-linear") -> int:
         """float32 second moments of one side: [d, d] for each tensor that modules read, or [d, columns] where it is sketched."""
-        return 4 * sum(d * kept_columns(d, columns) for d in self.read_widths(targets))
+        return 4 * sum(d * k for d, k in self.kept(columns, targets))
 
     def input_flops(self, columns: int | None, targets: str = "all-linear") -> int:
         """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
-        kept = ((d, kept_columns(d, columns)) for d in self.read_widths(targets))
-        return sum(d * d if d == k else 4 * d * k for d, k in kept)
+        return sum(d * d if d == k else 4 * d * k for d, k in self.kept(columns, targets))
 
     def input_share(self, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
         """Operations of the input pass over those of a training step on the same batch."""
