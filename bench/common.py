@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -18,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +28,53 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [entry for entry in (str(ROOT), str(ROOT / "python")) if entry not in sys.path]
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 COLUMNS = (
     "stage", "model", "targets", "rank", "batch", "length", "variant", "basis",
     "ms", "iqr_ms", "runs", "plain_ms", "ratio", "peak_mib", "above_plain_mib", "state_bytes", "bytes", "flops", "floor_ms",
     "launches", "syncs", "error", "note", "device", "driver", "versions", "commit", "date",
 )  # fmt: skip
-Turn = tuple[Callable[[], Any], Callable[[], AbstractContextManager]]
+Run = Callable[[], Any]
+Turn = Run | tuple[Run, Callable[[], AbstractContextManager]]  # what is timed, and the context it is timed in
 PACKAGES = ("torch", "triton", "transformers", "peft", "scipy")
 
 
-@functools.cache
+@cache
 def commit() -> str:
     """$SST_COMMIT, else git's HEAD (with + when library or bench differ from it), else a digest of the sources."""
     if given := os.environ.get("SST_COMMIT"):
         return given
-    try:
-        git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    with suppress(OSError, subprocess.CalledProcessError):
         head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(
-            ["git", "status", "--porcelain", "--untracked-files=no", "sst_kernels", "csrc", "bench/*.py"]
-        ).stdout
-        return head + ("+" if changed.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        digest = hashlib.sha256()
-        for path in sorted([*ROOT.glob("sst_kernels/**/*.py"), *ROOT.glob("csrc/**/*.*")]):
-            digest.update(path.read_bytes())
-        return f"tree-{digest.hexdigest()[:10]}"
+        sources = ("sst_kernels", "csrc", "bench/*.py")
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", *sources]).stdout.strip()
+        return head + "+" * bool(changed)
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("sst_kernels/**/*.py"), *ROOT.glob("csrc/**/*.*")]):
+        digest.update(path.read_bytes())
+    return f"tree-{digest.hexdigest()[:10]}"
 
 
-@functools.cache
+@cache
 def machine(device: str) -> dict[str, str]:
     """Device, driver, versions, commit and date, as every row carries them."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    versions = [f"python {platform.python_version()}"]
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     if device.startswith("cuda"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
-        name, driver = torch.cuda.get_device_name(device), driver[0] if driver else "unknown"
+        found = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
+        name, driver = torch.cuda.get_device_name(device), found[0] if found else "unknown"
     else:
-        name, driver = _cpu_name(), ""
-    return {
-        "device": name,
-        "driver": driver,
-        "versions": " ".join([f"python {platform.python_version()}", *(f"{k} {v}" for k, v in versions.items())]),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+        threads = torch.get_num_threads()
+        name, driver = (
+            f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}",
+            "",
+        )
+    about = {"device": name, "driver": driver, "versions": " ".join(versions)}
+    return about | {"commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 class Recorder:
@@ -89,20 +89,15 @@ class Recorder:
 
     def __call__(self, stage: str, variant: str, measured: Measured | None = None, **values: Any) -> dict[str, Any]:
         row = {"basis": "measured", **self.fixed, **machine(self.device), "stage": stage, "variant": variant}
-        if measured is not None:
-            row |= measured.columns()
-        row |= values
-        unknown = row.keys() - set(COLUMNS)
-        if unknown:
+        row |= (measured.columns() if measured is not None else {}) | values
+        if unknown := row.keys() - set(COLUMNS):
             raise ValueError(f"columns {sorted(unknown)} are not in the table: {COLUMNS}")
         row = {key: _text(row.get(key)) for key in COLUMNS}
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         self.rows.append(row)
-        shown = (
-            f"{k}={row[k]}" for k in ("ms", "ratio", "floor_ms", "peak_mib", "launches", "syncs", "note") if row[k]
-        )
-        print(f"{row['model']:14} {stage:10} {variant:44} {'  '.join(shown)}", flush=True)
+        told = ("ms", "ratio", "floor_ms", "peak_mib", "above_plain_mib", "launches", "syncs", "note")
+        print(f"{row['model']:14} {stage:10} {variant:44}", *(f" {k}={row[k]}" for k in told if row[k]), flush=True)
         return row
 
 
@@ -117,46 +112,55 @@ class Measured:
     def median(self) -> float:
         return statistics.median(self.times)
 
+    def over(self, plain: Measured) -> float:
+        """The median quotient with what was timed in turn."""
+        return statistics.median(a / b for a, b in zip(self.times, plain.times, strict=True))
+
     def columns(self) -> dict[str, Any]:
         quarters = statistics.quantiles(self.times, n=4, method="inclusive") if len(self.times) > 1 else [0, 0, 0]
-        return {
-            "ms": self.median,
-            "iqr_ms": quarters[2] - quarters[0],
-            "runs": len(self.times),
-            "peak_mib": self.peak_mib,
-        }
+        spread = {"ms": self.median, "iqr_ms": quarters[2] - quarters[0]}
+        return spread | {"runs": len(self.times), "peak_mib": self.peak_mib}
 
 
-def measure(
-    run: Callable[[], Any], device: str, *, repeats: int = 5, warmup: int = 1, seconds: float | None = None
-) -> Measured:
-    """Time `run` on the device: events on a GPU, `cpu_clock` on a CPU; stop early once `seconds` are spent (after one run)."""
-    for _ in range(warmup):
-        run()
-    clock = stopwatch(device)
-    times: list[float] = []
-    start = time.monotonic()
-    with peak_memory(device) as peak:
-        for _ in range(repeats):
-            times.append(clock(run))
-            if seconds is not None and time.monotonic() - start > seconds:
-                break
-    return Measured(times, peak.mib)
+def in_turn(
+    turns: Mapping[str, Turn],
+    device: str,
+    repeats: int,
+    *,
+    warmup: int = 1,
+    seconds: float | None = None,
+    before: Run = lambda: None,
+) -> dict[str, Measured]:
+    """Every turn once a round inside its own context, so that drift hits all alike; the first `warmup` rounds do not count.
 
-
-def in_turn(turns: dict[str, Turn], device: str, repeats: int) -> dict[str, Measured]:
-    """Each call timed inside its own context, all of them once a round, after one round that is not timed: drift hits all alike."""
-    clock, times = stopwatch(device), {name: [] for name in turns}
-    for number in range(repeats + 1):
-        for name, (run, context) in turns.items():
-            with context():
+    before: called before each turn, not timed. seconds: what the rounds may take; the last one is finished.
+    """
+    clock, found = stopwatch(device), {name: ([], []) for name in turns}
+    begin = time.monotonic()
+    for number in range(-warmup, repeats):
+        begin = time.monotonic() if number == 0 else begin
+        for name, turn in turns.items():
+            run, context = turn if isinstance(turn, tuple) else (turn, nullcontext)
+            with context(), peak_memory(device) as peak:
+                before()
                 spent = clock(run)
-            if number:
-                times[name].append(spent)
-    return {name: Measured(found) for name, found in times.items()}
+            if number >= 0:
+                found[name][0].append(spent)
+                found[name][1].append(peak.mib)
+        if number >= 0 and seconds is not None and time.monotonic() - begin > seconds:
+            break
+    return {
+        name: Measured(times, max((p for p in peaks if p is not None), default=None))
+        for name, (times, peaks) in found.items()
+    }
 
 
-def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:
+def measure(run: Run, device: str, *, repeats: int = 5, warmup: int = 1, seconds: float | None = None) -> Measured:
+    """`in_turn` of a single call."""
+    return in_turn({"": run}, device, repeats, warmup=warmup, seconds=seconds)[""]
+
+
+def stopwatch(device: str) -> Callable[[Run], float]:
     """What times one call in ms: device events on a GPU, `cpu_clock` on a CPU."""
     return _events if device.startswith("cuda") else _on_cpu
 
@@ -172,7 +176,6 @@ def peak_memory(device: str):
     if not device.startswith("cuda"):
         yield peak
         return
-    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -181,25 +184,22 @@ def peak_memory(device: str):
     peak.mib = (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_mib(run: Callable[[], Any], device: str = "cpu") -> float | None:
+def peak_mib(run: Run, device: str = "cpu") -> float | None:
     """Most MiB held above the start while `run` runs; on a CPU by the allocator's own events."""
     if device.startswith("cuda"):
         with peak_memory(device) as peak:
             run()
         return peak.mib
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
     held = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    profiler = profile(run, "CPU", profile_memory=True).profiler
+    for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
     return most / 2**20
 
 
-def _events(run: Callable[[], Any]) -> float:
+def _events(run: Run) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -214,7 +214,7 @@ def cpu_clock() -> Callable[[], float]:
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _on_cpu(run: Callable[[], Any]) -> float:
+def _on_cpu(run: Run) -> float:
     clock = cpu_clock()
     begin = clock()
     run()
@@ -235,38 +235,26 @@ class Ceilings:
 
 def measure_ceilings(device: str, dtype: torch.dtype, record: Recorder | None = None) -> Ceilings:
     """Copy bandwidth and matrix rate in `dtype`, on random data far larger than any cache."""
-    ceilings = Ceilings(_copy_rate(device, record), _matmul_rate(device, dtype, record))
-    free(device)
-    return ceilings
-
-
-def _copy_rate(device: str, record: Recorder | None) -> float:
-    elements = 2**30 if device.startswith("cuda") else 2**24
-    source = torch.randn(elements, device=device, dtype=torch.float32)
+    elements, n = (2**30, 8192) if device.startswith("cuda") else (2**24, 1024)
+    source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), device, repeats=10, warmup=3)
-    rate = 8 * elements / (copy.median / 1e3)
-    if record is not None:
-        record("ceiling", "copy", copy, bytes=8 * elements, note=f"{rate / 1e9:.4g} GB/s read + written")
-    return rate
-
-
-def _matmul_rate(device: str, dtype: torch.dtype, record: Recorder | None) -> float:
-    n = 8192 if device.startswith("cuda") else 1024
+    copy = measure(partial(target.copy_, source), device, repeats=10, warmup=3)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    product = measure(lambda: a @ b, device, repeats=10, warmup=3)
-    rate = 2 * n**3 / (product.median / 1e3)
+    product = measure(partial(torch.matmul, a, b), device, repeats=10, warmup=3)
+    moved, flops = 8 * elements, 2.0 * n**3
+    found = Ceilings(1e3 * moved / copy.median, 1e3 * flops / product.median)
     if record is not None:
+        record("ceiling", "copy", copy, bytes=moved, note=f"{found.bandwidth / 1e9:.4g} GB/s read + written")
         name = f"matmul {n} {str(dtype).removeprefix('torch.')}"
-        record("ceiling", name, product, flops=2.0 * n**3, note=f"{rate / 1e9:.4g} GFLOP/s")
-    return rate
+        record("ceiling", name, product, flops=flops, note=f"{found.matmul / 1e9:.4g} GFLOP/s")
+    return found
 
 
-def count_calls(run: Callable[[], Any], device: str) -> tuple[int, int]:
+def count_calls(run: Run, device: str) -> tuple[int, int]:
     """(kernel launches, host synchronisations) of one call of `run`. On a CPU: (outermost torch operations, 0)."""
     if not device.startswith("cuda"):
-        return sum(event.cpu_parent is None for event in _profiled(run, on_gpu=False)), 0
-    names = [event.name for event in _profiled(run, on_gpu=True)]
+        return sum(event.cpu_parent is None for event in profiled(run)), 0
+    names = [event.name for event in profiled(run, on_gpu=True)]
     waits = sum(name in _WAITS for name in names) - _own_waits()
     return sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names), max(0, waits)
 
@@ -274,20 +262,28 @@ def count_calls(run: Callable[[], Any], device: str) -> tuple[int, int]:
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-@functools.cache
+@cache
 def _own_waits() -> int:
     """Synchronisations that profiling itself brings."""
-    return sum(event.name in _WAITS for event in _profiled(lambda: None, on_gpu=True))
+    return sum(event.name in _WAITS for event in profiled(lambda: None, on_gpu=True))
 
 
-def _profiled(run: Callable[[], Any], *, on_gpu: bool) -> Any:
-    from torch.profiler import ProfilerActivity, profile
+def profiled(run: Run, *, on_gpu: bool = False) -> Any:
+    """What torch's profiler saw of one call: the CUDA runtime's calls and kernels, or torch's operations."""
+    return profile(run, "CUDA" if on_gpu else "CPU").events()
 
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+
+def profile(run: Run, *activities: str, **options: Any) -> Any:
+    """torch's profiler after one call of `run`; all activities that there are unless some are named."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    wanted = [getattr(ProfilerActivity, name) for name in activities] or None
+    with recorded(activities=wanted, **options) as profiler:
         run()
-        if on_gpu:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return profiler.events()
+    return profiler
 
 
 def free(device: str) -> None:
@@ -297,32 +293,11 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def spectral_rows(count: int, width: int, device: str, *, seed: int = 0, decay: float = 0.02) -> Tensor:
-    """Random rows [count, width] float32 whose Gram spectrum decays like that of measured Fishers: e^(-decay·i)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = torch.randn(count, width, device=device, generator=generator)
-    return rows * torch.exp(-decay / 2 * torch.arange(count, device=device))[:, None]
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _cpu_name() -> str:
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}"
-
-
 def _processor() -> str:
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def _text(value: Any) -> str:

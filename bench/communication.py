@@ -120,31 +120,24 @@ def _ip(*arguments: str) -> None:
 
 def run(ranks: int, record: Recorder) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "bench.communication", "--ranks", str(ranks), "--rank"]
     with network(ranks) as names:
-        calls = [
-            [sys.executable, "-m", "bench.communication", "--rank", str(i), "--ranks", str(ranks)] for i in range(ranks)
-        ]
         children = [
-            subprocess.Popen(["ip", "netns", "exec", name, *call], env=environment, stdout=subprocess.PIPE, text=True)
-            for name, call in zip(names, calls)
-        ]
+            subprocess.Popen(["ip", "netns", "exec", name, *call, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+            for i, name in enumerate(names)
+        ]  # fmt: skip
         told = [child.communicate(timeout=600)[0] for child in children]
     if any(child.returncode for child in children):
         raise RuntimeError(f"ranks ended with {[child.returncode for child in children]}")
     for fact in map(json.loads, told[0].splitlines()):
         through, seconds = predicted(fact["state"], ranks, fact["gathers"])
-        measured = Measured([1000 * t for t in fact["times"]])
+        measured, model_ms = Measured([1000 * t for t in fact["times"]]), 1000 * seconds
+        share = fact["bytes"] / through
         record(
-            "reduce",
-            fact["name"],
-            measured,
-            model=f"{ranks} ranks",
-            state_bytes=fact["state"],
-            bytes=fact["bytes"],
-            floor_ms=1000 * seconds,
-            ratio=measured.median / (1000 * seconds),
-            note=f"links of {RATE / 1e6:g} MB/s; model {through:.0f} bytes a link, measured {fact['bytes'] / through:.3f} of it",
-        )
+            "reduce", fact["name"], measured, model=f"{ranks} ranks", state_bytes=fact["state"], bytes=fact["bytes"],
+            floor_ms=model_ms, ratio=measured.median / model_ms,
+            note=f"links of {RATE / 1e6:g} MB/s; model {through:.0f} bytes a link, measured {share:.3f} of it",
+        )  # fmt: skip
 
 
 def main() -> None:

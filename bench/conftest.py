@@ -1,18 +1,21 @@
 """The `cost` fixture: one benchmark, gated, warmed up, timed on the device's own clock, described by a full table row.
 
-`pytest bench` runs every gate and every function once; `pytest bench --benchmark` (or `--benchmark-only`) times them.
+`pytest bench` runs every gate and every function once; `pytest bench --benchmark` (or `--benchmark-only`) times them, and writes
+rows to $OUT/benchmark.csv where OUT is set.
 """
 
 from __future__ import annotations
 
-import time
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.common import Ceilings, cpu_clock, machine, measure_ceilings, peak_memory
+from bench.common import Ceilings, Recorder, cpu_clock, machine, measure_ceilings, peak_memory
 from bench.shapes import SHAPES, Shape
 
 import torch  # isort: skip
@@ -94,34 +97,29 @@ class Cost:
         with peak_memory(self.device) as peak:
             result = run(*inputs[0])
         error = gate(result)
-        turn = iter(range(10**9))
+        turn = itertools.cycle(inputs)
         clock = self.benchmark._timer = EventClock() if self.device == "cuda" else cpu_clock()
         if self.benchmark.enabled:  # warm by now: as many rounds as fit SECONDS
             begin = clock()
             run(*inputs[-1])
             rounds = max(rounds, min(MOST_ROUNDS, int(SECONDS / max(clock() - begin, 1e-9))))
-        self.benchmark.pedantic(
-            run,
-            setup=lambda: (inputs[next(turn) % len(inputs)], {}),
-            rounds=rounds,
-            warmup_rounds=2,
-        )
+        self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds, warmup_rounds=2)
         ceiling = self.ceilings[dtype or next(iter(self.ceilings))]
         floor = ceiling.floor_ms(bytes, flops) if bytes or flops else None
+        columns |= {
+            "bytes": bytes or None,
+            "flops": flops or None,
+            "floor_ms": floor,
+            "peak_mib": peak.mib,
+            "error": error,
+        }
         self.benchmark.extra_info.update(
-            machine(self.device),
-            stage=stage,
-            variant=variant,
-            basis="measured",
-            peak_mib=peak.mib,
-            error=error,
-            bytes=bytes or None,
-            flops=flops or None,
-            floor_ms=floor,
-            **columns,
+            machine(self.device), stage=stage, variant=variant, basis="measured", **columns
         )
-        if floor is not None and self.benchmark.stats is not None:
-            self.benchmark.extra_info["floor_fraction"] = floor / (1e3 * self.benchmark.stats.stats.median)
+        if self.benchmark.enabled and (out := os.environ.get("OUT")):
+            stats = self.benchmark.stats.stats
+            columns |= {"ms": 1e3 * stats.median, "iqr_ms": 1e3 * stats.iqr, "runs": stats.rounds}
+            Recorder(Path(out) / "benchmark.csv", self.device)(stage, variant, **columns)
         return result
 
 
@@ -129,8 +127,3 @@ class Cost:
 def cost(benchmark: Any, device: str, ceilings: dict[torch.dtype, Ceilings]) -> Cost:
     benchmark.group = benchmark.name.split("[")[0]
     return Cost(benchmark, device, ceilings)
-
-
-@pytest.fixture(autouse=True)
-def _begin_clean() -> None:
-    torch.manual_seed(int(time.time()) % 2**31)

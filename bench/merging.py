@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,75 +20,45 @@ from bench.workload import build_model, core_fisher, random_adapter
 from sst_merge.adapters import Adapter, write_adapter
 from sst_merge.algebra import concatenate, transform
 
+Size = TypeVar("Size")
+Tasks = list[tuple[Tensor, Tensor]]
+
 
 def sst_stages(
-    shape: Shape,
-    record: Recorder,
-    ceilings64: Ceilings,
-    *,
-    rank: int,
-    targets: str,
-    samples: int,
-    device: str,
-    scopes: tuple[str, ...] = ("global", "module"),
+    shape: Shape, record: Recorder, ceilings64: Ceilings, *, rank: int, targets: str, samples: int, device: str, scope: str,
     repeats: int = 5,
-) -> dict[str, float]:
-    """GEVP, filter and export of SST-Merge in core space; returns the total median ms per scope."""
-    adapter = random_adapter(shape, rank, targets, device=device)
-    task = random_adapter(shape, rank, targets, device="cpu", seed=1)
-    on_cpu = Adapter({n: type(t)(t.A.cpu(), t.B.cpu(), t.scaling) for n, t in adapter.terms.items()}, shape.name)
-    gain, cost = (core_fisher(adapter, samples, device=device, seed=seed) for seed in (1, 2))
-    common = {"rank": rank, "targets": targets, "batch": samples}
-    totals = {}
-    for scope in scopes:
-        totals[scope] = _scope(scope, gain, cost, task, on_cpu, record, ceilings64, common, device, repeats)
-        free(device)
-    return totals
-
-
-def _scope(
-    scope: str,
-    gain: sst.Fisher,
-    cost: sst.Fisher,
-    task: Adapter,
-    safety: Adapter,
-    record: Recorder,
-    ceilings64: Ceilings,
-    common: dict[str, Any],
-    device: str,
-    repeats: int,
-) -> float:
-    space = sst.subspace(gain, cost, scope=scope)
-    error = gates.gevp_gate(space)
-    samples, n = common["batch"], sum(block.size for block in gain.blocks.values())
-    count = len(space._spectra)
-    rows, width = 2 * samples, len(space._patch)
-    note = f"{count} pencil(s) of order {n // count}, {samples}+{samples} rows, row space {width // count}"
-    about = common | {"note": note}
+) -> float:  # fmt: skip
+    """GEVP, filter and export of SST-Merge in core space; returns the total median ms."""
+    safety, task = (random_adapter(shape, rank, targets, device="cpu", seed=seed) for seed in (0, 1))
+    gain, cost = (core_fisher(safety, samples, device=device, seed=seed) for seed in (1, 2))
+    error = gates.solve_gate(gain, cost, scope)
+    solve = partial(sst.subspace, gain, cost, scope=scope)
+    space, n, modules = solve(), rank**2 * len(gain.blocks), len(gain.blocks)
+    count = modules if scope == "module" else 1
+    note = f"{count} pencil(s) of order {n // count}, {samples}+{samples} rows"
+    about = {"rank": rank, "targets": targets, "batch": samples, "note": note}
     # One solve in the space of the rows: its QR where that is smaller, and the eigenproblems there.
-    flops = 2.0 * rows * rows * n if width < n else 0.0
-    flops += 2.0 * width * 6 * samples**2 if scope == "global" else 14.0 * count * (width // count) ** 3
-    one = measure(lambda: space._solve(space._system), device, repeats=repeats)
-    record("gevp", f"{scope}, one solve in the row space", one, **about, error=error)
-    solved = measure(lambda: sst.subspace(gain, cost, scope=scope), device, repeats=repeats)
-    record(
-        "gevp", f"{scope}, subspace() with 4 held-out folds", solved, **about, error=error,
-        flops=flops, floor_ms=ceilings64.floor_ms(flops=flops),
-    )  # fmt: skip
-    isotropic = measure(lambda: sst.subspace(gain, cost, scope=scope, metric="frobenius"), device, repeats=repeats)
+    width = min(2 * samples, n // count)
+    flops = 2.0 * (2 * samples) ** 2 * n if width < n // count else 0.0
+    flops += 12.0 * width * samples**2 if scope == "global" else 14.0 * count * width**3
+    floor = {"flops": flops, "floor_ms": ceilings64.floor_ms(flops=flops)}
+    solved = measure(solve, device, repeats=repeats)
+    record("gevp", f"{scope}, subspace() with 4 held-out folds", solved, **about, **floor, error=error)
+    isotropic = measure(partial(solve, metric="frobenius"), device, repeats=repeats)
     record("gevp", f"{scope}, subspace(metric='frobenius')", isotropic, **about)
     budget = space.soft(mu=float(space.values[len(space.values) // 4])).prediction.cost_per_label
     chosen = measure(lambda: space.soft(kl_budget=budget), device, repeats=repeats)
     record("filter", f"{scope}, soft(kl_budget), next time", chosen, **about)
-    both = measure(lambda: sst.subspace(gain, cost, scope=scope).soft(kl_budget=budget), device, repeats=repeats)
+    both = measure(lambda: solve().soft(kl_budget=budget), device, repeats=repeats)
     record("filter", f"{scope}, subspace() + soft(kl_budget)", both, **about)
     patch = space.soft(kl_budget=budget)
     with tempfile.TemporaryDirectory() as folder:
-        written = measure(lambda: _export(task, safety, patch, Path(folder)), "cpu", repeats=repeats)
+        written = measure(partial(_export, task, safety, patch, Path(folder)), "cpu", repeats=repeats)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     record("export", f"{scope}, transform + concatenate + write", written, **about, bytes=size)
     total = both.median + written.median
     record("merge", f"SST-Merge {scope}: subspace + filter + export", **about, ms=total, basis="sum of measured")
+    free(device)
     return total
 
 
@@ -96,161 +67,81 @@ def _export(task: Adapter, safety: Adapter, patch: sst.Patch, folder: Path) -> N
 
 
 def peft_merges(
-    shape: Shape,
-    record: Recorder,
-    *,
-    rank: int,
-    targets: str,
-    device: str,
-    methods: tuple[str, ...] = ("dare_linear_svd", "svd", "ties_svd"),
-    time_left: Callable[[], float],
-) -> dict[str, float]:
-    """PEFT's `add_weighted_adapter` with its defaults, once per distinct module shape, times the number of such modules.
-
-    A shape that does not fit the time left is extrapolated from the measured ones by p·q·min(p, q), and the row says so.
-    """
-    counts = Counter(shape.modules(targets).values())
+    shape: Shape, record: Recorder, *, rank: int, targets: str, device: str, methods: tuple[str, ...]
+) -> None:
+    """PEFT's `add_weighted_adapter` with its defaults, once per distinct module shape, times the number of such modules; the
+    methods without an SVD merge A and B separately, which is not the merge of ΔW."""
     names = {size: name.split(".")[1] for name, size in reversed(shape.linears(targets).items())}
-    totals = {}
-    for method in methods:
-        spent: dict[tuple[int, int], float] = {}
-        peak, guessed = 0.0, []
-        for size in sorted(counts, key=lambda s: s[0] * s[1] * min(s)):
-            expected = max((ms * _cube(size) / _cube(done) for done, ms in spent.items()), default=0.0) / 1e3
-            if expected > time_left():
-                guessed.append(size)
-                continue
-            merged = _peft_once(shape, method, names[size], rank, device)
-            spent[size] = merged.median
-            peak = max(peak, merged.peak_mib or 0.0)
-            about = {"rank": rank, "targets": targets, "peak_mib": merged.peak_mib}
-            record(
-                "baseline",
-                f"PEFT {method}, {size[0]}x{size[1]}",
-                merged,
-                **about,
-                note=f"one of {counts[size]} modules",
-            )
-            free(device)
-        if not spent:
-            record("baseline", f"PEFT {method}", basis="skipped", rank=rank, targets=targets, note="time budget spent")
-            continue
-        for size in guessed:
-            spent[size] = max(ms * _cube(size) / _cube(done) for done, ms in spent.items())
-        total = sum(spent[size] * count for size, count in counts.items())
-        note = f"one module of each shape times {sum(counts.values())} modules"
-        if guessed:
-            note += "; estimated by p*q*min(p,q): " + ", ".join(f"{p}x{q}" for p, q in guessed)
-        record(
-            "merge", f"PEFT {method}", ms=total, rank=rank, targets=targets, note=note, peak_mib=peak or None,
-            basis="estimated" if guessed else "scaled",
+
+    def once(method: str, size: tuple[int, int]) -> Measured:
+        model = build_model(
+            shape.with_layers(1), rank=rank, modules=(names[size],), device=device, dtype=torch.float32, adapters=("one", "two")
         )  # fmt: skip
-        totals[method] = total
-    return totals
+        options = {"combination_type": method, "density": 0.5}
+        merge = partial(model.base_model.add_weighted_adapter, ["one", "two"], [1.0, 0.5], "merged", **options)
+        return measure(merge, device, repeats=1, warmup=0)
+
+    for method in methods:
+        _by_size(f"PEFT {method}", shape.modules(targets).values(), partial(once, method), record, device,
+                 rank=rank, targets=targets)  # fmt: skip
 
 
-def _peft_once(shape: Shape, method: str, module: str, rank: int, device: str) -> Measured:
-    model = build_model(
-        shape.with_layers(1), rank=rank, modules=(module,), device=device, dtype=torch.float32, adapters=("a", "b")
-    )
-    merge = model.base_model.add_weighted_adapter
-    return measure(
-        lambda: merge(["a", "b"], [1.0, 0.5], "merged", combination_type=method, density=0.5),
-        device,
-        repeats=1,
-        warmup=0,
-    )
-
-
-def peft_dare_linear(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> float:
-    """PEFT's `dare_linear` (no SVD: A and B are merged separately, which is not the merge of ΔW) on two layers, scaled."""
-    layers = min(2, shape.layers)
-    model = build_model(
-        shape.with_layers(layers), rank=rank, targets=targets, device=device, dtype=torch.float32, adapters=("a", "b")
-    )
-    names = iter(range(100))
-    run = lambda: model.base_model.add_weighted_adapter(  # noqa: E731
-        ["a", "b"], [1.0, 0.5], f"merged{next(names)}", combination_type="dare_linear", density=0.5
-    )
-    measured = measure(run, device, repeats=3)
-    total = measured.median * shape.layers / layers
-    record(
-        "merge", "PEFT dare_linear (no SVD)", measured, ms=total, rank=rank, targets=targets, basis="scaled",
-        note=f"{layers} of {shape.layers} layers; merges A and B separately",
-    )  # fmt: skip
-    return total
-
-
-def factored_merges(
-    shape: Shape, record: Recorder, *, rank: int, targets: str, device: str, dtype: torch.dtype = torch.float32
-) -> dict[str, float]:
+def factored_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
     """The efficient peers over all modules of a model, module by module and stacked by shape; export is not in them."""
     error = gates.baseline_gate(device)
-    groups = _stacked_tasks(shape, rank, targets, device, dtype)
-    totals = {}
+    groups = [_tasks(size, count, rank, device) for size, count in Counter(shape.modules(targets).values()).items()]
+    singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
     for name, method in baselines.FACTORED.items():
-        singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
         for style, modules in (("module by module", singles), ("stacked by shape", groups)):
-            run = lambda: [method(tasks) for tasks in modules]  # noqa: B023, E731
-            method(modules[0])
-            measured = measure(run, device, repeats=3, warmup=0, seconds=4)
+            run = partial(_each, method, modules)
+            measured = measure(run, device, repeats=3, seconds=4)
             record("merge", f"{name}, {style}", measured, rank=rank, targets=targets, error=error)
-            totals[f"{name}, {style}"] = measured.median
             free(device)
-    return totals
 
 
-def dense_merges(
-    shape: Shape, record: Recorder, *, rank: int, targets: str, device: str, time_left: Callable[[], float]
-) -> dict[str, float]:
+def dense_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
     """TSV-Merge, Subspace Boosting and DARE on ΔW, once per distinct shape, times the number of modules."""
-    counts = Counter(shape.modules(targets).values())
-    totals = {}
+
+    def once(method: Callable[[Tasks], Tensor], size: tuple[int, int]) -> Measured:
+        tasks = [(B[0], A[0]) for B, A in _tasks(size, 1, rank, device)]
+        return measure(lambda: method(tasks), device, repeats=1, warmup=0)
+
     for name, method in baselines.DENSE.items():
-        spent: dict[tuple[int, int], float] = {}
-        guessed = []
-        for size in sorted(counts, key=_cube):
-            expected = max((ms * _cube(size) / _cube(done) for done, ms in spent.items()), default=0.0) / 1e3
-            if expected > time_left():
-                guessed.append(size)
-                continue
-            tasks = [(t[0][0], t[1][0]) for t in _tasks(size, 1, rank, device, torch.float32)]
-            spent[size] = measure(lambda: method(tasks), device, repeats=1, warmup=0).median  # noqa: B023
-            free(device)
-        if not spent:
-            continue
-        for size in guessed:
-            spent[size] = max(ms * _cube(size) / _cube(done) for done, ms in spent.items())
-        totals[name] = sum(spent[size] * count for size, count in counts.items())
-        note = "one module of each shape, scaled" + ("; some estimated" if guessed else "")
-        basis = "estimated" if guessed else "scaled"
-        record("merge", name, ms=totals[name], rank=rank, targets=targets, note=note, basis=basis)
-    return totals
+        _by_size(
+            name, shape.modules(targets).values(), partial(once, method), record, device, rank=rank, targets=targets
+        )
 
 
-def kfac_gevp(
-    shape: Shape, record: Recorder, *, rank: int, targets: str, device: str, time_left: Callable[[], float]
-) -> None:
-    """What a dense Kronecker pencil costs: one float32 generalized eigenproblem per wide factor (torch eigh after Cholesky)."""
-    counts = Counter(d for size in shape.modules(targets).values() for d in size)
-    spent: dict[int, float] = {}
-    guessed = []
-    for d in sorted(counts):
-        expected = max((ms * (d / done) ** 3 for done, ms in spent.items()), default=0.0) / 1e3
-        if expected > time_left():
-            guessed.append(d)
-            continue
+def kfac_pencils(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
+    """What dense Kronecker pencils cost: one float32 generalized eigenproblem per wide factor (torch eigh after Cholesky)."""
+
+    def once(d: int) -> Measured:
         a, b = (_factor(d, device, seed) for seed in (0, 1))
-        spent[d] = measure(lambda: _dense_pencil(a, b), device, repeats=1, warmup=0).median  # noqa: B023
+        return measure(lambda: _dense_pencil(a, b), device, repeats=1, warmup=0)
+
+    sides = [d for size in shape.modules(targets).values() for d in size]
+    _by_size("dense K-FAC pencils (torch)", sides, once, record, device,
+             rank=rank, targets=targets, state_bytes=2 * shape.kfac_bytes(targets))  # fmt: skip
+
+
+def _by_size(
+    name: str, sizes: Any, once: Callable[[Size], Measured], record: Recorder, device: str, **columns: Any
+) -> None:
+    """A row of the sum over `sizes` of what `once` measures for each distinct one."""
+    counts, total, peaks, parts = Counter(sizes), 0.0, [], []
+    for size, count in counts.items():
+        measured = once(size)
+        total += measured.median * count
+        peaks.append(measured.peak_mib or 0.0)
+        parts.append(
+            f"{'x'.join(map(str, size)) if isinstance(size, tuple) else size}: {measured.median:.3g} ms x {count}"
+        )
         free(device)
-    for d in guessed:
-        spent[d] = max(ms * (d / done) ** 3 for done, ms in spent.items())
-    total = sum(spent[d] * count for d, count in counts.items())
-    note = "; ".join(f"{d}: {spent[d]:.0f} ms x {count}" for d, count in sorted(counts.items()))
-    record(
-        "merge", "dense K-FAC pencils (torch)", ms=total, rank=rank, targets=targets, note=note,
-        basis="estimated" if guessed else "scaled", state_bytes=2 * shape.kfac_bytes(targets),
-    )  # fmt: skip
+    record("merge", name, ms=total, basis="scaled", peak_mib=max(peaks) or None, note="; ".join(parts), **columns)
+
+
+def _each(method: Callable[[Tasks], Any], modules: list[Tasks]) -> list[Any]:
+    return [method(tasks) for tasks in modules]
 
 
 def _dense_pencil(a: Tensor, b: Tensor) -> Any:
@@ -264,26 +155,6 @@ def _factor(d: int, device: str, seed: int) -> Tensor:
     return x.mT @ x / len(x) + 0.1 * torch.eye(d, device=device)
 
 
-def _tasks(
-    size: tuple[int, int], count: int, rank: int, device: str, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
+def _tasks(size: tuple[int, int], count: int, rank: int, device: str) -> Tasks:
     p, q = size
-    return [
-        (
-            torch.randn(count, p, rank, device=device, dtype=dtype),
-            torch.randn(count, rank, q, device=device, dtype=dtype),
-        )
-        for _ in range(2)
-    ]
-
-
-def _stacked_tasks(
-    shape: Shape, rank: int, targets: str, device: str, dtype: torch.dtype
-) -> list[list[tuple[Tensor, Tensor]]]:
-    return [
-        _tasks(size, count, rank, device, dtype) for size, count in Counter(shape.modules(targets).values()).items()
-    ]
-
-
-def _cube(size: tuple[int, int]) -> float:
-    return float(size[0]) * size[1] * min(size)
+    return [(torch.randn(count, p, rank, device=device), torch.randn(count, rank, q, device=device)) for _ in range(2)]

@@ -4,7 +4,7 @@
 #
 #   bash bench/on_gpu.sh [STAGE...]      stages: build smoke tests llm ops gevp sanitizer ncu bench
 # llm holds the Fisher passes, the input pass with its filter, the merges and the whole (stages of `python -m bench.llm --help`).
-#   LLM_ARGS="--stages passes inputs merge"  LLM_MINUTES=5  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+#   LLM_ARGS="--stages passes inputs merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
 #   SST_COMMIT=abc1234                   where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ for name in "${STAGES[@]}"; do
         python3 -c "from sst_kernels import _native; _native.cpu(); _native.cuda(); print('both modules load')" 2>&1 | tail -n 2 | tee -a "$SUMMARY"
         ;;
     smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does
-        stage smoke 120 python3 -m bench.llm --scale small --minutes 1.5 --repeats 2 --out "$OUT/llm_smoke.csv"
+        stage smoke 120 python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
         ;;
     tests)
         stage tests "${TESTS_LIMIT:-240}" python3 -m pytest -q -p no:cacheprovider -m gpu --timeout 120 -n "${TESTS_JOBS:-4}" \
@@ -50,36 +50,32 @@ for name in "${STAGES[@]}"; do
         ;;
     ops) stage ops "${OPS_LIMIT:-150}" python3 -m bench.ops ${OPS_ARGS:---quick} --out "$OUT/ops.csv" ;;
     gevp) stage gevp "${GEVP_LIMIT:-170}" python3 -m bench.gevp_cuda ${GEVP_ARGS:---seconds 140} --out "$OUT/gevp_cuda.csv" ;;
-    llm)
-        minutes=${LLM_MINUTES:-5}
-        stage llm "$(python3 -c "print(int($minutes * 60 + 60))")" python3 -m bench.llm --minutes "$minutes" \
-            --out "$OUT/llm.csv" ${LLM_ARGS:-}
-        ;;
+    llm) stage llm "${LLM_LIMIT:-360}" python3 -m bench.llm --out "$OUT/llm.csv" ${LLM_ARGS:-} ;;
     sanitizer)
         for tool in memcheck racecheck; do
             for part in ops inputs gevp; do
                 PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool-$part" "${SANITIZER_LIMIT:-60}" compute-sanitizer --tool "$tool" \
-                    --error-exitcode 7 --print-limit 20 python3 -m bench.profile "$part" --small --capture
+                    --error-exitcode 7 --print-limit 20 python3 -m bench.capture "$part" --small --capture
             done
         done
         ;;
     ncu)
         # ncu refuses a whole run for one metric that the chip does not have.
         known=$(timeout 30 ncu --query-metrics 2>/dev/null | awk '{print $1}')
-        metrics=$(for metric in $(python3 -c "from bench.profile import NCU_METRICS; print(*NCU_METRICS)"); do
+        metrics=$(for metric in $(python3 -c "from bench.capture import NCU_COLUMNS; print(*NCU_COLUMNS)"); do
             case $metric in launch__*) echo "$metric" ;; *) grep -qx "${metric%%.*}" <<<"$known" && echo "$metric" ;; esac
         done | paste -sd,)
         for part in ${NCU_PARTS:-ops gevp}; do
             stage "ncu-$part" 60 ncu --clock-control none --profile-from-start off --csv --page raw --log-file "$OUT/ncu_raw_$part.csv" \
-                --launch-count "${NCU_LAUNCHES:-60}" --metrics "$metrics" python3 -m bench.profile "$part" --capture
+                --launch-count "${NCU_LAUNCHES:-60}" --metrics "$metrics" python3 -m bench.capture "$part" --capture
         done
-        python3 -m bench.export ncu "$OUT"/ncu_raw_*.csv --out "$OUT/ncu.csv" >>"$LOG" 2>&1 && rm -f "$OUT"/ncu_raw_*.csv
+        python3 -m bench.capture table "$OUT"/ncu_raw_*.csv --out "$OUT/ncu.csv" >>"$LOG" 2>&1 && rm -f "$OUT"/ncu_raw_*.csv
         ;;
-    bench) stage bench 200 python3 -m pytest bench -q -p no:cacheprovider --benchmark --benchmark-json "$OUT/benchmark.json" ;;
+    bench) stage bench 200 python3 -m pytest bench -q -p no:cacheprovider --benchmark ;; # rows in $OUT/benchmark.csv
     *) echo "unknown stage $name" | tee -a "$SUMMARY" ;;
     esac
 done
 
 echo "===== errors in the log =====" && grep -nE "Error|error:|Traceback|ERROR SUMMARY|RACECHECK" "$LOG" | tail -n 20 | cut -c1-200
-[ -f "$OUT/llm.csv" ] && python3 -m bench.export show "$OUT/llm.csv"
+echo "===== rows =====" && grep -E " (pass|inputs|gevp|filter|export|merge|end to end) .* ms=" "$LOG" | cut -c1-200
 echo "===== summary =====" && cat "$SUMMARY"

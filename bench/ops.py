@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.common import ROOT, Measured, Recorder, free, measure_ceilings, peak_mib, stopwatch
+from bench.common import ROOT, Measured, Recorder, free, in_turn, measure_ceilings, peak_mib
 
 import torch  # isort: skip
 from bench.op_cases import CASES, Case, Draw, Size
@@ -28,24 +28,19 @@ Run = Callable[[], object]
 
 
 class Clock:
-    """Milliseconds of single calls on a device, its caches cold on a GPU."""
+    """Single calls on a device, its caches cold and its queue full on a GPU."""
 
     def __init__(self, device: str, rounds: int):
-        self.device, self.rounds, self.once = device, rounds, stopwatch(device)
+        self.device, self.rounds = device, rounds
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
 
-    def in_turn(self, runs: dict[str, Run]) -> dict[str, list[float]]:
-        """`rounds` times of each, one after the other in every round, after one call of each."""
-        for run in runs.values():
-            run()
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(self.rounds):
-            for name, run in runs.items():
-                if self.flush is not None:
-                    torch.cuda._sleep(1_000_000)
-                    self.flush.zero_()
-                times[name].append(self.once(run))
-        return times
+    def in_turn(self, runs: dict[str, Run]) -> dict[str, Measured]:
+        return in_turn(runs, self.device, self.rounds, before=self._cold)
+
+    def _cold(self) -> None:
+        if self.flush is not None:
+            torch.cuda._sleep(1_000_000)
+            self.flush.zero_()
 
     def host(self, run: Run) -> str:
         """What a call costs the caller, the device not waited for."""
@@ -86,14 +81,12 @@ def measure_case(case: Case, forms: dict[str, Callable[..., object]], clock: Clo
             record(case.op, form, **work, error=error, basis="failed", note="wrong: not timed")
     state = [s.clone() for s in case.state]
     runs = {form: (lambda call=forms[form]: call(*case.inputs, *state)) for form in errors}
-    times = clock.in_turn(runs)
-    plain = Measured(times["torch"]).median if "torch" in times else None
+    taken = clock.in_turn(runs)
+    plain = taken.get("torch")
     for form, run in runs.items():
-        taken = Measured(times[form], peak_mib(run, clock.device))
-        record(
-            case.op, form, taken, **work, error=errors[form], note=clock.host(run), plain_ms=plain,
-            ratio=None if plain is None else taken.median / plain,
-        )  # fmt: skip
+        beside = {"plain_ms": plain.median, "ratio": taken[form].median / plain.median} if plain else {}
+        beside["peak_mib"] = peak_mib(run, clock.device)
+        record(case.op, form, taken[form], **work | beside, error=errors[form], note=clock.host(run))
 
 
 def sizes(op: str, device: str, modules: int, few: bool) -> Iterator[Size]:

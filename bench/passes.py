@@ -1,48 +1,60 @@
-"""Fisher passes beside the plain training step they ride on: time, memory, launches, host synchronisations."""
+"""Passes over a batch beside the plain PEFT step they ride on: time, memory, launches, host synchronisations.
+
+`beside` is the harness: it takes what is plain and any number of named calls, each with the context that makes it what it is
+(hooks, trained weights), runs them in turn and returns the columns of their rows.
+"""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 import sst_kernels as sst
-from bench.common import Ceilings, Recorder, count_calls, free, in_turn, measure, peak_mib
+from bench import gates
+from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, measure, peak_mib
 from bench.shapes import Shape
-from bench.workload import build_model, token_batch
+from bench.workload import Variant, build_model, token_batch
+
+MU = 3.0  # what recipes weigh benign inputs with
+WHOLE_UP_TO = 2048  # widest input whose [d, d] moments are solved here: recipes sketch wider ones
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the pass; `layers` restricts it to the first few (for states that would not fit)."""
+def beside(plain: Turn, runs: Mapping[str, Turn], device: str, repeats: int = 5) -> dict[str, dict[str, Any]]:
+    """The columns of a row for each of `runs`, taken in turn with `plain`, and under the name "" for `plain` itself.
 
-    name: str
-    space: str
-    structure: str
-    options: dict[str, Any] = field(default_factory=dict)
-    frozen: bool = False
-    sampled: bool = False
-    layers: int | None = None
+    `ratio` is the median over rounds of a run's time over the plain one's in the same round; memory and calls are those of a further call.
+    """
+    turns = {"": plain, **runs}
+    timed = in_turn(turns, device, repeats)
+    columns: dict[str, dict[str, Any]] = {}
+    for name, turn in turns.items():
+        run, context = turn if isinstance(turn, tuple) else (turn, nullcontext)
+        with context():
+            row = timed[name].columns() | {"peak_mib": peak_mib(run, device)}
+            if device.startswith("cuda"):
+                row["launches"], row["syncs"] = count_calls(run, device)
+        if name:
+            row |= {"plain_ms": timed[""].median, "ratio": timed[name].over(timed[""])}
+            row["above_plain_mib"] = row["peak_mib"] - columns[""]["peak_mib"]
+        columns[name] = row
+    return columns
 
 
-# In order of importance. Drop-in passes run in the user's training step, which also computes the adapter's own gradients;
-# frozen ones are the passes of a merge, which do not.
-VARIANTS = (
-    Variant("core/full", "core", "full"),
-    Variant("core/lowrank l=256", "core", "lowrank", {"rank": 256}),
-    Variant("core/full frozen", "core", "full", frozen=True),
-    Variant(
-        "core/full frozen, sampled labels at S=0", "core", "full", {"point": "reference"}, frozen=True, sampled=True
-    ),
-    Variant("factor/diagonal", "factor", "diagonal"),
-    Variant("factor/kronecker_lowrank l=64", "factor", "kronecker_lowrank", {"rank": 64}),
-    Variant("core/diagonal", "core", "diagonal"),
-    Variant("factor/kronecker dense", "factor", "kronecker", layers=2),
-)
+VARIANTS = {
+    "core/full": Variant("core", "full"),
+    "core/lowrank l=256": Variant("core", "lowrank", {"rank": 256}),
+    "core/full frozen": Variant("core", "full", frozen=True),
+    "core/full frozen, sampled labels at S=0": Variant("core", "full", {"point": "reference"}, True, True),
+    "factor/diagonal": Variant("factor", "diagonal"),
+    "factor/kronecker_lowrank l=64": Variant("factor", "kronecker_lowrank", {"rank": 64}),
+    "core/diagonal": Variant("core", "diagonal"),
+}
 
 
 class Pass:
@@ -59,150 +71,162 @@ class Pass:
         self.model.zero_grad(set_to_none=True)
 
 
+class Forward:
+    """A forward pass as the input pass runs it: no gradients, no labels, logits of the last token alone."""
+
+    def __init__(self, model: Any, batch: dict[str, torch.Tensor]):
+        self.model, self.batch = model, {k: v for k, v in batch.items() if k != "labels"}
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model(**self.batch, logits_to_keep=1, use_cache=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rows of passes are measured at."""
+
+    shape: Shape
+    rank: int
+    targets: str
+    batch: int
+    length: int
+    device: str
+    dtype: torch.dtype
+    repeats: int = 5
+    checkpointing: bool = False
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {"rank": self.rank, "targets": self.targets, "batch": self.batch, "length": self.length}
+
+    def model(self, shape: Shape | None = None) -> Any:
+        return build_model(
+            shape or self.shape, rank=self.rank, targets=self.targets, length=self.length, device=self.device, dtype=self.dtype
+        )  # fmt: skip
+
+    def tokens(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        return token_batch(self.shape, self.batch, self.length, self.device, seed=seed)
+
+
 def fisher_passes(
-    shape: Shape,
-    record: Recorder,
-    ceilings: Ceilings,
-    *,
-    rank: int,
-    targets: str,
-    batch: int,
-    length: int,
-    device: str,
-    dtype: torch.dtype,
-    checkpointing: bool = False,
-    adapter_dtype: torch.dtype | None = None,
-    variants: tuple[Variant, ...] = VARIANTS,
-    repeats: int = 5,
-    time_left: Callable[[], float] = lambda: float("inf"),
+    at: Setting, record: Recorder, ceilings: Ceilings, variants: Mapping[str, Variant] = VARIANTS
 ) -> dict[str, float]:
-    """Rows of one model; returns median ms per variant name, "plain" and "plain frozen" among them."""
-    model = build_model(
-        shape, rank=rank, targets=targets, length=length, device=device, dtype=dtype, adapter_dtype=adapter_dtype
-    )
-    if checkpointing:
+    """Rows of the plain step and of every variant, each in turn with a plain step of its own kind; returns median ms per variant."""
+    model, tokens = at.model(), at.tokens()
+    suffix = ""
+    if at.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    tokens = token_batch(shape, batch, length, device)
-    suffix = (", checkpointing" if checkpointing else "") + (
-        ", float32 adapters" if adapter_dtype is torch.float32 else ""
-    )
-    common = {"batch": batch, "length": length, "rank": rank, "targets": targets}
-    flops = shape.step_flops(batch, length, rank, targets) * (1.5 if checkpointing else 1.0)
-    plain_columns = common | {"flops": flops, "floor_ms": ceilings.floor_ms(0.0, flops)}
-    results: dict[str, float] = {}
-    try:
-        train_adapters(model)
-        first = measure(Pass(model, tokens), device, repeats=repeats, warmup=2)
-        record("pass", f"plain{suffix}", first, **plain_columns, **_calls(Pass(model, tokens), device))
-        results["plain"] = first.median
-        for variant in variants:
-            if time_left() < 4e-3 * repeats * first.median + 5:
-                record("pass", variant.name + suffix, **common, basis="skipped", note="time budget spent")
-                continue
-            try:
-                results |= _one(variant, model, tokens, record, common, shape, ceilings, device, suffix, repeats)
-            except Exception as error:  # one variant that fails must not cost the others
-                _failed(record, variant.name + suffix, common, error)
-            free(device)
-    except torch.OutOfMemoryError as error:
-        _failed(record, f"plain{suffix}", common, error)
-    return results
+        suffix = ", checkpointing"
+    flops = at.shape.step_flops(at.batch, at.length, at.rank, at.targets) * (1.5 if at.checkpointing else 1.0)
+    found: dict[str, float] = {}
+    step = Pass(model, tokens)
+    for name, variant in variants.items():
+        try:
+            hooks = variant.hooks(model, step)
+            plain = (step, partial(_frozen if variant.frozen else _trained, model))
+            hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
+            rows = beside(plain, {name: hooked}, at.device, at.repeats)
+        except Exception as error:  # one variant that fails must not cost the others
+            traceback.print_exc()
+            basis = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+            note = f"{type(error).__name__}: {str(error)[:160]}"
+            record("pass", name + suffix, **at.columns, basis=basis, note=note)
+            continue
+        if not found:
+            work = {"flops": flops, "floor_ms": ceilings.floor_ms(flops=flops)}
+            record("pass", "plain" + suffix, **at.columns, **rows[""], **work)
+        moved = _added_bytes(at, variant.space)
+        record(
+            "pass", name + suffix, **at.columns, **rows[name], state_bytes=hooks.fisher.nbytes,
+            bytes=moved, floor_ms=ceilings.floor_ms(moved),
+        )  # fmt: skip
+        found[name] = rows[name]["ms"]
+        free(at.device)
+    return found
 
 
-def _one(variant, model, tokens, record, common, shape, ceilings, device, suffix, repeats) -> dict[str, float]:
-    """One variant and the plain step in turn, which cancels drift."""
-    options = dict(variant.options)
-    if variant.layers is not None:
-        options["modules"] = "|".join(rf"model\.layers\.{i}\..*" for i in range(variant.layers))
-    accumulator = sst.fisher_accumulate(
-        model, "safety", space=variant.space, structure=variant.structure, **options
-    )  # fmt: skip
-    plain, step = Pass(model, tokens), Pass(model, tokens, variant.sampled)
-    turns = {
-        "plain": (plain, lambda: _bare(model, variant.frozen)),
-        "hooked": (step, lambda: _hooked(model, variant.frozen, accumulator)),
-    }
-    timed = in_turn(turns, device, repeats)
-    peaks = {}
-    for name, (run, context) in turns.items():
-        with context():
-            peaks[name] = peak_mib(run, device)
-            calls = _calls(run, device)
-    state, adapted = accumulator.fisher.nbytes, len({block.module for block in accumulator.fisher.blocks.values()})
-    modules, above = len(shape.modules(common["targets"])), peaks["hooked"] - peaks["plain"]
-    note = f"peak {max(0.0, above):.0f} MiB above plain"
-    reference, basis = timed["plain"].median, "measured"
-    added = timed["hooked"].median - reference
-    if adapted < modules:
-        note = f"{note}; {adapted} of {modules} modules measured, overhead scaled"
-        added, state, basis = added * modules / adapted, int(state * modules / adapted), "scaled"
-    extra = _added_bytes(shape, variant, common) if adapted == modules else None
-    record(
-        "pass",
-        variant.name + suffix,
-        timed["hooked"],
-        **common,
-        ms=reference + added,
-        ratio=1 + added / reference,
-        basis=basis,
-        peak_mib=peaks["hooked"],
-        state_bytes=state,
-        bytes=extra,
-        floor_ms=None if extra is None else ceilings.floor_ms(extra),
-        **calls,
-        above_plain_mib=above,
-        plain_ms=reference,
-        note=note,
-    )
-    return {variant.name: reference + added, f"plain for {variant.name}": reference}
+def input_passes(at: Setting, record: Recorder, ceilings: Ceilings, columns: int) -> dict[str, float]:
+    """Rows of a forward pass, the input pass with sketches of `columns` columns and with whole [d, d] moments, and a training
+    step, in turn; returns median ms per variant."""
+    error = gates.inputs_gate(at.device)
+    model, tokens = at.model().requires_grad_(False), at.tokens()
+    forward, kinds = Forward(model, tokens), {name_of(kept): kept for kept in (columns, None)}
+    moments = {name: sst.input_moments(model, "safety", rank=kept) for name, kept in kinds.items()}
+    turns: dict[str, Turn] = {name: (forward, lambda hooks=hooks: hooks) for name, hooks in moments.items()}
+    turns["training step"] = (Pass(model, tokens), partial(_trained, model))
+    rows = beside(forward, turns, at.device, at.repeats)
+    count, shape = at.batch * at.length, at.shape
+    for name, row in rows.items():
+        if name in kinds:
+            work = count * shape.input_flops(kinds[name], at.targets)
+            state = shape.input_bytes(kinds[name], at.targets)
+            moved = count * at.dtype.itemsize * sum(shape.read_widths(at.targets)) + 2 * state
+            row |= {"error": error, "state_bytes": state, "bytes": moved}
+        else:
+            work = (shape.step_flops if name else shape.forward_flops)(at.batch, at.length, at.rank, at.targets)
+        row |= {"flops": work, "floor_ms": ceilings.floor_ms(row.get("bytes", 0), work)}
+        record("inputs", name or "forward", **at.columns, **row)
+    return {name: row["ms"] for name, row in rows.items()}
 
 
-@contextmanager
-def _bare(model: Any, frozen: bool) -> Iterator[None]:
-    """The plain step: the adapters' own gradients, or in a frozen model those that start at the embeddings, as a frozen Fisher pass has."""
-    model.requires_grad_(False)
-    if not frozen:
-        train_adapters(model)
-        yield
-        return
-    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
-    yield
-    handle.remove()
+def input_filters(at: Setting, record: Recorder, columns: int) -> dict[str, float]:
+    """`filter_inputs` on the modules of one layer, times the number of layers; returns ms per variant, all modules."""
+    part = at.shape.with_layers(1)
+    model = at.model(part).requires_grad_(False)
+    totals = {}
+    for kept in (columns, None):
+        if kept is None and max(part.read_widths(at.targets)) > WHOLE_UP_TO:
+            continue
+        sides = []
+        for seed in (1, 2):
+            with sst.input_moments(model, "safety", rank=kept) as moments:
+                Forward(model, token_batch(part, 4, 64, at.device, seed=seed))()
+            sides.append(moments)
+        solve = partial(sst.filter_inputs, *sides, MU)
+        solved, name = measure(solve, at.device, repeats=at.repeats), name_of(kept)
+        totals[name] = solved.median * at.shape.layers
+        record(
+            "inputs", f"filter_inputs, {name}", ms=totals[name], runs=at.repeats, rank=at.rank, targets=at.targets,
+            basis="scaled", state_bytes=2 * at.shape.input_bytes(kept, at.targets), peak_mib=peak_mib(solve, at.device),
+            note=f"one of {at.shape.layers} layers, scaled",
+        )  # fmt: skip
+        free(at.device)
+    return totals
+
+
+def name_of(columns: int | None) -> str:
+    return "whole" if columns is None else f"sketch l={columns}"
 
 
 @contextmanager
-def _hooked(model: Any, frozen: bool, accumulator: Any) -> Iterator[None]:
-    model.requires_grad_(False)
-    if not frozen:
-        train_adapters(model)
-    with accumulator:
-        yield
-
-
-def _failed(record: Recorder, name: str, common: dict[str, Any], error: Exception) -> None:
-    if not isinstance(error, torch.OutOfMemoryError):
-        traceback.print_exception(error)
-    basis = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-    record("pass", name, **common, basis=basis, note=f"{type(error).__name__}: {str(error)[:160]}")
-
-
-def _calls(step: Pass, device: str) -> dict[str, int]:
-    """Kernel launches and host synchronisations of one step; a CPU has neither."""
-    return dict(zip(("launches", "syncs"), count_calls(step, device))) if device.startswith("cuda") else {}
-
-
-def _added_bytes(shape: Shape, variant: Variant, common: dict[str, Any]) -> float:
-    """Least bytes the statistics add to the step: each side of every block read once, at two bytes per element."""
-    tokens, rank = common["batch"] * common["length"], common["rank"]
-    per_token = 0
-    for p, q in shape.modules(common["targets"]).values():
-        per_token += 2 * rank if variant.space == "core" else (rank + q) + (p + rank)
-    return 2.0 * tokens * per_token
-
-
-def train_adapters(model: Any) -> None:
+def _trained(model: Any) -> Iterator[None]:
     """Gradients for the adapters' own weights."""
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(True)
+        parameter.requires_grad_("lora_" in name)
+    yield
+    model.requires_grad_(False)
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Gradients that start at the embeddings of a frozen model, as those of a frozen Fisher pass do."""
+    model.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _hooked(model: Any, frozen: bool, hooks: AbstractContextManager) -> Iterator[None]:
+    with nullcontext(model.requires_grad_(False)) if frozen else _trained(model), hooks:
+        yield
+
+
+def _added_bytes(at: Setting, space: str) -> float:
+    """Least bytes the statistics add to the step: each side of every block read once, at two bytes per element."""
+    sides = at.shape.modules(at.targets).values()
+    return 2.0 * at.batch * at.length * sum(2 * at.rank + (p + q) * (space == "factor") for p, q in sides)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.common import COLUMNS, ROOT
-from bench.shapes import SHAPES
 
 FOLDER = ROOT / "bench" / "results"
 Row = dict[str, str]
@@ -17,21 +16,15 @@ def is_gpu(row: Row) -> bool:
     return row["device"].startswith("NVIDIA")
 
 
-STATIONS: tuple[tuple[str, Callable[[Row], bool]], ...] = (("GPU", is_gpu), ("CPU", lambda row: not is_gpu(row)))
-
-
 class Results:
     """All tables of a folder that have the columns of `bench.common`, file by file in name order, rows in file order."""
 
     def __init__(self, folder: Path = FOLDER):
         self.rows: list[Row] = []
-        self.others: dict[str, list[Row]] = {}
         for path in sorted(folder.glob("*.csv")):
             rows = read(path)
             if rows and {"stage", "variant", "ms", "device"} <= rows[0].keys():
                 self.rows += [dict.fromkeys(COLUMNS, "") | row | {"file": path.name} for row in rows]
-            else:
-                self.others[path.name] = rows
 
     def all(self, where: Callable[[Row], bool] | None = None, **match: str) -> list[Row]:
         """Matching rows; of several with the same subject the last one with a time stands, in the first one's place."""
@@ -53,20 +46,6 @@ class Results:
 def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def parts(results: Results, build: Callable[[list[Row]], str], *stages: str) -> list[dict[str, str]]:
-    """One table per model, rank and targets over the rows of `stages`, GPU first."""
-    found, order = [], list(SHAPES)
-    for _, where in STATIONS:
-        groups: dict[tuple[str, str, str], list[Row]] = {}
-        for row in (row for stage in stages for row in results.all(where, stage=stage)):
-            if row["model"] in SHAPES:
-                groups.setdefault((row["model"], row["rank"], row["targets"]), []).append(row)
-        for key in sorted(groups, key=lambda k: (order.index(k[0]), k[2], k[1] != "16", int(k[1] or 0))):
-            title = f"{key[0]}, {key[2]}, r = {key[1]} ({'GPU' if is_gpu(groups[key][0]) else 'CPU'})"
-            found.append({"title": title, "table": build(groups[key]), "sources": sources(groups[key])})
-    return found
 
 
 def fullest(rows: list[Row]) -> list[Row]:
@@ -113,8 +92,8 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{three(ratio)}x"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
 
 
 def sources(rows: Iterable[Row | None]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+INPUT_RANK = 512  # columns of the sketch of inputs in a recipe
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 TARGETS = {"all-linear": LINEAR, "attention": ATTENTION}
@@ -81,6 +82,27 @@ class Shape:
         """float32 factors E[xxᵀ] [d_in, d_in] and E[ggᵀ] [d_out, d_out] of dense K-FAC over the adapted modules."""
         return 4 * sum(p * p + q * q for p, q in self.modules(targets).values())
 
+    def kept(self, columns: int | None, targets: str = "all-linear") -> list[tuple[int, int]]:
+        """(d, columns kept) of every tensor that is read: all d of them unless a sketch takes less than d² products."""
+        return [(d, d if columns is None or d <= 4 * columns else columns) for d in self.read_widths(targets)]
+
+    def input_bytes(self, columns: int | None, targets: str = "all-linear") -> int:
+        """float32 second moments of one side: [d, d] for each tensor that modules read, or [d, columns] where it is sketched."""
+        return 4 * sum(d * k for d, k in self.kept(columns, targets))
+
+    def input_flops(self, columns: int | None, targets: str = "all-linear") -> int:
+        """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
+        return sum(d * d if d == k else 4 * d * k for d, k in self.kept(columns, targets))
+
+    def input_share(self, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
+        """Operations of the input pass over those of a training step on the same batch."""
+        work = self.forward_flops(batch, length, rank) + batch * length * self.input_flops(columns)
+        return work / self.step_flops(batch, length, rank)
+
+    def row_bytes(self, rank: int, samples: int) -> int:
+        """float32 rows of both core Fishers, `samples` sequences each."""
+        return 2 * 4 * samples * rank**2 * len(self.modules())
+
     def config(self, length: int, attention: str) -> Any:
         """The transformers configuration."""
         from transformers import LlamaConfig, Qwen2Config
@@ -107,10 +129,10 @@ SHAPES = {
         Shape("llama-3.1-8b", "llama", 4096, 14336, 32, 32, 8, 128256),
         Shape("qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 152064),
         Shape("llama-2-13b", "llama", 5120, 13824, 40, 40, 40, 32000),
+        Shape("smollm2-135m", "llama", 576, 1536, 30, 9, 3, 49152),
         # The first of these at 1/16 and 1/8 of its width, for machines without a GPU.
         Shape("llama-small", "llama", 512, 1376, 8, 8, 8, 4000),
         Shape("llama-tiny", "llama", 256, 688, 4, 4, 4, 1000),
+        Shape("llama-4x256", "llama", 256, 688, 4, 4, 4, 1024),  # of structures_cpu and peers_cpu
     )
 }
-# What the report draws its conclusions for.
-LARGE = ("llama-2-7b", "llama-3.1-8b", "qwen2.5-7b", "llama-2-13b")

@@ -28,14 +28,8 @@ def columns(shape):
 
 @pytest.mark.parametrize("scope", ["global", "module"])
 def test_subspace(cost, fishers, columns, scope):
-    cost(
-        "gevp",
-        f"subspace {scope}",
-        lambda: sst.subspace(*fishers, scope=scope),
-        gate=gates.gevp_gate,
-        rounds=3,
-        **columns,
-    )
+    gate = lambda _: gates.solve_gate(*fishers, scope)  # noqa: E731
+    cost("gevp", f"subspace {scope}", lambda: sst.subspace(*fishers, scope=scope), gate=gate, rounds=3, **columns)
 
 
 def test_filter(cost, fishers, columns):
@@ -74,11 +68,5 @@ def test_factored_merge(cost, shape, device, columns, name):
         return torch.randn(*size, generator=generator, device=device)
 
     modules = [[(draw(p, RANK), draw(RANK, q)) for _ in range(2)] for p, q in shape.modules().values()]
-    cost(
-        "merge",
-        name,
-        lambda: [baselines.FACTORED[name](tasks) for tasks in modules],
-        gate=lambda _: gates.baseline_gate(device),
-        rounds=3,
-        **columns,
-    )
+    merge = lambda: [baselines.FACTORED[name](tasks) for tasks in modules]  # noqa: E731
+    cost("merge", name, merge, gate=lambda _: gates.baseline_gate(device), rounds=3, **columns)

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.common import spectral_rows
+import bench.common  # sets the import paths, so before the library  # noqa: F401
 from bench.shapes import TARGETS, Shape
+
+import sst_kernels as sst  # isort: skip
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.base import Block, Counts
 from sst_merge.adapters import Adapter, LoraTerm
 
 SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a Fisher pass: drop-in passes run in the user's training step, which also computes the adapter's own
+    gradients; frozen ones are the passes of a merge, which do not."""
+
+    space: str
+    structure: str
+    options: dict[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    sampled: bool = False
+
+    def hooks(self, model: Any, step: Callable[[], Any]) -> Any:
+        """The accumulator; EK-FAC's starts from the K-FAC pass of one step."""
+        options = dict(self.options)
+        if self.structure == "eigen_kronecker":
+            with sst.fisher_accumulate(model, "safety", space=self.space, structure="kronecker") as first:
+                step()
+            options["basis"] = first.fisher
+        return sst.fisher_accumulate(model, "safety", space=self.space, structure=self.structure, **options)
+
+
+STRUCTURES = {
+    name: Variant(*name.split("/"), options)
+    for name, options in {
+        "core/full": {}, "core/lowrank": {"rank": 32}, "core/diagonal": {}, "core/kronecker": {}, "core/eigen_kronecker": {},
+        "core/kronecker_svd": {}, "factor/diagonal": {}, "factor/vila": {}, "factor/kronecker": {},
+        "factor/kronecker_lowrank": {"rank": 64}, "factor/eigen_kronecker": {}, "factor/lowrank": {"rank": 16},
+    }.items()
+}  # fmt: skip
 
 
 def build_model(
@@ -101,3 +136,10 @@ def core_fisher(adapter: Adapter, samples: int, *, device: str, seed: int, decay
     fisher.joint.counts += Counts(samples, samples * 512, samples * 384)
     fisher.note("data", samples, None)
     return fisher
+
+
+def spectral_rows(count: int, width: int, device: str, *, seed: int = 0, decay: float = 0.02) -> Tensor:
+    """Random rows [count, width] float32 whose Gram spectrum decays like that of measured Fishers: e^(-decay·i)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.randn(count, width, device=device, generator=generator)
+    return rows * torch.exp(-decay / 2 * torch.arange(count, device=device))[:, None]

@@ -35,6 +35,9 @@ def compile_device_code(source: str, architecture: int, target: Path) -> str:
         str(ROOT / "csrc" / "cuda" / source),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
+    assert "cusolverDn.h: No such file" not in done.stderr, (
+        "cuSOLVER's headers: `make test` brings them, or pip install '.[cuda]'"
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
     return done.stderr
 
