@@ -43,7 +43,7 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil(kind):
         a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global", kind)
         patch = np.linalg.solve(a + mu * b, a @ IDENTITY)
         total += 0.5 * ((out @ patch) ** 2).sum()
-    prediction = space.soft(mu).prediction
+    prediction = space.soft(mu=mu).prediction
     assert prediction.held_out
     assert prediction.cost_per_sequence == pytest.approx(total / 12, rel=1e-6)
     assert prediction.cost_per_label == pytest.approx(total / 12 / 2, rel=1e-6)
@@ -81,7 +81,7 @@ def test_fewer_rows_than_coordinates_change_nothing(scope, name):
             out[s] = v @ (weights * (v.T @ (b[s, s] @ IDENTITY[s])))
         return out
 
-    patch = getattr(space, name)(2 if name == "top_k" else level)
+    patch = space.top_k(2) if name == "top_k" else getattr(space, name)(mu=level)
     expected, rows = filtered(cost.rows()), cost.rows().double().numpy()
     np.testing.assert_allclose(flat(patch), expected, rtol=1e-9, atol=1e-10 * abs(expected).max())
     half_square = lambda out, s: 0.5 * ((out @ s) ** 2).sum() / len(rows) / 2  # noqa: E731 - two labels per sequence
@@ -101,7 +101,7 @@ def test_draws_of_one_prompt_stay_in_one_fold():
     together = fisher_of(doubled, cost.metric, groups=list(range(n)) * 2)
     apart = fisher_of(doubled, cost.metric)
     expected, kept, leaked = (
-        subspace(gain, c, folds=4, damping=0.01).soft(1.0).prediction.cost_per_label for c in (cost, together, apart)
+        subspace(gain, c, folds=4, damping=0.01).soft(mu=1.0).prediction.cost_per_label for c in (cost, together, apart)
     )
     assert kept == pytest.approx(expected, rel=1e-6)
     assert leaked < 0.9 * expected
@@ -112,9 +112,9 @@ def test_what_a_fisher_is_divided_by_changes_nothing(structure, scope):
     spaces = [
         subspace(*pair(structure=structure, count=count), scope=scope) for count in ("sequences", "tokens", "labels")
     ]
-    first = spaces[0].soft(1.0)
+    first = spaces[0].soft(mu=1.0)
     for space in spaces[1:]:
         torch.testing.assert_close(space.values, spaces[0].values, rtol=1e-6, atol=1e-9 * float(space.values[0]))
-        other = space.soft(1.0).prediction
+        other = space.soft(mu=1.0).prediction
         assert other.cost_per_label == pytest.approx(first.prediction.cost_per_label, rel=1e-6)
         assert other.plain_cost_per_label == pytest.approx(first.prediction.plain_cost_per_label, rel=1e-6)

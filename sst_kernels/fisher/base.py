@@ -111,6 +111,8 @@ class Structure(ABC):
     """
 
     kind: ClassVar[str]
+    spans_modules: ClassVar[bool] = False
+    """Whether it keeps correlations between blocks where it holds several."""
 
     def __init__(
         self,
@@ -142,6 +144,11 @@ class Structure(ABC):
         if n == 0:
             raise ValueError(f"this {self.kind} Fisher holds no {self.count}: run backward passes before reading it")
         return float(n)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the samples can still be told apart, as `rows` [N, n] float32."""
+        return False
 
     def update(self, batch: TokenBatch) -> None:
         """Add one batch. Empty batches (N = 0) change nothing."""

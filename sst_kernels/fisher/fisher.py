@@ -124,14 +124,33 @@ class Fisher(Mapping[str, Structure]):
 
         ValueError when the structure does not keep them.
         """
-        holders = self._holders().values()
-        full = [s for s in holders if isinstance(s, Full) and not s.folded]
-        if len(full) < len(holders):
+        if not all(s.keeps_rows for s in self._holders().values()):
             raise ValueError(
                 f"this Fisher (structure={self.meta['structure']!r}, scope={self.meta['scope']!r}) does not keep per-sample rows: "
                 'accumulate with structure="full", scope="global"'
             )
-        return torch.cat([s.rows.to(full[0].device) for s in full], 1) if len(full) > 1 else full[0].rows
+        parts = [s.rows for s in self._holders().values() if isinstance(s, Full)]
+        return torch.cat([rows.to(parts[0].device) for rows in parts], 1) if len(parts) > 1 else parts[0]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it tells all samples apart, as cross-fitting needs."""
+        return self.meta["sample"] == "sequence" and all(s.keeps_rows for s in self._holders().values())
+
+    def joint_rows(self) -> Tensor:
+        """Rows R [N, Σ p·q] with RᵀR / N the Fisher per sequence: the samples', or those of a sketch of all modules.
+
+        ValueError when the structure keeps no statistics across modules.
+        """
+        if self.keeps_rows:
+            return self.rows()
+        if self.joint is None or not self.joint.spans_modules:
+            raise ValueError(
+                f"scope='global' needs cross-module statistics, which structure {self.meta['structure']!r} (scope={self.meta['scope']!r}) "
+                "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
+            )
+        rows = self.joint.operator().rows
+        return rows * (getattr(self.counts, self.meta["count"]) / self.counts.sequences * len(rows)) ** 0.5
 
     def note(self, labels: str, samples: int, groups: Sequence[int] | None) -> None:
         """Record where the labels of the samples just added came from, and their groups (each its own by default)."""

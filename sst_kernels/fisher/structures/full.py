@@ -28,6 +28,7 @@ class Full(Joint):
     """
 
     kind = "full"
+    spans_modules = True
 
     def __init__(
         self,
@@ -53,6 +54,10 @@ class Full(Joint):
     def folded(self) -> bool:
         """Whether rows have been summed into the matrix already."""
         return self._matrix is not None
+
+    @property
+    def keeps_rows(self) -> bool:
+        return not self.folded
 
     @property
     def rows(self) -> Tensor:

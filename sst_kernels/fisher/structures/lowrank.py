@@ -32,6 +32,7 @@ class LowRank(Joint):
     """
 
     kind = "lowrank"
+    spans_modules = True
 
     def __init__(self, shape: tuple[int, int], *, rank: int = 128, **options: Any):
         super().__init__(shape, **options)
