@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -68,12 +68,15 @@ class Charts:
             fishers = self.gradients(fishers.reshape(*self.scale.shape, -1)).flatten(1, 2).mT
         return fishers
 
-    def load(self, rows: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-        """These modules' part of gradients [Nᵢ, n] of any float dtype, as [M, r, r, Σ Nᵢ]."""
+    def load(
+        self, rows: Sequence[Tensor], dtype: torch.dtype = torch.float64, columns: slice | None = None
+    ) -> Tensor:
+        """These modules' part of gradients [Nᵢ, n] of any float dtype, or their `columns`, as [M, r, r, Σ Nᵢ]."""
+        columns = self.where if columns is None else columns
         counts = [len(own) for own in rows]
         out = torch.empty(self.scale.numel(), sum(counts), dtype=dtype, device=self.scale.device)
         for own, part in zip(rows, out.split(counts, 1)):
-            part.copy_(own[:, self.where].T)
+            part.copy_(own[:, columns].T)
         return out.view(*self.scale.shape, -1)
 
 
@@ -113,32 +116,37 @@ class Coordinates:
             ones = torch.ones_like(left)
             self.charts.append(Charts(names, where, left, right, left_inverse, right_inverse, ones))
 
-    def kronecker(self, moments: Moments) -> Coordinates:
-        """The coordinates whose metric is the Kronecker one of these `moments`, scaled to trace n, as the Frobenius metric has.
+    def kronecker(self, *moments: Moments) -> list[Coordinates]:
+        """For each of some `moments` the coordinates whose metric is the Kronecker one, scaled to trace n as the Frobenius metric is.
 
         `moments` are of gradients in Frobenius coordinates, times any positive number. z is turned into their eigenvectors,
-        whose signs and order change no pencil.
+        whose signs and order change no pencil. Without any gradient to take a shape from the metric stays the Frobenius one.
         """
-        mean = mean_trace(moments, self.size)
-        if mean == 0:  # no gradient to take a shape from
-            return self
-        out = copy.copy(self)
-        out.charts = []
-        for charts, pairs in zip(self.charts, moments):
+        means = [mean_trace(own, self.size) for own in moments]
+        out = [copy.copy(self) for _ in moments]
+        for made in out:
+            made.charts = []
+        at = 0
+        for _, run in groupby(self.charts, lambda charts: charts.left.shape[-1]):
+            members = list(run)
+            own = slice(at, at := at + len(members))
+            pairs = torch.stack([torch.cat(x[own], 1) for x in moments])  # [folds, 2, M, r, r]
             # Hundreds of r x r problems: one batch on the CPU, since a GPU would take them one by one.
             values, vectors = torch.linalg.eigh(pairs.cpu())
-            across, down = values.clamp_min(0)
-            shape = across[:, :, None] * down[:, None, :] / _nonzero(across.sum(1))[:, None, None]
-            u, v = vectors.to(charts.left.device)
-            turned = replace(
-                charts,
-                left=u.mT @ charts.left,
-                right=charts.right @ v,
-                left_inverse=charts.left_inverse @ u,
-                right_inverse=v.mT @ charts.right_inverse,
-                scale=((1 - _LEVEL) * shape / mean + _LEVEL).sqrt().to(u.device),
+            across, down = values.clamp_min_(0).unbind(1)
+            shape = across[..., None] * down[..., None, :] / _nonzero(across.sum(-1))[..., None, None]
+            mean = torch.tensor(means, dtype=torch.float64).view(-1, 1, 1, 1)
+            scale = torch.where(mean > 0, (1 - _LEVEL) * shape / _nonzero(mean) + _LEVEL, 1).sqrt_()
+            u, v = vectors.to(members[0].left.device).unbind(1)
+            left, right, left_inverse, right_inverse = (
+                torch.cat([getattr(charts, side) for charts in members])
+                for side in ("left", "right", "left_inverse", "right_inverse")
             )
-            out.charts.append(turned)
+            turned = u.mT @ left, right @ v, left_inverse @ u, v.mT @ right_inverse, scale.to(u.device)
+            counts = [len(charts.names) for charts in members]
+            for made, *sides in zip(out, *turned):
+                parts = zip(*(side.split(counts) for side in sides))
+                made.charts += [Charts(c.names, c.where, *part) for c, part in zip(members, parts)]
         return out
 
     def patch(self) -> Tensor:
@@ -176,13 +184,13 @@ class Coordinates:
             out[:, charts.where] = charts.gradients(charts.load(rows)).flatten(0, 2).T
         return out
 
-    def moments(self, rows: Tensor, parts: Sequence[Tensor | slice]) -> list[Moments]:
-        """ΣCCᵀ and ΣCᵀC [2, M, r, r] of all neighbours, over each of the `parts` of gradients [N, n] with respect to S."""
+    def moments(self, rows: Tensor, parts: Sequence[Tensor]) -> list[Moments]:
+        """ΣCCᵀ and ΣCᵀC [2, M, r, r] of all neighbours, over each of the `parts` (indices) of gradients [N, n] with respect to S."""
+        order, counts = torch.cat(list(parts)), [len(part) for part in parts]
         out: list[Moments] = [[] for _ in parts]
         for charts in self.charts:
-            cores = charts.gradients(charts.load([rows]))
-            for part, moments in zip(parts, out):
-                own = cores[..., part]
+            cores = charts.gradients(charts.load([rows[:, charts.where][order]], columns=slice(None)))
+            for own, moments in zip(cores.split(counts, -1), out):
                 across, down = own.flatten(2), own.transpose(1, 2).flatten(2)
                 moments.append(torch.stack([across @ across.mT, down @ down.mT]))
         return out

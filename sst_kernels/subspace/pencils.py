@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -90,7 +90,7 @@ class Rows:
             if not isfinite(float(torch.linalg.vector_norm(rows, dtype=torch.float64))):
                 raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
 
-    def held(self, side: str) -> list[Tensor]:
+    def held(self, side: Literal["gain", "cost"]) -> list[Tensor]:
         """For each fold, the mask of the side's rows that it holds out."""
         of = {"gain": self.gain_fold, "cost": self.cost_fold}[side]
         return [] if of is None else [of == i for i in range(self.folds)]
@@ -103,12 +103,13 @@ class RowPencil(Pencil):
         self.rows, self.frobenius = rows, z
         self.held_out = rows.folds > 0
         held = rows.held("cost")
-        sums = z.moments(rows.cost, held or [slice(None)])
+        every = torch.arange(len(rows.cost), device=rows.cost.device)
+        sums = z.moments(rows.cost, [every[mask] for mask in held] or [every])
         stacked = [torch.stack(x) for x in zip(*sums)]  # of each neighbourhood [folds, 2, M, r, r]
         total = sum(float(x[:, 0].diagonal(dim1=-2, dim2=-1).sum()) for x in stacked)
         self._damp(damping, total / len(rows.cost), z.size)
-        every = list(range(len(sums)))
-        parts = [every, *([j for j in every if j != i] for i in range(len(held)))]
+        folds = list(range(len(sums)))
+        parts = [folds, *([j for j in folds if j != i] for i in range(len(held)))]
         self._moments = [[x[part].sum(0) for x in stacked] for part in parts] if metric == "kronecker" else None
         self._row = power_of_two(torch.tensor((total / len(rows.cost)) ** 0.5))
         self._cost_folds: list[Fold] = []
@@ -123,7 +124,7 @@ class RowPencil(Pencil):
         """z of the whole and of each fold."""
         if self._moments is None:
             return [self.frobenius] * (1 + self.rows.folds)
-        return [self.frobenius.kronecker(moments) for moments in self._moments]
+        return self.frobenius.kronecker(*self._moments)
 
     def _unit(self, damping: float, size: int) -> float | None:
         """The unit of `products` where float32 will do for the folds in pencils of `size` coordinates."""
