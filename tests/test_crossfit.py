@@ -33,9 +33,7 @@ def test_responses_are_those_of_the_solved_pencil(damping, repeated):
     rest, _ = complement(rows @ rows.T, of_kept, others, epsilon)
     fold = Fold.of_complement(rest, slice(0, 11), slice(11, None), gain @ patch)
     peer = Fold(values, cost[held] @ ways)
-    torch.testing.assert_close(
-        fold.values.flip(0)[: len(values)], values, rtol=1e-8, atol=1e-12 * float(values[0])
-    )
+    torch.testing.assert_close(fold.values.flip(0)[: len(values)], values, rtol=1e-8, atol=1e-12 * float(values[0]))
     for name, parameters in (("soft", MUS), ("threshold", MUS * 1.01), ("top_k", torch.arange(9.0).double())):
         weights = WEIGHTS[name]
         actual, expected = (x.energy(weights, parameters) for x in (fold, peer))

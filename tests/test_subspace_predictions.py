@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -28,6 +31,28 @@ def test_kl_budgets_are_kept_and_monotone(seed, budgets, name, scope):
         assert patch.prediction.cost_per_label <= budget * (1 + 1e-9)
     parameters = [p.parameter if name == "top_k" else -p.parameter for p in patches]
     assert parameters == sorted(parameters)
+
+
+@pytest.mark.parametrize("name", ["soft", "threshold", "top_k"])
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_a_path_holds_the_patch_of_every_budget(name, structure):
+    """In any order, twice the same and none at all; a budget below everything keeps nothing, and can be written as JSON."""
+    space = subspace(*pair(1, structure=structure), scope="module" if structure == "diagonal" else "global")
+    budgets = [0.05, 0.0, 1e-3, 0.05, 1e-300, 1e6]
+    for budget, patch in zip(budgets, space.path(budgets, name)):
+        alone = getattr(space, name)(kl_budget=budget)
+        assert (patch.parameter, patch.prediction, patch.kept) == (alone.parameter, alone.prediction, alone.kept)
+        assert all(torch.equal(patch.coordinates[m], alone.coordinates[m]) for m in RANKS)
+    for patch in space.path([0.0, 1e-300], name):
+        assert not any(core.any() for core in patch.coordinates.values())
+        assert patch.prediction.cost_per_label == patch.prediction.gain_kept == 0.0
+        assert patch.strength == (0.0 if name == "top_k" else None)
+        json.dumps([patch.strength, asdict(patch.prediction), patch.kept], allow_nan=False)
+    assert space.path([]) == []
+    with pytest.raises(ValueError, match="kl_budget must not be negative, got nan"):
+        space.path([0.1, float("nan")], name)
+    with pytest.raises(ValueError, match="filter: expected one of"):
+        space.path([0.1], "hard")
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "frobenius"])
@@ -118,3 +143,26 @@ def test_what_a_fisher_is_divided_by_changes_nothing(structure, scope):
         other = space.soft(mu=1.0).prediction
         assert other.cost_per_label == pytest.approx(first.prediction.cost_per_label, rel=1e-6)
         assert other.plain_cost_per_label == pytest.approx(first.prediction.plain_cost_per_label, rel=1e-6)
+
+
+def test_parameters_are_named():
+    """A bare number could be a budget or a μ."""
+    space = subspace(*pair())
+    for filtered in (space.soft, space.threshold):
+        with pytest.raises(TypeError):
+            filtered(0.02)
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+@pytest.mark.parametrize("damping", [1.0, 1e-9, 1e-12])
+def test_folds_agree_with_dense_pencils_at_any_damping(scope, damping):
+    """At 1e-9 and below rows are taken instead of their products; SciPy's own error grows like eps over the damping."""
+    gain, cost = pair(9, gain_rows=3, cost_rows=8)
+    space = subspace(gain, cost, scope=scope, damping=damping, folds=2)
+    mu, total = float(space.values[1]), 0.0
+    for fold in range(2):
+        kept = cost.rows()[torch.arange(8) % 2 != fold]
+        out = cost.rows()[torch.arange(8) % 2 == fold].double().numpy()
+        a, b = dense_pencil(gain, fisher_of(kept, cost.metric), space.epsilon, scope)
+        total += 0.5 * ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
+    assert space.soft(mu=mu).prediction.cost_per_sequence == pytest.approx(total / 8, rel=1e-6 + 1e-13 / damping)

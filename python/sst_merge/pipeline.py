@@ -100,7 +100,7 @@ def filtered(space: sst.Subspace, recipe: Recipe) -> sst.Patch:
     with headlined("the patch cannot be filtered"):
         if recipe.kl_budget is not None:
             return choose(kl_budget=recipe.kl_budget)
-        return choose(recipe.k if recipe.filter == "top_k" else recipe.mu)
+        return choose(k=recipe.k) if recipe.filter == "top_k" else choose(mu=recipe.mu)
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
@@ -220,7 +220,7 @@ def describe(
         },
         "patch": {
             "filter": patch.filter,
-            "parameter": patch.parameter if math.isfinite(patch.parameter) else None,
+            "parameter": patch.strength,
             "whole": _keeps_all(patch, space.values),
             "points": list(patch.points),
             "prediction": asdict(patch.prediction),
@@ -239,9 +239,9 @@ def _keeps_all(patch: sst.Patch, values: torch.Tensor) -> bool:
     return patch.parameter <= 1e-3 * min(values[values > 0].tolist(), default=math.inf)
 
 
-def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float]:
+def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | None]:
     """Predicted beside measured benign KL, in nats per label token."""
-    return {"parameter": patch.parameter, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
+    return {"parameter": patch.strength, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
 
 
 def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter) -> dict[str, Evaluation]:

@@ -193,6 +193,10 @@ class Structure(ABC):
     def matvec(self, vectors: Tensor) -> Tensor:
         """F @ vectors, for [n] or [n, k]; float64, same shape."""
 
+    @abstractmethod
+    def operator(self) -> Any:
+        """F, undamped, as the `sst_kernels.gevp.operators.Operator` that keeps its structure."""
+
     def quadratic(self, vectors: Tensor) -> Tensor:
         """vᵀ F v for each column of [n, k] ([k]) or for [n] (scalar); float64, never negative."""
         return (vectors.to(self.device, torch.float64) * self.matvec(vectors)).sum(0).clamp_min(0)

@@ -1,7 +1,8 @@
 """From a pair of Fishers to a filtered patch, and from a pair of input moments to what it reads."""
 
+from sst_kernels.subspace.filters import Filter
 from sst_kernels.subspace.inputs import filter_inputs
 from sst_kernels.subspace.patch import Patch, Prediction
-from sst_kernels.subspace.subspace import Subspace, subspace
+from sst_kernels.subspace.subspace import Metric, Scope, Subspace, subspace
 
-__all__ = ["Patch", "Prediction", "Subspace", "filter_inputs", "subspace"]
+__all__ = ["Filter", "Metric", "Patch", "Prediction", "Scope", "Subspace", "filter_inputs", "subspace"]

@@ -68,16 +68,13 @@ class Charts:
             fishers = self.gradients(fishers.reshape(*self.scale.shape, -1)).flatten(1, 2).mT
         return fishers
 
-    def load(
-        self, rows: Sequence[Tensor], dtype: torch.dtype = torch.float64, columns: slice | None = None
-    ) -> Tensor:
-        """These modules' part of gradients [Nᵢ, n] of any float dtype, or their `columns`, as [M, r, r, Σ Nᵢ]."""
-        columns = self.where if columns is None else columns
-        counts = [len(own) for own in rows]
-        out = torch.empty(self.scale.numel(), sum(counts), dtype=dtype, device=self.scale.device)
-        for own, part in zip(rows, out.split(counts, 1)):
-            part.copy_(own[:, columns].T)
-        return out.view(*self.scale.shape, -1)
+    def load(self, rows: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """These modules' part of gradients [Nᵢ, n] of any float dtype, as [M, r, r, Σ Nᵢ]."""
+        return self.lay_out([own[:, self.where] for own in rows], dtype)
+
+    def lay_out(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """The same of what was taken out already, [Nᵢ, M r²]. Side by side first, then turned, then widened: thrice the speed of one copy."""
+        return torch.cat(list(parts)).T.contiguous().to(dtype).view(*self.scale.shape, -1)
 
 
 class Coordinates:
@@ -172,7 +169,7 @@ class Coordinates:
 
     def energies(self, cores: Mapping[str, Tensor]) -> dict[str, float]:
         """‖z‖² of every module of S [r, r] per module: ‖ΔW(S)‖²_F in Frobenius coordinates."""
-        z, found = self.from_cores(cores).square(), {}
+        z, found = self.from_cores(cores).square(), dict[str, float]()
         for charts in self.charts:
             found |= zip(charts.names, z[charts.where].view(len(charts.names), -1).sum(1).tolist())
         return found
@@ -189,7 +186,7 @@ class Coordinates:
         order, counts = torch.cat(list(parts)), [len(part) for part in parts]
         out: list[Moments] = [[] for _ in parts]
         for charts in self.charts:
-            cores = charts.gradients(charts.load([rows[:, charts.where][order]], columns=slice(None)))
+            cores = charts.gradients(charts.lay_out([rows[:, charts.where][order]]))
             for own, moments in zip(cores.split(counts, -1), out):
                 across, down = own.flatten(2), own.transpose(1, 2).flatten(2)
                 moments.append(torch.stack([across @ across.mT, down @ down.mT]))
@@ -219,9 +216,7 @@ def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1)
 
 
-def products(
-    rows: Sequence[Tensor], coordinates: Sequence[Coordinates], unit: float | None = None
-) -> list[Tensor]:
+def products(rows: Sequence[Tensor], coordinates: Sequence[Coordinates], unit: float | None = None) -> list[Tensor]:
     """Inner products [N, N] float64 of gradients [Nᵢ, n], N = Σ Nᵢ, in each of the `coordinates` of the same modules.
 
     Nothing of n columns is stored: neighbours are loaded once, changed into each of the coordinates and multiplied. With a

@@ -42,9 +42,10 @@ class Pencil(ABC):
     """A solved pencil. Costs and gains are ½ zᵀF_cost z and zᵀF_gain z, per sequence.
 
     values: λ [p] ≥ 0, group after group. epsilon: ε, absolute. route: how it was solved. held_out: whether predictions are
-    of rows that the pencils have not seen.
+    of rows that the pencils have not seen. frobenius: coordinates whose metric is ‖ΔW‖².
     """
 
+    frobenius: Coordinates
     values: Tensor
     epsilon: float
     route: str
@@ -87,7 +88,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         for name, rows in (("gain", self.gain), ("cost", self.cost)):
-            if not isfinite(float(torch.linalg.vector_norm(rows, dtype=torch.float64))):
+            if not (isfinite(float(rows.sum())) or bool(rows.isfinite().all())):  # a sum alone may overflow
                 raise ValueError(f"the {name} Fisher holds rows that are not finite: were its gradients?")
 
     def held(self, side: Literal["gain", "cost"]) -> list[Tensor]:
@@ -177,16 +178,14 @@ class AcrossModules(RowPencil):
 
         def lift(weights: Tensor) -> Tensor:
             parts = (mix @ weights).split([len(gain), len(cost)])
-            mixed = sum(mixture(x, part) for x, part in zip((rows.gain, rows.cost), parts))
+            mixed = mixture(rows.gain, parts[0]) + mixture(rows.cost, parts[1])
             return coordinates[0].gradients(mixed[None])[0]
 
         self._z, self._lift = coordinates[0], lift
         self.route = f"inner products of {len(gain)} + {len(cost)} rows, {self.frobenius.size} coordinates"
         for gram, held in zip(grams[1:], rows.held("cost")):
             rest, _ = complement(gram, cost[~held], torch.cat([gain, cost[held]]), epsilon)
-            self._cost_folds.append(
-                Fold.of_complement(rest, slice(0, len(gain)), slice(len(gain), None), self._images)
-            )
+            self._cost_folds.append(Fold.of_complement(rest, slice(0, len(gain)), slice(len(gain), None), self._images))
         for held in rows.held("gain"):
             self._gain_folds.append(Fold.of_complement(own, ~held, held, self._images[~held]))
         if not rows.folds:
@@ -236,8 +235,6 @@ class Part:
 class ModulePencil(Pencil):
     """What pencils of one module each share: neighbours are solved together, and ranks share the neighbourhoods."""
 
-    frobenius: Coordinates
-
     def _solve_parts(self, solve: Callable[[int], Part], group: Any) -> None:
         """`solve` each neighbourhood; the ranks of a `group` hold the same evidence, and all get the same bits."""
         charts = self.frobenius.charts
@@ -268,7 +265,9 @@ class PerModule(RowPencil, ModulePencil):
     def _solve(self, damping: float) -> None:
         few = len(self.rows.gain) + len(self.rows.cost)
         self._solve_parts(
-            lambda i: self._from_products(i) if few <= self.frobenius.charts[i].scale[0].numel() else self._from_grams(i),
+            lambda i: (
+                self._from_products(i) if few <= self.frobenius.charts[i].scale[0].numel() else self._from_grams(i)
+            ),
             self._group,
         )
         for side in ("cost_folds", "gain_folds"):
@@ -454,8 +453,8 @@ def _shared(costs: Sequence[float], solve: Callable[[int], Part], group: Any) ->
         values = piece[:, 0]
         for i, (route, count, shapes) in known.items():
             sizes = [shape.numel() for shape in shapes]
-            own, values = values.split([sum(sizes), len(values) - sum(sizes)])
-            solved[i] = _part(route, count, [t.view(shape) for t, shape in zip(own.split(sizes), shapes)])
+            share, values = values.split([sum(sizes), len(values) - sum(sizes)])
+            solved[i] = _part(route, count, [t.view(shape) for t, shape in zip(share.split(sizes), shapes)])
     return [solved[i] for i in range(len(costs))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -100,7 +100,7 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
             return AcrossModules(rows, z, metric, damping)
         return PerModule(rows, z, metric, damping, group)
     if scope == "global":
-        return AcrossModules(Rows(*(f.joint_rows().to(device) for f in (gain, cost))), z, metric, damping)
+        return AcrossModules(Rows(gain.joint_rows().to(device), cost.joint_rows().to(device)), z, metric, damping)
     return Blocks(gain, cost, z, metric, damping, group)
 
 
@@ -234,7 +234,8 @@ class Subspace:
             told = self.cost_path(name, torch.cat(list(finer.values())))
             for (i, path), own in zip(finer.items(), told.split([len(path) for path in finer.values()])):
                 chosen[i] = float(path[max(0, _last_allowed(own, budgets[i]))])
-        return chosen
+        kept = WEIGHTS[name](self.values, torch.tensor(chosen).to(self.values)).any(0).tolist()
+        return [parameter if some else nothing for parameter, some in zip(chosen, kept)]
 
     def _paths(self, name: Filter) -> tuple[Tensor, Tensor]:
         """Parameters from keeping nothing to keeping everything, and their predicted costs; evaluated once."""
@@ -258,9 +259,11 @@ class Subspace:
 def _between(name: Filter, low: float | Tensor, high: float | Tensor) -> Tensor:
     """Parameters from `low` to `high` that refine a path."""
     if name == "top_k":
-        return torch.linspace(float(low), float(high), min(int(high) - int(low) + 1, _PATH), dtype=torch.float64).round()
-    ends = (float(torch.as_tensor(x).log10()) for x in (low, high))
-    return torch.logspace(*ends, _REFINED, dtype=torch.float64)
+        return torch.linspace(
+            float(low), float(high), min(int(high) - int(low) + 1, _PATH), dtype=torch.float64
+        ).round()
+    start, end = (float(torch.as_tensor(x).log10()) for x in (low, high))
+    return torch.logspace(start, end, _REFINED, dtype=torch.float64)
 
 
 def _last_allowed(costs: Tensor, budget: float) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sst_kernels as sst
+from sst_kernels.subspace import Metric, Scope
 
 from ..adapters import Adapter
 from ..algebra import with_reads
@@ -92,9 +93,9 @@ class Evidence:
         self,
         structure: str = "full",
         *,
-        scope: str = "global",
+        scope: Scope = "global",
         point: str = "reference",
-        metric: str = "kronecker",
+        metric: Metric = "kronecker",
         weighted: bool = True,
         filtered: bool = True,
     ) -> sst.Subspace:
