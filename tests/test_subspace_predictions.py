@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_kernels import subspace
+from sst_kernels.subspace import pencils
 from tests.pencil_cases import IDENTITY, RANKS, dense_pencil, fisher_of, flat, pair
 
 
@@ -166,3 +167,17 @@ def test_folds_agree_with_dense_pencils_at_any_damping(scope, damping):
         a, b = dense_pencil(gain, fisher_of(kept, cost.metric), space.epsilon, scope)
         total += 0.5 * ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
     assert space.soft(mu=mu).prediction.cost_per_sequence == pytest.approx(total / 8, rel=1e-6 + 1e-13 / damping)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e12])
+def test_large_folds_in_float32_tell_the_same(scale, monkeypatch):
+    """Products of unit rows round to 6e-8, which ε = tr/n lifts by at most n = 17; squares of 1e-18 lie below float32."""
+    gain, cost = (fisher_of(f.rows() * scale, f.metric) for f in pair(11, gain_rows=6, cost_rows=10))
+    path = torch.logspace(-4, 4, 9, dtype=torch.float64)
+    double = subspace(gain, cost, folds=2)
+    monkeypatch.setattr(pencils, "_LARGE", 0)
+    single = subspace(gain, cost, folds=2)
+    assert torch.equal(single.values, double.values)
+    told, expected = (space.cost_path("soft", path * float(space.values[0])) for space in (single, double))
+    assert not torch.equal(told, expected)
+    torch.testing.assert_close(told, expected, rtol=17 * 6e-8 * 4, atol=0)

@@ -65,18 +65,12 @@ class Fisher(Mapping[str, Structure]):
         """A Fisher of `blocks` that holds nothing yet; each structure lives on the device of its module."""
         if scope not in ("global", "module"):
             raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
-        if structure not in STRUCTURES:
-            raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {structure!r}")
-        kind, options = STRUCTURES[structure], dict(options)
-        across = (
-            scope == "global" and meta["space"] == "core" and sample == "sequence" and options.get("rows") != "fold"
-        )
-        if structure == "full" and scope == "module":
-            options.setdefault("rows", "fold")
+        kind, across, options = arrangement(structure, dict(options), space=meta["space"], scope=scope, sample=sample)
         common = {"sample": sample, "count": count, **options}
         joint: Joint | None = None
         structures: dict[str, Structure] = {}
-        if across and issubclass(kind, Joint):
+        if across:
+            assert issubclass(kind, Joint)
             total = sum(b.size for b in blocks)
             joint = kind((total, 1), device=next(iter(devices.values())), **common)
         else:
@@ -311,6 +305,19 @@ class Fisher(Mapping[str, Structure]):
             f"structure={m['structure']}, scope={m['scope']}, point={m['point']}, labels={m['labels']}, "
             f"sequences={c.sequences}, labels={c.labels}, bytes={self.nbytes})"
         )
+
+
+def arrangement(
+    structure: str, options: dict[str, Any], *, space: str, scope: str, sample: str
+) -> tuple[type[Structure], bool, dict[str, Any]]:
+    """The class of a structure, whether one of it holds all blocks side by side, and its options. ValueError for an unknown name."""
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {structure!r}")
+    kind = STRUCTURES[structure]
+    if scope == "module":
+        return kind, False, kind.per_module(**options)
+    joint = space == "core" and sample == "sequence" and issubclass(kind, Joint) and kind.joins(**options)
+    return kind, joint, options
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
