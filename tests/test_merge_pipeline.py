@@ -383,6 +383,6 @@ def test_refusals_without_gradients_leave_a_patch_that_no_strength_enlarges(scop
     """As an opening weight of 0 makes of refusals that are no longer than the opening."""
     gain, cost = pair()
     space = sst.subspace(fisher_of(torch.zeros_like(gain.rows()), gain.metric), cost, scope=scope)
-    patch = space.soft(0.1)
+    patch = space.soft(mu=0.1)
     assert patch.prediction.cost_per_label == 0
     assert pipeline._keeps_all(patch, space.values)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from sst_kernels.fisher import Block
-from sst_kernels.fisher.memory import Estimate, estimate, require
+from sst_kernels.fisher import STRUCTURES, Block
+from sst_kernels.fisher.estimate import Estimate
+from sst_kernels.fisher.memory import estimate, require
 from sst_kernels.subspace.memory import estimate_solve
 
 from .adapters import Adapter
@@ -26,10 +27,10 @@ def fisher_memory(recipe: Recipe, safety: Adapter, data: Mapping[str, Dataset]) 
             estimate(recipe.structure, blocks, n, space=recipe.space, scope=recipe.fisher_scope, options=given)
             for n in (harm, benign)
         ]
-    exact = recipe.keeps_rows
-    most = 2 * given.get("rank", 128) if recipe.structure == "lowrank" else 0
-    rows = (harm, benign) if exact else (min(harm, most), min(benign, most))
-    sizes, folds = [b.size for b in blocks], recipe.folds if exact else 0
+    kind = STRUCTURES[recipe.structure]
+    shown = recipe.keeps_rows or recipe.scope == "global"
+    rows = [kind.rows_for(n, **given) if shown else 0 for n in (harm, benign)]
+    sizes, folds = [b.size for b in blocks], recipe.folds if recipe.keeps_rows else 0
     return {
         "Fisher state": sum(state.peak for state in states),
         "pencil": estimate_solve(sizes, *rows, scope=recipe.scope, metric=recipe.metric, folds=folds),

@@ -196,7 +196,7 @@ def describe(
         },
         "patch": {
             "filter": patch.filter,
-            "parameter": patch.parameter if math.isfinite(patch.parameter) else None,
+            "parameter": patch.strength,
             "whole": _keeps_all(patch, space.values),
             "points": list(patch.points),
             "prediction": asdict(patch.prediction),
@@ -216,9 +216,9 @@ def _keeps_all(patch: sst.Patch, values: torch.Tensor) -> bool:
     return patch.parameter <= 1e-3 * min(values[values > 0].tolist(), default=math.inf)
 
 
-def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float]:
+def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | None]:
     """Predicted beside measured benign KL, in nats per label token."""
-    return {"parameter": patch.parameter, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
+    return {"parameter": patch.strength, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
 
 
 def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter) -> dict[str, Evaluation]:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from .errors import MAX_SEED, RecipeError
 from .paths import expanded, within
 from .specs import Collection, Fishers, Pencil, Strength
+
+if TYPE_CHECKING:
+    from sst_kernels.fisher import Structure
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -133,8 +136,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _structure_serves_the_scope(self) -> Recipe:
-        across = self.keeps_rows or self.structure == "lowrank"
-        if self.scope == "global" and not across:
+        if self.scope == "global" and not _kind(self.structure).rows_for(1, **self.structure_options):
             rows = "" if self.structure != "full" else " with rows: fold"
             raise ValueError(
                 f"structure {self.structure!r}{rows} keeps modules apart, one pencil over all of them needs full or lowrank: "
@@ -211,7 +213,7 @@ class Recipe(BaseModel):
     @property
     def keeps_rows(self) -> bool:
         """Whether both Fishers tell their samples apart, as cross-fitting needs."""
-        return self.structure == "full" and self.structure_options.get("rows", "keep") == "keep"
+        return _kind(self.structure).separates(**self.structure_options)
 
     @property
     def fisher_scope(self) -> Literal["global", "module"]:
@@ -249,6 +251,12 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _kind(structure: str) -> type[Structure]:
+    from sst_kernels.fisher import STRUCTURES
+
+    return STRUCTURES[structure]
 
 
 def check_structure(structure: str, options: Mapping[str, Any] | None = None) -> None:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from sst_kernels.evidence.reading import Reading
 from sst_kernels.evidence.side import Side
 from sst_kernels.fisher.base import Block, whole
+from sst_kernels.fisher.estimate import Estimate
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint, unwrapped, whole_weight
-from sst_kernels.fisher.memory import Estimate, require
+from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
 from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
@@ -424,8 +425,7 @@ def _core(
         scaled = {n: factor * a for n, a in columns.items()} if factor != 1 else columns
         _times(side.rows[name].rows(), side, scaled, total, add=True)
     joint = Full((total.shape[1], 1), device=total.device)
-    joint.append(total)
-    joint.counts = copy.copy(first.counts)
+    joint.append(total, first.counts)
     about = {**meta, "labels": first.meta["labels"], "groups": first.meta["groups"]}
     return Fisher(blocks, {}, joint, metric, about, list(first.groups))
 

@@ -75,8 +75,7 @@ class Side:
         """Add rows [N, width] of a loss."""
         fisher = self.loss(name, rows.device)
         assert isinstance(fisher.joint, Full)
-        fisher.joint.append(rows)
-        fisher.joint.counts += counts
+        fisher.joint.append(rows, counts)
         fisher.note(source, len(rows), groups)
 
     def merge(self, other: Side) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sst_kernels.distributed import gather_objects, raise_together, sum_over_ranks
 from sst_kernels.fisher.base import whole
+from sst_kernels.fisher.estimate import estimate_moments
 from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, whole_weight
 from sst_kernels.fisher.loss import named_inputs, read_spans
-from sst_kernels.fisher.memory import estimate_moments, require
+from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.passes import flat_tokens
 from sst_kernels.fisher.structures.moment import Moment, SecondMoment
 from sst_kernels.fisher.taps import LayerTap, Signal

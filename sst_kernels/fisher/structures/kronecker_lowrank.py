@@ -37,6 +37,10 @@ class KroneckerLowRank(TwoSided):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "rank": self.rank, "seed": self.seed}
 
+    @classmethod
+    def _columns(cls, d: int, **options: Any) -> int:
+        return min(d, whole("rank", options.get("rank", 64)))
+
     def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
         self._left.add(x, spans, scale)
 
