@@ -85,8 +85,8 @@ def loading(source: str | Path) -> Iterator[None]:
 
 
 def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Give it a padding token where it has none, and no more room than the model's context."""
-    if tokenizer.pad_token_id is None:
+    """Give it a padding token where it has none but an end, and no more room than the model's context."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token:
         tokenizer.pad_token = tokenizer.eos_token
     context = getattr(config, "max_position_embeddings", None)
     if context:

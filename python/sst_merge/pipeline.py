@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "max_length": recipe.max_length,
         "limit": recipe.limit,
         "skip_bad_lines": recipe.skip_bad_lines,
+        "template": recipe.template,
     }
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 
@@ -166,16 +168,17 @@ def merge(
         lost = None
         if recipe.rank is not None:
             adapter, lost = recompress(adapter, recipe.rank)
+        write_adapter(adapter, folder)
         evaluations = _evaluate(session, recipe, data, adapter)
         report = describe(session, recipe, data, gain, cost, space, patch, adapter)
         report["recompression"] = lost.summary() if lost is not None else None
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
+        report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         measured = report["evaluation"].get("merged", {}).get("benign_kl")
         if measured is not None:
             report["calibration"] = [calibration_point(patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_report(report, folder)
     return report
@@ -256,11 +259,12 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
         reference=session.reference,
         tokens_per_batch=recipe.tokens_per_batch,
         reporter=session.reporter,
+        forgiving=True,
     )
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     results = {"no patch": evaluator(session.reference, label="no patch", **options)}
-    results["plain addition"] = session.measure(evaluator, session.plain(1.0), "plain addition", **options)
-    results["merged"] = session.measure(evaluator, adapter, "merged", **options)
+    for name, candidate in (("plain addition", session.plain(1.0)), ("merged", adapter)):
+        results[name] = evaluator.attempt(name, partial(session.measure, evaluator, candidate, name, **options))
     session.seconds["evaluate"] = time.monotonic() - start
     return results
 

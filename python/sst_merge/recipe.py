@@ -83,6 +83,10 @@ class Recipe(BaseModel):
     k: int | None = Field(None, ge=0, description="directions that top_k keeps")
     rank: int | None = Field(None, ge=1, description="recompress the merged adapter to this rank")
 
+    template: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the chat template, for instance {enable_thinking: false} (sst_merge.chat)",
+    )
     max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
     tokens_per_batch: int = Field(1024, ge=1)
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
