@@ -197,7 +197,7 @@ def test_a_failed_measurement_is_a_line_beside_what_was_measured(setting, monkey
 
 
 def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
-    from peft import PeftModel
+    from peft import PeftModelForCausalLM
 
     from sst_merge import pipeline
     from sst_merge.progress import Reporter
@@ -215,7 +215,7 @@ def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
         }
         | {f"{name}_data": path for name, path in data.items()} | {f"eval_{name}_data": path for name, path in data.items()}
     )  # fmt: skip
-    monkeypatch.setattr(PeftModel, "generate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", lambda *_, **__: 1 / 0)
     report = pipeline.merge(recipe, reporter=Reporter(quiet=True))
     assert report["failed_evaluations"]["merged"] == "ZeroDivisionError: division by zero"
     assert report["evaluation"]["merged"]["refusal_nll"] > 0
