@@ -18,6 +18,7 @@ from .compare_cli import compare
 from .errors import MAX_SEED, MergeError, out_of_memory
 from .paths import expanded
 from .progress import Reporter
+from .refusals import command as refusals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -243,6 +244,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command("refusals")(refusals)
 
 
 @app.command()

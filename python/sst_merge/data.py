@@ -1,6 +1,6 @@
-"""Prompts and answers: JSONL in, token sequences whose answer alone carries loss, batches of similar length out.
+"""Prompts and answers: files in, token sequences whose answer alone carries loss, batches of similar length out.
 
-One line is one example, in either form:
+One row is one example (`files` says what files may be, `forms` what rows):
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "response": "…"}
@@ -12,9 +12,8 @@ verified line by line.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from .chat import Renderer
 from .errors import DataError
+from .files import open_source
+from .forms import check_columns, conversation
 
 IGNORE = -100
 
@@ -58,6 +59,7 @@ class Dataset(Sequence[Example]):
     notes: tuple[str, ...] = ()
     shown: tuple[str, str] = ("", "")  # prompt and labels of the first example, as its tokens read
     stops: tuple[int, ...] = ()  # special tokens that end an answer
+    kind: str = ""  # JSONL, CSV, …, and the forms of the rows
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,6 +74,7 @@ class Dataset(Sequence[Example]):
         return {
             "path": self.path,
             "sha256": self.sha256,
+            "kind": self.kind,
             "sequences": len(self),
             "tokens": sum(len(e.tokens) for e in self.examples),
             "labels": sum(e.labels for e in self.examples),
@@ -106,58 +109,61 @@ def load_dataset(
     limit: int | None = None,
     skip_bad_lines: bool = False,
     template: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read and tokenise a JSONL file.
+    """Read and tokenise a data file.
 
     Args:
-        path: UTF-8 JSONL, one example a line; empty lines are skipped.
+        path: UTF-8 JSONL (empty lines are skipped), a JSON array, CSV, TSV or parquet, each of them gzipped or not, or a folder (see `files`).
         tokenizer: its chat template is applied; without one, `prompt` and `response` are joined as plain text.
         max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts; never more than the
             tokenizer's `model_max_length`, which `load_model` sets to the model's context.
         limit: only the first `limit` examples.
         skip_bad_lines: leave out lines that are no such example; `Dataset.skipped` has their numbers.
         template: options of the chat template (see `chat.Renderer`).
+        columns: what fields are called in this file, as in `{"prompt": "question", "response": "answer"}`; rows without these columns
+            are read as they are.
 
     Raises:
         DataError: naming file and line, for anything that is not such an example, and for prompts that leave no room
             for an answer.
-        RecipeError: for options that the chat template does not have.
+        RecipeError: for options that the chat template does not have, and columns of no field.
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason}); expected a JSONL file") from error
+    columns, render, source = check_columns(columns), Renderer(tokenizer, template), open_source(path)
     room = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    render = Renderer(tokenizer, template)
     examples: list[Example] = []
     skipped: list[int] = []
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    forms: Counter[str] = Counter()
+    for record in source.records:
         if limit is not None and len(examples) == limit:
             break
-        where = f"{path}:{number}"
         try:
-            examples.append(encode(_messages(line, where), tokenizer, room, number, where, render=render))
+            if record.error is not None:
+                raise record.error
+            form, messages = conversation(record.value, record.where, columns)
+            examples.append(encode(messages, tokenizer, room, record.number, record.where, render=render))
         except DataError:
             if not skip_bad_lines:
                 raise
-            skipped.append(number)
+            skipped.append(record.number)
+        else:
+            forms[form] += 1
     if not examples:
-        raise DataError(f"{path}: holds no examples; expected one JSON object per line")
+        raise DataError(
+            f"{path}: holds no examples; expected one JSON object per line, or the rows of an array or table"
+        )
     special = set(getattr(tokenizer, "all_special_ids", ()))
     ends = {e.tokens[-1] for e in examples if not e.truncated}
     return Dataset(
         tuple(examples),
         _pad_id(tokenizer),
-        str(path),
-        hashlib.sha256(raw).hexdigest(),
+        source.path,
+        source.sha256,
         tuple(skipped),
         _notes(examples, render),
         _shown(examples[0], tokenizer),
         tuple(sorted(ends & special)),
+        f"{source.kind}: {', '.join(f'{n} × {form}' for form, n in forms.items())}",
     )
 
 
@@ -250,47 +256,6 @@ def prompt_batches(data: Dataset, per_batch: int) -> Iterator[tuple[list[int], T
             ids[n, width - len(prompt) :] = torch.tensor(prompt)
             mask[n, width - len(prompt) :] = 1
         yield rows, ids, mask
-
-
-def _messages(line: bytes, where: str) -> list[dict[str, Any]]:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON that can be read ({error})") from error
-    if isinstance(record, dict) and "messages" in record:
-        messages = record["messages"]
-    elif isinstance(record, dict) and {"prompt", "response"} <= record.keys():
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
-    else:
-        found = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f'{where}: expected an object with "messages" or with "prompt" and "response", got {found}')
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the answer is empty, so there is nothing to learn from; remove the line")
-    if any(not _encodable(m["content"]) for m in messages):
-        raise DataError(f"{where}: the text holds a lone surrogate, which is no Unicode character and has no UTF-8")
-    return messages
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

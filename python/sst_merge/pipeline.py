@@ -117,6 +117,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "limit": recipe.limit,
         "skip_bad_lines": recipe.skip_bad_lines,
         "template": recipe.template,
+        "columns": recipe.columns,
     }
     return {name: load_dataset(path, tokenizer, **options) for name, path in paths.items() if path is not None}
 

@@ -87,6 +87,10 @@ class Recipe(BaseModel):
         default_factory=dict,
         description="options of the chat template, for instance {enable_thinking: false} (sst_merge.chat)",
     )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="what fields are called in the data, for instance {prompt: question, response: answer}",
+    )
     max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
     tokens_per_batch: int = Field(1024, ge=1)
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
