@@ -15,7 +15,7 @@ import torch
 import sst_kernels as sst
 from sst_kernels.env import versions
 
-from .adapters import Adapter, write_adapter
+from .adapters import Adapter, for_output, write_adapter
 from .algebra import recompress
 from .data import Dataset, load_dataset
 from .errors import RecipeError, headlined
@@ -155,7 +155,13 @@ def merge(
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
         session = open_session(
-            recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+            recipe.model,
+            recipe.safety,
+            recipe.task,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            quantization=recipe.quantization,
+            reporter=reporter,
         )
         data = load_data(recipe, session.tokenizer)
         check_folds(recipe, data)
@@ -169,6 +175,7 @@ def merge(
         lost = None
         if recipe.rank is not None:
             adapter, lost = recompress(adapter, recipe.rank)
+        adapter = for_output(adapter, recipe.model)
         write_adapter(adapter, folder)
         evaluations = _evaluate(session, recipe, data, adapter)
         report = describe(session, recipe, data, gain, cost, space, patch, adapter)

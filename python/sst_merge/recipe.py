@@ -99,6 +99,10 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: dict[str, Any] = Field(
+        default_factory=dict,
+        description="quantise the base on loading, by bitsandbytes: {load_in_4bit: true}; adapters stay float",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from .adapters import Adapter, load_adapter
 from .algebra import concatenate, transform
 from .data import Dataset
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import attach, check_fit, load_model
+from .models import attach, check_fit, fitted, load_model
 from .output import output_file
 from .progress import Reporter
 
@@ -77,12 +77,14 @@ def open_session(
     *,
     dtype: str = "float32",
     device: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
     reporter: Reporter,
 ) -> Session:
     """Load a model with its adapters. Raises ModelError or AdapterError."""
     start = time.monotonic()
     patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    network, tokenizer = load_model(model, dtype=dtype, device=device, quantization=quantization)
+    patch, base_task = fitted(network, patch), None if base_task is None else fitted(network, base_task)
     _warn(network, [patch, base_task], reporter)
     network = attach(network, SAFETY, patch)
     if base_task is not None:
@@ -115,6 +117,8 @@ def evaluate_folders(
         folders = {str(path): load_adapter(path) for path in adapters}
         base_task = load_adapter(task) if task is not None else None
         network, tokenizer = load_model(model, dtype=dtype, device=device)
+        base_task = None if base_task is None else fitted(network, base_task)
+        folders = {name: fitted(network, adapter) for name, adapter in folders.items()}
         _warn(network, [base_task, *folders.values()], reporter)
         reference = None
         if base_task is not None:
@@ -147,5 +151,5 @@ def _warn(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) ->
             f"the adapters name different base models, {' and '.join(bases.values())}: where the shapes agree, nothing else tells"
         )
     for adapter in given:
-        for warning in check_fit(model, adapter):
+        for warning in [*adapter.notes, *check_fit(model, adapter)]:
             reporter.warn(f"{adapter.path}: {warning}")
