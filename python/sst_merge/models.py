@@ -321,7 +321,7 @@ def check_fit(model: Any, adapter: Adapter) -> list[str]:
             raise ModelError(
                 f"adapter {adapter.path or ''}: the model has no module {name}{_why_missing(name, modules)}"
             )
-        expected, shape = (term.B.shape[0], term.A.shape[1]), _shape(modules[name])
+        expected, shape = (term.B.shape[0], term.A.shape[1]), layer_shape(modules[name])
         if shape != expected:
             raise ModelError(
                 f"adapter {adapter.path or ''}: {name} has weight {shape}, the adapter changes one of {expected}; "
@@ -377,7 +377,7 @@ def fitted(model: Any, adapter: Adapter) -> Adapter:
             adapter = replace(
                 adapter, terms=terms, embeddings=embeddings, experts=adapter.experts | experts, notes=notes
             )
-    turned = any(isinstance(_base(modules[name]), Conv1D) for name in adapter.terms if name in modules)
+    turned = any(isinstance(base_layer(modules[name]), Conv1D) for name in adapter.terms if name in modules)
     return replace(adapter, fan_in_fan_out=turned)
 
 
@@ -445,15 +445,16 @@ def _why_missing(name: str, modules: dict[str, Any]) -> str:
     return ": is it for another base model?" + (f" (here {last} is, for instance, {near})" if near else "")
 
 
-def _base(module: Any) -> Any:
+def base_layer(module: Any) -> Any:
+    """The module itself, or what PEFT has wrapped."""
     return getattr(module, "base_layer", module)
 
 
-def _shape(module: Any) -> tuple[int, ...] | None:
+def layer_shape(module: Any) -> tuple[int, ...] | None:
     """(d_out, d_in) of a linear layer, whatever its weight is stored as (quantised, packed, transposed)."""
     from transformers.pytorch_utils import Conv1D
 
-    module = _base(module)
+    module = base_layer(module)
     if isinstance(getattr(module, "out_features", None), int) and isinstance(getattr(module, "in_features", None), int):
         return module.out_features, module.in_features
     weight = _weight(module)
@@ -463,4 +464,4 @@ def _shape(module: Any) -> tuple[int, ...] | None:
 
 
 def _weight(module: Any) -> torch.Tensor | None:
-    return getattr(_base(module), "weight", None)
+    return getattr(base_layer(module), "weight", None)
