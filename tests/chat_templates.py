@@ -155,6 +155,24 @@ SMOLLM3 = """\
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n') }}{%- endif -%}"""
 
+VISION = """\
+{{- '<|im_start|>' -}}
+{%- for m in messages -%}
+{{ m.role | capitalize + (':' if m.content[0]['type'] == 'image' else ': ') }}
+{%- for part in m.content -%}
+{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- elif part['type'] == 'image' -%}{{ '<image>' }}{%- endif -%}
+{%- endfor -%}
+{{ '<end_of_utterance>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
+
+GENERATION = """\
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- else -%}{{ '<|im_start|>assistant\n' }}{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
 OLMO3 = turns(
     "<|im_start|>user\n%s<|im_end|>\n", "<|im_start|>assistant\n%s<|im_end|>\n", "<|im_start|>assistant\n<think>",
     opening="{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}",
@@ -293,6 +311,14 @@ CASES: dict[str, Case] = {
     ),
     "alpaca": Case(
         turns("### Instruction:\n%s\n\n", "### Response:\n%s\n\n", "### Response:\n"), "### Response:\n", ""
+    ),
+    "smolvlm": Case(VISION, "User: How?<end_of_utterance>\nAssistant: ", "<end_of_utterance>"),
+    "generation marks": Case(GENERATION, "<|im_start|>assistant\n", "<|im_end|>"),
+    "qwen3 thinking": Case(
+        QWEN3.replace("{%- if enable_thinking is defined and enable_thinking is false -%}", "{%- if false -%}")
+        + "{%- if add_generation_prompt -%}{{ '<think>\n' }}{%- endif -%}",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
     ),
     "header ignored": Case(
         turns("<|user|>%s<|end|>\n", "<|assistant|>%s<|end|>\n", ""), "<|user|>How?<|end|>\n<|assistant|>", "<|end|>"

@@ -110,7 +110,7 @@ def test_every_form_in_every_kind_of_file(tmp_path, kind, form):
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
-@pytest.mark.parametrize(("name", "delimiter"), [("d.csv", ","), ("d.tsv", "\t"), ("d.csv.gz", ",")])
+@pytest.mark.parametrize(("name", "delimiter"), [("d.csv", ","), ("d.tsv", "\t"), ("d.csv.gz", ","), ("d.csv", ";")])
 @pytest.mark.parametrize("header", [("prompt", "response"), ("instruction", "output"), ("goal", "target")])
 def test_tables_in_text(tmp_path, name, delimiter, header, bom):
     plain = tmp_path / "plain"

@@ -162,6 +162,21 @@ def test_answers_are_greedy_whatever_the_model_folder_says(setting, names):
     assert [r["answer"] for r in found] == expected
 
 
+def test_answers_are_greedy_where_the_models_own_configuration_says_otherwise(setting):
+    """As config.json of older models, which transformers refuses to generate from."""
+    model, harm, _ = setting
+    expected = [
+        r["answer"] for r in Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    ]
+    config = model.get_base_model().config
+    config.repetition_penalty = 5.0
+    try:
+        found = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    finally:
+        del config.repetition_penalty
+    assert [r["answer"] for r in found] == expected
+
+
 def test_answers_end_at_the_models_own_ends(setting):
     model, harm, _ = setting
     free = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts

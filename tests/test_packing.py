@@ -176,6 +176,12 @@ def test_terms_of_a_router_are_refused_or_left_out(by_config):
     assert moments.tokens == batch["attention_mask"].sum()
 
 
+def test_labels_that_are_shifted_already_are_refused():
+    model, batch = tiny_lora(), tiny_batch(3)
+    with pytest.raises(ValueError, match="the batch has shift_labels"), fisher_accumulate(model, "safety"):
+        model(**batch, shift_labels=batch["labels"].roll(-1, 1))
+
+
 def test_flash_attention_parts_by_its_own_rules():
     """By positions of 0 or by all four of its boundary arguments; it cannot run here, so that the rule alone is tested."""
     from sst_kernels.fisher.layout import refuse_leaks

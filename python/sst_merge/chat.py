@@ -8,6 +8,7 @@ so that templates need no `{% generation %}` marks, may trim the answer, and may
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -68,6 +69,9 @@ class Renderer:
         _check_options(self.source, options)
         self.options = options
         self.dated = self.source is not None and "strftime_now" in self.source
+        self.parts: bool | None = (
+            None  # whether the template wants content as [{"type": "text", "text": …}]; None: not known yet
+        )
         self.notes: dict[str, None] = {}  # remarks in order, each once
         self._text = None if self.source is None else _with_date(self.source, self.today)
         special = [t for t in getattr(tokenizer, "all_special_tokens", ()) if t and t.strip()]
@@ -83,6 +87,8 @@ class Renderer:
         """Prompt and answer of a conversation whose last message is the answer. DataError names what a template cannot do."""
         if self._text is None:
             return self._joined(messages, where)
+        if self.parts is None:
+            self.parts = self._wants_parts(messages, where)
         answer = messages[-1]["content"]
         thought, said = _parts(messages[-1])
         if thought:
@@ -103,7 +109,18 @@ class Renderer:
         end = self._end.match(after)
         return Rendered(before, middle + (end[0] if end else ""), reasoning=bool(thought))
 
+    def _wants_parts(self, messages: Sequence[Mapping[str, Any]], where: str) -> bool:
+        """Templates of models that see images may write nothing of a plain string, and all of a list of parts."""
+        for parts in (False, True):
+            self.parts = parts
+            with contextlib.suppress(DataError):
+                self._around(messages, where)
+                return parts
+        return False
+
     def _render(self, messages: Sequence[Mapping[str, Any]], where: str, **more: Any) -> str:
+        if self.parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, chat_template=self._text, **self.options, **more

@@ -170,12 +170,11 @@ class Evaluator:
         chunks = self.reporter.track(
             prompt_batches(data, 32), f"{label}: greedy answers", size=lambda c: len(c[0]), unit="prompts"
         )
-        with active(self.model, adapter), greedy(self.model, data, self.tokenizer):
+        with active(self.model, adapter), greedy(self.model, data, self.tokenizer) as config:
             for rows, ids, mask in chunks:
+                config.max_new_tokens = min(tokens, room - ids.shape[1])
                 out = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=min(tokens, room - ids.shape[1]),
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
                 for row, text in zip(rows, out[:, ids.shape[1] :], strict=True):
                     answer = self.tokenizer.decode(text, skip_special_tokens=True).strip()
@@ -226,10 +225,11 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def greedy(model: Any, data: Dataset, tokenizer: Any) -> Iterator[None]:
-    """`model.generate` decodes greedily inside, whatever the model's `generation_config.json` says of penalties, beams, bans or formats.
+def greedy(model: Any, data: Dataset, tokenizer: Any) -> Iterator[Any]:
+    """A `GenerationConfig` for greedy answers, whatever the model's `generation_config.json` says of penalties, beams, bans or formats.
 
-    Of that file only the tokens that end an answer are kept; the tokenizer's own and those of the data's answers join them.
+    Of that file only the tokens that end an answer are kept; the tokenizer's own and those of the data's answers join them. Inside the
+    context the model has no other configuration: `generate` fills from it what ours leaves open.
     """
     from transformers import GenerationConfig
 
@@ -247,7 +247,7 @@ def greedy(model: Any, data: Dataset, tokenizer: Any) -> Iterator[None]:
     for holder in holders:
         holder.generation_config = plain
     try:
-        yield
+        yield plain
     finally:
         for holder, config in kept:
             holder.generation_config = config

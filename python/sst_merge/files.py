@@ -90,9 +90,9 @@ def _records(path: Path, raw: bytes) -> tuple[str, Iterator[Record]]:
         return "parquet" + packed, _parquet(path, raw)
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if name.endswith((".csv", ".tsv")):
-        return ("CSV" if name.endswith(".csv") else "TSV") + packed, _csv(
-            path, raw, "," if name.endswith(".csv") else "\t"
-        )
+        header, kind = raw.partition(b"\n")[0], "CSV" if name.endswith(".csv") else "TSV"
+        by_country = ";" if b";" in header and b"," not in header else ","  # of the spreadsheet's language
+        return kind + packed, _csv(path, raw, by_country if kind == "CSV" else "\t")
     if name.endswith(".parquet"):
         raise DataError(f"{path}: is no parquet file, whatever its name says; copy it again")
     whole = _array(path, raw)

@@ -164,6 +164,8 @@ def merge(
             reporter=reporter,
         )
         data = load_data(recipe, session.tokenizer)
+        for name, dataset in data.items():
+            reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
         check_folds(recipe, data)
         check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
         gain, cost = both_passes(session, recipe, data["harm"], data["benign"], continuity)

@@ -187,6 +187,11 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     inputs = _named(model, args, kwargs)
     plain: Any = unwrapped(model)
     plain = unwrapped(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
+    if inputs.get("shift_labels") is not None and current_declaration() is None:
+        raise ValueError(
+            "the batch has shift_labels, which the model's loss takes in place of labels: pass labels alone, or compute your loss inside "
+            "declared_loss(labels)"
+        )
     _refuse_router_terms(plain, inputs)
     refuse_leaks(plain, inputs)
     return inputs
