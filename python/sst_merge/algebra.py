@@ -35,23 +35,26 @@ def concatenate(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
     """The adapter of Σ weight · ΔW over all modules of all parts; parts of weight 0 are left out.
 
     Raises:
-        AdapterError: nothing is left to add, the parts disagree on a module's shape or on `fan_in_fan_out`, or a weight
-            is not finite.
+        AdapterError: nothing is left to add, the parts disagree on a module's shape, or a weight is not finite.
     """
     if not all(math.isfinite(weight) for weight, _ in parts):
         raise AdapterError(f"weights of a merge must be finite, got {[weight for weight, _ in parts]}")
     used = [(weight, adapter) for weight, adapter in parts if weight != 0]
     if not used:
         raise AdapterError("nothing to merge: every adapter has weight 0")
-    if len({adapter.fan_in_fan_out for _, adapter in used}) > 1:
-        raise AdapterError("the adapters disagree on fan_in_fan_out: they belong to different base models")
     modules = sorted({name for _, adapter in used for name in adapter.terms})
     terms = {name: _join(name, [(w, a.terms[name]) for w, a in used if name in a.terms]) for name in modules}
     if not terms:
         raise AdapterError("nothing is left to merge: the filter removed the whole patch; allow a larger KL budget")
     bases = sorted({adapter.base_model for _, adapter in used if adapter.base_model})
     notes = (f"the adapters name different base models: {', '.join(bases)}",) if len(bases) > 1 else ()
-    return Adapter(terms, base_model=bases[0] if bases else "", fan_in_fan_out=used[0][1].fan_in_fan_out, notes=notes)
+    return Adapter(
+        terms,
+        base_model=bases[0] if bases else "",
+        fan_in_fan_out=any(adapter.fan_in_fan_out for _, adapter in used),  # PEFT asks each layer, too
+        notes=notes,
+        experts=frozenset().union(*(adapter.experts for _, adapter in used)),
+    )
 
 
 def transform(adapter: Adapter, coordinates: Mapping[str, Tensor]) -> Adapter:

@@ -20,6 +20,7 @@ from .flags import takes
 from .paths import expanded
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
+from .refusals import command as refusals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -171,6 +172,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command("refusals")(refusals)
 
 
 def _recipe(given: dict[str, Any], config: Path | None) -> Recipe:

@@ -178,11 +178,19 @@ def _claim(output: Path) -> Path:
 
 def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = open_session(
-        recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+        recipe.model,
+        recipe.safety,
+        recipe.task,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        quantization=recipe.quantization,
+        reporter=reporter,
     )
     data = load_data(recipe, session.tokenizer)
     if recipe.eval_safe_data is not None:
-        options: dict[str, Any] = {k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines")}
+        options: dict[str, Any] = {
+            k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")
+        }
         data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
         if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):

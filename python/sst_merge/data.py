@@ -1,30 +1,31 @@
-"""Prompts and answers: JSONL in, token sequences whose answer alone carries loss, batches of similar length out.
+"""Prompts and answers: files in, token sequences whose answer alone carries loss, batches of similar length out.
 
-One line is one example, in either form:
+One row is one example (`files` says what files may be, `forms` what rows):
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "response": "…"}
 
-The last assistant message is the answer; everything before it is the prompt. `labels` are -100 on prompt and padding.
-The prompt's token count comes from templating the prompt alone, so templates need no `{% generation %}` markers; that
-the templated prompt is a prefix of the templated whole is verified line by line.
+The last assistant message is the answer; everything before it is the prompt. `labels` are -100 on prompt and padding. What a
+chat template writes in front of the answer belongs to the prompt (`chat`); that the prompt's tokens are a prefix of the whole's is
+verified line by line.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
+from .chat import Renderer
 from .errors import DataError
+from .files import open_source
+from .forms import check_columns, conversation
 
 IGNORE = -100
 
@@ -39,6 +40,7 @@ class Example:
     response: str
     line: int
     truncated: bool = False
+    reasoning: bool = False
 
     @property
     def labels(self) -> int:
@@ -54,25 +56,33 @@ class Dataset(Sequence[Example]):
     path: str = ""
     sha256: str = ""
     skipped: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    shown: tuple[str, str] = ("", "")  # prompt and labels of the first example, as its tokens read
+    stops: tuple[int, ...] = ()  # special tokens that end an answer
+    kind: str = ""  # JSONL, CSV, …, and the forms of the rows
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:  # an Example, or for slices a Dataset
         if isinstance(index, slice):
-            return Dataset(self.examples[index], self.pad_id, self.path, self.sha256, self.skipped)
+            return replace(self, examples=self.examples[index])
         return self.examples[index]
 
     def summary(self) -> dict[str, Any]:
-        """What reports record: path, hash, counts, how many answers were truncated."""
+        """What reports record: path, hash, counts, how many answers were truncated or hold reasoning, and one example as rendered."""
         return {
             "path": self.path,
             "sha256": self.sha256,
+            "kind": self.kind,
             "sequences": len(self),
             "tokens": sum(len(e.tokens) for e in self.examples),
             "labels": sum(e.labels for e in self.examples),
             "truncated": sum(e.truncated for e in self.examples),
+            "reasoning": sum(e.reasoning for e in self.examples),
             "skipped_lines": list(self.skipped),
+            "notes": list(self.notes),
+            "example": {"prompt": self.shown[0], "labels": self.shown[1]},
         }
 
 
@@ -92,61 +102,97 @@ class Batch:
 
 
 def load_dataset(
-    path: str | Path, tokenizer: Any, *, max_length: int = 1024, limit: int | None = None, skip_bad_lines: bool = False
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    limit: int | None = None,
+    skip_bad_lines: bool = False,
+    template: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read and tokenise a JSONL file.
+    """Read and tokenise a data file.
 
     Args:
-        path: UTF-8 JSONL, one example a line; empty lines are skipped.
+        path: UTF-8 JSONL (empty lines are skipped), a JSON array, CSV, TSV or parquet, each of them gzipped or not, or a folder (see `files`).
         tokenizer: its chat template is applied; without one, `prompt` and `response` are joined as plain text.
         max_length: longer sequences lose the end of their answer, which `Dataset.summary` counts; never more than the
             tokenizer's `model_max_length`, which `load_model` sets to the model's context.
         limit: only the first `limit` examples.
         skip_bad_lines: leave out lines that are no such example; `Dataset.skipped` has their numbers.
+        template: options of the chat template (see `chat.Renderer`).
+        columns: what fields are called in this file, as in `{"prompt": "question", "response": "answer"}`; rows without these columns
+            are read as they are.
 
     Raises:
         DataError: naming file and line, for anything that is not such an example, and for prompts that leave no room
             for an answer.
+        RecipeError: for options that the chat template does not have, and columns of no field.
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason}); expected a JSONL file") from error
+    columns, render, source = check_columns(columns), Renderer(tokenizer, template), open_source(path)
     room = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     examples: list[Example] = []
     skipped: list[int] = []
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    forms: Counter[str] = Counter()
+    for record in source.records:
         if limit is not None and len(examples) == limit:
             break
-        where = f"{path}:{number}"
         try:
-            examples.append(encode(_messages(line, where), tokenizer, room, number, where))
+            if record.error is not None:
+                raise record.error
+            form, messages = conversation(record.value, record.where, columns)
+            examples.append(encode(messages, tokenizer, room, record.number, record.where, render=render))
         except DataError:
             if not skip_bad_lines:
                 raise
-            skipped.append(number)
+            skipped.append(record.number)
+        else:
+            forms[form] += 1
     if not examples:
-        raise DataError(f"{path}: holds no examples; expected one JSON object per line")
-    return Dataset(tuple(examples), tokenizer.pad_token_id, str(path), hashlib.sha256(raw).hexdigest(), tuple(skipped))
-
-
-def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line: int = 0, where: str = "") -> Example:
-    """Tokenise one conversation whose last message is the answer. Raises DataError as `load_dataset` does."""
-    prompt_text, full_text = _render(messages, tokenizer, where)
-    tokens = tokenizer(full_text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = tokenizer(prompt_text, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokens[: len(prefix)] != prefix:
         raise DataError(
-            f"{where}: the tokens of the prompt are not a prefix of the tokens of prompt and answer, so the answer "
-            "cannot be told apart; use a tokenizer whose chat template only appends the answer"
+            f"{path}: holds no examples; expected one JSON object per line, or the rows of an array or table"
         )
-    # Templates write white space after the end-of-turn token, which no model needs to predict.
-    ends = [i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id and i >= len(prefix)]
-    tokens = tokens[: ends[-1] + 1] if ends else tokens
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ends = {e.tokens[-1] for e in examples if not e.truncated}
+    return Dataset(
+        tuple(examples),
+        _pad_id(tokenizer),
+        source.path,
+        source.sha256,
+        tuple(skipped),
+        _notes(examples, render),
+        _shown(examples[0], tokenizer),
+        tuple(sorted(ends & special)),
+        f"{source.kind}: {', '.join(f'{n} × {form}' for form, n in forms.items())}",
+    )
+
+
+def rendered_example(data: Dataset, *, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+    """The first example as the model sees it, special tokens and all, its labels between `marks`."""
+    prompt, labels = data.shown
+    return f"{prompt}{marks[0]}{labels}{marks[1]}"
+
+
+def encode(
+    messages: list[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int,
+    line: int = 0,
+    where: str = "",
+    *,
+    render: Renderer | None = None,
+) -> Example:
+    """Tokenise one conversation whose last message is the answer. Raises DataError as `load_dataset` does."""
+    rendered = (render or Renderer(tokenizer))(messages, where)
+    tokens = _ids(tokenizer, rendered.prompt + rendered.answer)
+    # Some templates write a space in front of the answer, which tokenizers join to its first word: it then is a label.
+    starts = [rendered.prompt]
+    if rendered.templated:
+        starts += [rendered.prompt.rstrip(" "), rendered.prompt.rstrip()]
+    prefixes = (_ids(tokenizer, text) for text in dict.fromkeys(starts))
+    prefix = next((ids for ids in prefixes if tokens[: len(ids)] == ids), None)
+    if prefix is None:
+        raise DataError(f"{where}: {_joined_tokens(rendered.prompt, rendered.templated)}")
     if len(prefix) >= max_length:
         raise DataError(
             f"{where}: the prompt alone has {len(prefix)} tokens and sequences may have {max_length} (the lesser of max_length and "
@@ -161,6 +207,7 @@ def encode(messages: list[dict[str, str]], tokenizer: Any, max_length: int, line
         response=messages[-1]["content"],
         line=line,
         truncated=len(tokens) > max_length,
+        reasoning=rendered.reasoning,
     )
 
 
@@ -211,57 +258,33 @@ def prompt_batches(data: Dataset, per_batch: int) -> Iterator[tuple[list[int], T
         yield rows, ids, mask
 
 
-def _messages(line: bytes, where: str) -> list[dict[str, str]]:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON that can be read ({error})") from error
-    if isinstance(record, dict) and "messages" in record:
-        messages = record["messages"]
-    elif isinstance(record, dict) and {"prompt", "response"} <= record.keys():
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
-    else:
-        found = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f'{where}: expected an object with "messages" or with "prompt" and "response", got {found}')
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the answer is empty, so there is nothing to learn from; remove the line")
-    if any(not _encodable(m["content"]) for m in messages):
-        raise DataError(f"{where}: the text holds a lone surrogate, which is no Unicode character and has no UTF-8")
-    return messages
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _joined_tokens(prompt: str, templated: bool) -> str:
+    cause = "the tokenizer joins the end of the prompt and the beginning of the answer, so that the answer cannot be told apart; "
+    if templated:
+        return f"{cause}begin the answer with another character (the prompt ends in {prompt[-12:]!r})"
+    if prompt != prompt.rstrip():
+        return f"{cause}the prompt ends in white space and there is no chat template that would part them: move it into the answer"
+    return f"{cause}there is no chat template that would part them: begin the answer with a space or a line end"
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, str]:
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            full = tokenizer.apply_chat_template(messages, tokenize=False)
-            return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), full
-        except TemplateError as error:
-            raise DataError(f"{where}: the model's chat template refuses these messages: {error}") from error
-    if len(messages) != 2:
-        raise DataError(
-            f"{where}: this tokenizer has no chat template, so only one prompt and one response can be joined"
-        )
-    prompt = (tokenizer.bos_token or "") + messages[0]["content"]
-    return prompt, prompt + messages[1]["content"] + (tokenizer.eos_token or "")
+def _pad_id(tokenizer: Any) -> int:
+    """Any token serves as padding, since the attention mask hides it."""
+    ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    return next((i for i in ids if isinstance(i, int)), 0)
+
+
+def _shown(example: Example, tokenizer: Any) -> tuple[str, str]:
+    def read(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    return read(example.tokens[: example.prompt_tokens]), read(example.tokens[example.prompt_tokens :])
+
+
+def _notes(examples: Sequence[Example], render: Renderer) -> tuple[str, ...]:
+    thoughtful = sum(e.reasoning for e in examples)
+    said = [f"{thoughtful} of {len(examples)} answers hold a reasoning part, which carries loss"] if thoughtful else []
+    return (*render.notes, *said)

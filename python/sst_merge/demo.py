@@ -22,7 +22,7 @@ from .session import open_session
 from .source import Source
 
 ALPHAS = (0.2, 0.3, 0.5, 1.0)
-BUDGETS = (0.002, 0.01, 0.05)  # nats per label token: three strengths of one reading
+BUDGETS = (0.0005, 0.002, 0.01)  # nats per label token: three strengths of one reading
 MATCHED = (0.2,)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 

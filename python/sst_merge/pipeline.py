@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 import sst_kernels as sst
 from sst_kernels.env import versions
 
-from .adapters import Adapter, write_adapter
+from .adapters import Adapter, for_output, write_adapter
 from .algebra import recompress
 from .checkpoints import continuing
 from .data import Dataset, load_dataset
@@ -39,6 +40,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "max_length": recipe.max_length,
         "limit": recipe.limit,
         "skip_bad_lines": recipe.skip_bad_lines,
+        "template": recipe.template,
+        "columns": recipe.columns,
     }
     return {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
 
@@ -92,9 +95,17 @@ def merge(
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
         session = open_session(
-            recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+            recipe.model,
+            recipe.safety,
+            recipe.task,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            quantization=recipe.quantization,
+            reporter=reporter,
         )
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
+        for name, dataset in data.items():
+            reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
         if recipe.evidence is None:
             check_folds(recipe, data)
             check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
@@ -107,6 +118,7 @@ def merge(
         lost = None
         if recipe.rank is not None:
             adapter, lost = recompress(adapter, recipe.rank)
+        adapter = for_output(adapter, recipe.model)
         write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         if keep_evidence and recipe.from_evidence:
@@ -119,6 +131,7 @@ def merge(
             reporter.warn(f"the adapter is written, but could not be measured: {type(error).__name__}: {error}")
             evaluations, report["evaluation_error"] = {}, f"{type(error).__name__}: {error}"
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
+        report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
         measured = report["evaluation"].get("merged", {}).get("benign_kl")
         if measured is not None:
@@ -233,11 +246,12 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
         reference=session.reference,
         tokens_per_batch=recipe.tokens_per_batch,
         reporter=session.reporter,
+        forgiving=True,
     )
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     results = {"no patch": evaluator(session.reference, label="no patch", **options)}
-    results["plain addition"] = session.measure(evaluator, session.plain(1.0), "plain addition", **options)
-    results["merged"] = session.measure(evaluator, adapter, "merged", **options)
+    for name, candidate in (("plain addition", session.plain(1.0)), ("merged", adapter)):
+        results[name] = evaluator.attempt(name, partial(session.measure, evaluator, candidate, name, **options))
     session.seconds["evaluate"] = time.monotonic() - start
     return results
 

@@ -95,6 +95,14 @@ class Recipe(BaseModel):
     k: int | None = Field(None, ge=0, description="directions that top_k keeps")
     rank: int | None = Field(None, ge=1, description="recompress the merged adapter to this rank")
 
+    template: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the chat template, for instance {enable_thinking: false} (sst_merge.chat)",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="what fields are called in the data, for instance {prompt: question, response: answer}",
+    )
     max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
     tokens_per_batch: int = Field(1024, ge=1)
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
@@ -103,6 +111,10 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: dict[str, Any] = Field(
+        default_factory=dict,
+        description="quantise the base on loading, by bitsandbytes: {load_in_4bit: true}; adapters stay float",
+    )
 
     @model_validator(mode="before")
     @classmethod

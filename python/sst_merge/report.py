@@ -117,6 +117,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the adapter folder, with the front matter that model hubs read."""
+    from .serving import commands
+
     recipe, base = report["recipe"], report["adapter"]["base_model"] or report["recipe"]["model"]
     title = "Task adapter with a safety patch, merged" if report["inputs"]["task"] else "Safety patch, filtered"
     evaluation = ""
@@ -133,12 +135,9 @@ tags: [lora, peft, sst-merge, safety]
 A LoRA adapter for `{base}`: {"the task adapter plus " if report["inputs"]["task"] else ""}those directions of a safety
 adapter that buy much refusal per unit of change in benign behaviour.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+## Use it
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
-```
+{commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
 
 {evaluation}
 ## Made from
@@ -175,7 +174,7 @@ def _spectrum(report: Mapping[str, Any], path: Path) -> None:
     axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
     if patch["filter"] == "top_k":
         axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
-    elif 0 < patch["parameter"] < float("inf"):
+    elif patch["parameter"]:
         axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
     axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
     if axes.get_legend_handles_labels()[0]:

@@ -220,13 +220,22 @@ class Source:
         return out
 
 
+def _root(name: str) -> str:
+    return name.partition(".layers.")[0].partition(".h.")[0]
+
+
 def load_evidence(path: Path, session: Session) -> sst.Evidence:
     """Evidence of a file. Raises MergeError when it is none, or of another adapter, task adapter or model."""
     with headlined(f"--evidence {path} cannot be used"):
         evidence = sst.Evidence.load(path)
-    given = {name: term.scaling for name, term in session.safety.terms.items()}
     found = evidence.weights
-    if found.scaling != given or any(not torch.equal(found.a[n], session.safety.terms[n].A.float()) for n in given):
+    strange = {*session.safety.terms} ^ {*found.scaling}
+    if (strange and not {*session.safety.terms} & {*found.scaling}) or {_root(n) for n in (session.task.terms if session.task else ())} - {_root(n) for n in found.scaling}:
+        session.model  # noqa: B018 (names of other releases become this model's when it is loaded; without one it says so)
+    given = {name: term.scaling for name, term in session.safety.terms.items()}
+    if found.scaling != given or any(
+        not torch.equal(found.a[n], term.A.float()) for n, term in session.safety.terms.items()
+    ):
         raise MergeError(
             f"{path} is evidence about another safety adapter than {session.safety.path}: give the one that it was collected with, or collect again"
         )

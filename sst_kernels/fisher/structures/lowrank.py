@@ -86,7 +86,7 @@ class LowRank(Joint):
 
     @classmethod
     def rows_for(cls, samples: int, **options: Any) -> int:
-        return min(samples, 2 * options.get("rank", DEFAULT_RANK))
+        return min(samples, 2 * whole("rank", options.get("rank", DEFAULT_RANK)))
 
     def _append(self, rows: Tensor) -> None:
         done = 0
