@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
-from sst_kernels.fisher.accumulator import Accumulator
 from sst_kernels.fisher.base import whole
+from sst_kernels.fisher.hooks import Hooks
 from sst_kernels.fisher.storage import StorageError, partial_prefix
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Checkpoints:
     """Keeps a checkpoint of an open pass at `path`, and ends the pass in good order on SIGTERM.
 
     Args:
-        accumulator: of `fisher_accumulate`, started with `resume=path` to go on from an earlier one.
+        accumulator: the pass of `fisher_accumulate` or `Evidence.accumulate`, started with `resume=path` to go on from an earlier one.
         path: the file; one per rank (`rank_path`).
         every: items between two checkpoints.
         seconds: or the time between them; whichever comes first.
@@ -61,7 +61,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        accumulator: Accumulator,
+        accumulator: Hooks,
         path: str | os.PathLike,
         *,
         every: int | None = None,
