@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
-from sst_kernels.inputs.moments import columns, one_per_input
 from sst_kernels.fisher.lora import find_sites
 from sst_kernels.fisher.memory import Estimate, estimate, estimate_moments
 from sst_kernels.fisher.structures.moment import SecondMoment
+from sst_kernels.inputs.moments import columns, one_per_input
 from sst_kernels.subspace.memory import estimate_solve
 from tests.models import tiny_batch, tiny_lora
 
