@@ -202,9 +202,8 @@ def test_a_failed_run_leaves_nothing(world, tmp_path, monkeypatch):
         (none, "rank: expected a whole number of at least 1, got 0"),
         ({}, "late"),
     ):
-        recipe = Recipe.load(world / "recipe.yml", output=tmp_path / "out", **change)
         with pytest.raises(MergeError, match=text):
-            pipeline.merge(recipe, reporter=QUIET)
+            pipeline.merge(Recipe.load(world / "recipe.yml", output=tmp_path / "out", **change), reporter=QUIET)
         assert list(tmp_path.iterdir()) == []
 
 

@@ -230,7 +230,9 @@ def load_evidence(path: Path, session: Session) -> sst.Evidence:
         evidence = sst.Evidence.load(path)
     found = evidence.weights
     strange = {*session.safety.terms} ^ {*found.scaling}
-    if (strange and not {*session.safety.terms} & {*found.scaling}) or {_root(n) for n in (session.task.terms if session.task else ())} - {_root(n) for n in found.scaling}:
+    if (strange and not {*session.safety.terms} & {*found.scaling}) or {
+        _root(n) for n in (session.task.terms if session.task else ())
+    } - {_root(n) for n in found.scaling}:
         session.model  # noqa: B018 (names of other releases become this model's when it is loaded; without one it says so)
     given = {name: term.scaling for name, term in session.safety.terms.items()}
     if found.scaling != given or any(

@@ -15,6 +15,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -126,7 +127,7 @@ class Evidence:
         self.weights, self.meta, self.basis = weights, meta, basis
         self.gain, self.cost = sides
         self._small = None if small is None else dict(small)
-        self._open: Callable[..., Reading] | None = None
+        self._open: Callable[[Side, Callable[[Side], None]], Reading] | None = None
         self._last: tuple[Any, Filtered] | None = None
 
     @classmethod
@@ -187,22 +188,24 @@ class Evidence:
             "adapter": adapter,
             "fingerprint": fingerprint(sites),
             "about": dict(about or {}),
+            "basis": None if basis is None else basis.fingerprint(),
         }
         blocks = [Block(s.name, s.name, (s.rank, widths[s.name])) for s in sites]
-        make = lambda: Side(  # noqa: E731
+        make = lambda name: Side(  # noqa: E731
             blocks,
             MomentSums(widths, None if basis is not None else rank, seed),
-            meta,
+            {**meta, "side": name},
             metric=weights.metric(),
             dtype=getattr(torch, dtype),
             device=device,
         )
-        out = cls(weights, (make(), make()), meta, basis)
+        out = cls(weights, (make("gain"), make("cost")), meta, basis)
 
-        def opened(side: Side) -> Reading:
-            return Reading(
-                model, sites, side, basis, reduction="mean", grad_scale=None, nonfinite=nonfinite, group=group
-            )
+        def opened(side: Side, complete: Callable[[Side], None]) -> Reading:
+            if fingerprint(sites) != meta["fingerprint"]:
+                raise ValueError(f"the weights of {adapter!r} have changed since Evidence.of: make the evidence anew")
+            settings = {"reduction": "mean", "grad_scale": None, "nonfinite": nonfinite, "group": group}
+            return Reading(model, sites, side, basis, complete, **settings)
 
         out._open = opened
         return out
@@ -222,7 +225,8 @@ class Evidence:
         """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
 
         In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
-        The adapter is off while the context is open. `sequences`: how many rows this process will bring (each draw is one), if known:
+        The adapter is off while the context is open. What was read is added when it is left; after an error the evidence is as it was
+        before. `sequences`: how many rows this process will bring (each draw is one), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
         if side not in ("gain", "cost"):
@@ -231,8 +235,8 @@ class Evidence:
             raise RuntimeError(
                 "this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that"
             )
-        own: Side = getattr(self, side)
-        reading = self._open(own)
+        own = getattr(self, side).empty()
+        reading = self._open(own, partial(self._take_in, side))
         if sequences is not None:
             size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
             where = own.device or reading.sites[0].device
@@ -247,8 +251,16 @@ class Evidence:
             own.reserve(sequences)
         if resume is not None:
             reading.load_checkpoint(resume)
-        self._last = None
         return reading
+
+    def _take_in(self, name: SideName, read: Side) -> None:
+        """Add what a pass has read."""
+        own: Side = getattr(self, name)
+        if own.rows:
+            own.merge(read)
+        else:
+            setattr(self, name, read)
+        self._last = None
 
     @stage("filter")
     def filter(self, mu: float, *, losses: Mapping[str, float] | None = None) -> Filtered:
@@ -286,7 +298,7 @@ class Evidence:
         else:
             reads = dict(self.weights.a)
         meta = {**self.meta, "space": "core", "fingerprint": self.weights.fingerprint(reads)}
-        meta.pop("about")
+        del meta["about"], meta["basis"]
         metric = self.weights.metric(reads)
         gain = _core(self.gain, columns, meta, metric, losses)
         cost = _core(self.cost, columns, meta, metric, None)
@@ -306,14 +318,16 @@ class Evidence:
         if self.basis is not None:
             return self
         basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
+        meta = {**self.meta, "basis": basis.fingerprint()}
         sides = []
-        for side in (self.gain, self.cost):
+        for label, side in (("gain", self.gain), ("cost", self.cost)):
             blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
             widths = {b.name: b.shape[1] for b in blocks}
+            about = {**meta, "side": label}
             new = Side(
                 blocks,
                 MomentSums(widths, None, side.moments.seed),
-                side.meta,
+                about,
                 metric=side.metric,
                 dtype=side.dtype,
                 device=side.device,
@@ -325,22 +339,20 @@ class Evidence:
                 assert isinstance(part.joint, Full)
                 part.joint.append(_times(rows, side, basis.columns, rows.new_empty(len(rows), new.width)))
                 part.joint.counts = copy.copy(fisher.counts)
-                part.groups, part.meta = list(fisher.groups), dict(fisher.meta)
+                part.groups = list(fisher.groups)
+                part.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
             sides.append(new)
-        return Evidence(self.weights, (sides[0], sides[1]), self.meta, basis, small)
+        return Evidence(self.weights, (sides[0], sides[1]), meta, basis, small)
 
     def merge(self, other: Evidence) -> None:
         """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
-        for key in ("fingerprint", "adapter", "about"):
+        for key in ("fingerprint", "adapter", "about", "basis"):
             if self.meta[key] != other.meta[key]:
                 raise ValueError(f"cannot merge evidence: {key} differs ({self.meta[key]!r} and {other.meta[key]!r})")
         if self._small is not None or other._small is not None:
             raise ValueError("condensed evidence has no moments to add: merge before condense()")
-        mine, theirs = self.basis, other.basis
-        if (mine is None) != (theirs is None) or (
-            mine is not None and theirs is not None and any(not torch.equal(mine[n], theirs[n]) for n in mine)
-        ):
-            raise ValueError("cannot merge evidence: it is kept in different bases")
+        self.gain.check_same(other.gain)
+        self.cost.check_same(other.cost)
         self.gain.merge(other.gain)
         self.cost.merge(other.cost)
         self._last = None
@@ -390,9 +402,8 @@ class Evidence:
                 about = header["sides"][name]
                 moments = MomentSums(*(about["moments"][key] for key in ("widths", "rank", "seed")))
                 dtype = getattr(torch, about["dtype"].removeprefix("torch."))
-                side = Side(
-                    blocks, moments, header["meta"], metric=weights.metric(), dtype=dtype, device=torch.device(device)
-                )
+                meta = {**header["meta"], "side": name}
+                side = Side(blocks, moments, meta, metric=weights.metric(), dtype=dtype, device=torch.device(device))
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)
@@ -415,6 +426,8 @@ def _core(
 ) -> Fisher:
     """The core-space Fisher of one side's rows for A' = `columns` in the coordinates that they are kept in."""
     factors = dict.fromkeys(side.rows, 1.0) if losses is None else dict(losses)
+    if not factors:
+        raise ValueError(f"losses: expected factors of some of {sorted(side.rows)}, got none")
     if unknown := sorted(set(factors) - set(side.rows)):
         raise ValueError(f"losses {unknown} were not accumulated; there are {sorted(side.rows)}")
     blocks = [Block(b.name, b.module, (b.shape[0], len(columns[b.name]))) for b in side.blocks]

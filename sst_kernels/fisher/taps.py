@@ -18,7 +18,9 @@ keeps nothing here and recomputes it. Where nothing in front of the layer wants 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -79,6 +81,7 @@ class LayerTap:
 
     def __enter__(self) -> None:
         layer: Any = self.site.layer
+        _refuse_others(self.site, (LayerTap, BranchTap))
         adapter = next(name for name, part in layer.lora_A.items() if part is self.site.lora_a)
         self._active = layer._active_adapter
         active = [self._active] if isinstance(self._active, str) else list(self._active)
@@ -139,6 +142,7 @@ class BranchTap:
         self._left: dict[int, Tensor] = {}  # by pass: c·∂L/∂y, which comes before e
 
     def __enter__(self) -> None:
+        _refuse_others(self.site, (LayerTap,))
         self._handles = [self.site.lora_a.register_forward_hook(self._at_a)]
         if self.factor:
             self._handles.append(self.site.lora_b.register_forward_hook(self._at_b))
@@ -174,3 +178,24 @@ class BranchTap:
         e = e.detach()
         signal = Signal(e, h) if x is None else Signal(e, x, self._left.pop(current.index), h)
         self.owner.receive(current, self.site, signal)
+
+
+def _refuse_others(site: LoraSite, kinds: tuple[type, ...]) -> None:
+    """RuntimeError where another open pass has switched the adapter off, or would find it switched off."""
+    hooks = (*site.layer._forward_hooks.values(), *site.lora_a._forward_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), kinds) for hook in hooks):
+        raise RuntimeError(
+            f"another pass is open on {site.name}, and one of the two is taken at the reference point, with the adapter off: leave "
+            "its context first"
+        )
+
+
+def eager(model: nn.Module) -> AbstractContextManager:
+    """While it is open, what torch.compile has made of modules runs as they are written, so that hooks on them are called.
+
+    Not where attention is a compiled kernel (flex_attention): without it scores would be [T, T].
+    """
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if "torch._dynamo" not in sys.modules or attention == "flex_attention":
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sst_kernels.fisher.lora import digest_of
 from sst_kernels.fisher.structures.moment import Columns, Moment, dense
 from sst_kernels.inputs.moments import InputMoments, MomentSums
 
@@ -92,6 +93,10 @@ class Basis(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.columns)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of names and columns: rows in two bases add up exactly when these agree."""
+        return digest_of((name, 1.0, self.columns[name], self.dual[name]) for name in self)
+
     def coordinates(self, name: str, reads: Tensor) -> Tensor:
         """[r, m] float64 of A [r, d_in]: its projection on the span in the metric X."""
         return reads.double() @ self.dual[name].double().to(reads.device).mT
@@ -140,9 +145,9 @@ def filtered_in_basis(
     reads: Mapping[str, Tensor], small: Mapping[str, tuple[Tensor, Tensor, Tensor]], mu: float
 ) -> dict[str, Tensor]:
     """Per module A' [r, m] float64 of A [r, m], both in coordinates of a basis: the best A' in its span."""
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[torch.Size, list[str]] = {}
     for name, own in reads.items():
-        groups.setdefault((own.shape[0], own.shape[1]), []).append(name)
+        groups.setdefault(own.shape, []).append(name)
     out: dict[str, Tensor] = {}
     for names in groups.values():
         x, ridged, other = (torch.stack(part) for part in zip(*(small[name] for name in names)))
