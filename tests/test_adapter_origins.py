@@ -353,10 +353,10 @@ def rows_of_one_forward(model, batch):
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_passes_over_a_base_that_bitsandbytes_quantises(tmp_path, kind):
     """Where the package is installed (it runs on the CPU, too). Eight bits round activations to float16."""
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     cases.model(hidden=64).save_pretrained(tmp_path / "model")
     cases.tokenizer().save_pretrained(tmp_path / "model")
-    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if kind == "4bit" else {"load_in_8bit": True}
+    options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"} if kind == "4bit" else {"load_in_8bit": True}
     base, _ = load_model(tmp_path / "model", device="cpu", quantization=options)
     assert not base.model.layers[0].self_attn.q_proj.weight.is_floating_point()
     folder = cases.adapter_folder(tmp_path / "a", base=cases.model(hidden=64), scale=0.3)
@@ -366,5 +366,18 @@ def test_passes_over_a_base_that_bitsandbytes_quantises(tmp_path, kind):
     with sst.fisher_accumulate(model, "safety") as pass_:
         sst.sequence_nll(model, batch).backward()
     assert error_ratio(pass_.fisher.rows(), rows_of_one_forward(model, batch)) < 10 * ROUNDING
+    if kind == "4bit":  # the same function with the weights that the four bits stand for
+        plain = cases.model(hidden=64)
+        for name, module in base.named_modules():
+            if hasattr(module.weight if hasattr(module, "weight") else None, "quant_state"):
+                whole = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+                plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole
+        plain = attach(plain, "safety", load_adapter(folder))
+        assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(plain, batch, "safety")) < 10 * ROUNDING
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        with pytest.raises(ValueError, match="gradients do not pass it"), sst.fisher_accumulate(model, "safety"):
+            sst.sequence_nll(model, batch).backward()
     with pytest.raises(ModelError, match="quantised or not in memory"):
         export_full(model, load_adapter(folder), tmp_path / "full")
