@@ -25,8 +25,9 @@ from sst_merge.algebra import concatenate
 from sst_merge.errors import AdapterError, ModelError
 from sst_merge.models import attach, check_fit, fitted, load_model
 from sst_merge.output import output_folder
+from sst_merge.serving import export_full
 from tests import merge_cases as cases
-from tests.models import ROUNDING, core_rows_by_definition, tiny_batch, tiny_model
+from tests.models import ROUNDING, core_rows_by_definition, lora_layers, tiny_batch, tiny_model
 
 
 def edit(folder, rename=lambda key: key, change=lambda tensor: tensor, **config):
@@ -329,3 +330,54 @@ def test_models_of_the_hub_come_from_the_cache_or_are_told_how_to_come(tmp_path,
         huggingface_hub, "snapshot_download", lambda name, **more: download(name, cache_dir=tmp_path, **more)
     )
     assert load_model("someone/model", device="cpu")[0].config.hidden_size == 32
+
+
+def rows_of_one_forward(model, batch):
+    """[N, Σ r²] by a backward per sample through one forward of the batch: which columns stay in float16 depends on the whole of it."""
+    layers = lora_layers(model, "safety")
+    cores = {n: torch.eye(m.r["safety"], requires_grad=True) for n, m in layers.items()}
+    hooks = [m.lora_A["safety"].register_forward_hook(lambda _m, _i, h, s=cores[n]: h @ s.T) for n, m in layers.items()]
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    rows = []
+    for predicted, labels in zip(logits, batch["labels"][:, 1:]):
+        loss = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum")
+        rows.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(cores.values()), retain_graph=True)])
+        )
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(rows)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_passes_over_a_base_that_bitsandbytes_quantises(tmp_path, kind):
+    """Where the package is installed (it runs on the CPU, too). Eight bits round activations to float16."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    cases.model(hidden=64).save_pretrained(tmp_path / "model")
+    cases.tokenizer().save_pretrained(tmp_path / "model")
+    options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"} if kind == "4bit" else {"load_in_8bit": True}
+    base, _ = load_model(tmp_path / "model", device="cpu", quantization=options)
+    assert not base.model.layers[0].self_attn.q_proj.weight.is_floating_point()
+    folder = cases.adapter_folder(tmp_path / "a", base=cases.model(hidden=64), scale=0.3)
+    model = attach(base, "safety", load_adapter(folder))
+    model.base_model.set_adapter("safety")
+    batch = tiny_batch(4)
+    with sst.fisher_accumulate(model, "safety") as pass_:
+        sst.sequence_nll(model, batch).backward()
+    assert error_ratio(pass_.fisher.rows(), rows_of_one_forward(model, batch)) < 10 * ROUNDING
+    if kind == "4bit":  # the same function with the weights that the four bits stand for
+        plain = cases.model(hidden=64)
+        for name, module in base.named_modules():
+            if hasattr(module.weight if hasattr(module, "weight") else None, "quant_state"):
+                whole = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+                plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole
+        plain = attach(plain, "safety", load_adapter(folder))
+        assert error_ratio(pass_.fisher.rows(), core_rows_by_definition(plain, batch, "safety")) < 10 * ROUNDING
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        with pytest.raises(ValueError, match="gradients do not pass it"), sst.fisher_accumulate(model, "safety"):
+            sst.sequence_nll(model, batch).backward()
+    with pytest.raises(ModelError, match="quantised or not in memory"):
+        export_full(model, load_adapter(folder), tmp_path / "full")

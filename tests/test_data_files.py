@@ -143,6 +143,17 @@ def test_columns_win_over_forms_and_must_be_of_fields(tmp_path):
         read(tmp_path / "d.jsonl", columns={"question": "prompt"})
 
 
+def test_cells_that_hold_json_and_preferences(tmp_path):
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *[[json.dumps(chat(*row))] for row in ROWS]])
+    assert read(tmp_path / "d.csv")[0] == EXPECTED
+    preferences = [{"prompt": p, "chosen": chat(p, r), "rejected": chat(p, "Sure.")} for p, r in ROWS]
+    path = cases.write_jsonl(tmp_path / "d.jsonl", preferences)
+    with pytest.raises(DataError, match=r"got an object with \['chosen', 'prompt', 'rejected'\].*\{messages: chosen\}"):
+        read(path)
+    assert read(path, columns={"messages": "chosen"})[0] == EXPECTED
+
+
 def test_system_messages_of_alpaca_and_sharegpt(tmp_path):
     rows = [
         {"system": "Be brief.", "instruction": "Translate.", "input": "Hallo", "output": "Hello"},

@@ -12,6 +12,8 @@ Fields of other names are told by `columns`.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,9 @@ def conversation(record: Any, where: str, columns: Mapping[str, str]) -> tuple[s
     if isinstance(record, Mapping) and columns and all(column in record for column in columns.values()):
         record = {name: record[column] for name, column in columns.items()}
     form, messages = _messages(record, where)
+    if isinstance(messages, str):  # of a table whose cells hold JSON
+        with contextlib.suppress(ValueError, RecursionError):
+            messages = json.loads(messages)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
     messages = [_message(m) for m in messages]
@@ -94,7 +99,7 @@ def _messages(record: Any, where: str) -> tuple[str, Any]:
         found = f"an object with {sorted(map(str, record))}"
     raise DataError(
         f'{where}: expected an object with "messages", "conversations", "prompt" and "response" (or "completion"), or "instruction" and '
-        f'"output", got {found}; for other names say which column is what, as in columns: {{prompt: question, response: answer}}'
+        f'"output", got {found}; for other names say which column is what, as in columns: {{prompt: question, response: answer}}, or {{messages: chosen}} for preferences'
     )
 
 

@@ -71,6 +71,11 @@ def load_model(
     network, found = loaded
     if found["missing_keys"]:
         raise ModelError(f"model {source}: its files lack {sorted(found['missing_keys'])[:3]}; copy the model again")
+    for module in network.modules() if quantised else ():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes would pack 4-bit weights on some CPUs, which gradients do not pass
+            module.support_avx512bf16_for_cpu = False
     prepare_tokenizer(tokenizer, network.config)
     rows = len(network.get_input_embeddings().weight)
     if len(tokenizer) > rows:

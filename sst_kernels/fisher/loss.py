@@ -212,6 +212,7 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
             "declared_loss(labels)"
         )
     _refuse_router_terms(plain, inputs)
+    _refuse_lost_gradients(plain)
     refuse_leaks(plain, inputs)
     return inputs
 
@@ -226,6 +227,22 @@ def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
             "pass the batch by keyword, model(**batch): the positional arguments of this model's forward cannot be named"
         )
     return dict(zip(names, args)) | kwargs
+
+
+def _refuse_lost_gradients(plain: nn.Module) -> None:
+    """bitsandbytes (0.50) packs 4-bit weights for inference where the CPU knows bfloat16, and no gradient passes them from then on."""
+    if not (torch.is_grad_enabled() and getattr(plain, "is_loaded_in_4bit", False)):
+        return
+    for name, module in plain.named_modules():
+        if (
+            getattr(module, "support_avx512bf16_for_cpu", False)
+            and not module.training
+            and module.weight.device.type == "cpu"
+        ):
+            raise ValueError(
+                f"{name}: bitsandbytes packs its 4-bit weight on this CPU in evaluation mode, and gradients do not pass it then: set "
+                "support_avx512bf16_for_cpu = False on all such modules before the first forward pass"
+            )
 
 
 def _refuse_router_terms(plain: nn.Module, inputs: Mapping[str, Any]) -> None:
