@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Upper bound on the elements of one batched temporary of the CPU forms: 64 MiB of float32.
-CHUNK_ELEMENTS = 1 << 24
+from sst_kernels.memo import Memo
+
+# Elements of a batched temporary of the CPU forms: 1 MiB of float32, what a core's second-level cache holds.
+CACHED_ELEMENTS = 1 << 18
+# Tokens from which on a product of its own costs less than gathering them into a larger one.
+SEGMENT_TOKENS = 32
 
 
 def spans_from_lengths(
@@ -55,69 +59,109 @@ def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
     return torch.stack([cu[:-1], cu[1:]], 1)
 
 
-def held_tokens(S: int, spans: Tensor | None, scale: Tensor | None, power: int) -> tuple[Tensor | slice, Tensor | None]:
-    """CPU form of a sum over tokens: (which of the S tokens some span holds, Σ over the spans that hold it of scale^power).
+class Run(NamedTuple):
+    """Consecutive samples [first, last) of one length, their tokens `step` apart: one batched product without a copy."""
 
-    Both as short as they can be: `slice(None)` where the spans hold every token once and in order, weights None where all are
-    one. Padding is left out rather than multiplied by zero: it may be NaN.
+    first: int
+    last: int
+    begin: int
+    step: int
+    length: int
+    scale: Tensor | None  # [last - first, 1, 1]
+
+    def windows(self, x: Tensor) -> Tensor:
+        """The tokens of each sample, [S, d] to a view [m, d, length]."""
+        return x[self.begin : self.begin + (self.last - self.first - 1) * self.step + self.length].unfold(
+            0, self.length, self.step
+        )
+
+    def pieces(self, elements: int) -> Iterator[Run]:
+        """The run in parts of which the gradients, `elements` each, fit a second-level cache together."""
+        most = max(1, CACHED_ELEMENTS // elements)
+        if self.last - self.first <= most:
+            yield self
+            return
+        for first in range(self.first, self.last, most):
+            last, at = min(first + most, self.last), first - self.first
+            scale = None if self.scale is None else self.scale[at : at + most]
+            yield Run(first, last, self.begin + at * self.step, self.step, self.length, scale)
+
+
+class Layout(NamedTuple):
+    """What the CPU forms want to know of spans: the samples that have tokens, in runs, and the numbers of those that have none."""
+
+    runs: list[Run]
+    empty: list[int]
+    segments: list[
+        tuple[int, int, float]
+    ]  # (begin, end, weight Σ scale²) of tokens; adjoining ones of one weight are one
+
+
+_last_layouts = {False: Memo(), True: Memo()}  # one for scaled sides, one for unscaled: modules ask for them in turn
+
+
+def layout(S: int, spans: Tensor, scale: Tensor | None) -> Layout:
+    """The `Layout` of a batch on the CPU, kept for the next call. ValueError for spans outside [0, S]."""
+    last = _last_layouts[scale is not None]
+    if last.holds(S, spans, scale):
+        return last.value
+    if spans.numel():
+        low, high = (int(x) for x in spans.aminmax())
+        if low < 0 or high > S:
+            raise ValueError(f"spans: expected token ranges inside [0, {S}], got {low}..{high}")
+    ranges = spans.tolist()
+    weights = [1.0] * len(ranges) if scale is None else scale.double().square().tolist()
+    segments: list[tuple[int, int, float]] = []
+    for (begin, end), weight in zip(ranges, weights):
+        if begin < end:
+            if segments and segments[-1][1:] == (begin, weight):
+                begin = segments.pop()[0]
+            segments.append((begin, end, weight))
+    empty = [n for n, (begin, end) in enumerate(ranges) if begin >= end]
+    return last.keep(Layout(list(_runs(ranges, scale)), empty, segments), S, spans, scale)
+
+
+def _runs(ranges: list[list[int]], scale: Tensor | None) -> Iterator[Run]:
+    first = 0
+    while first < len(ranges):
+        (begin, end), last = ranges[first], first + 1
+        step = ranges[last][0] - begin if last < len(ranges) else 0
+        while step > 0 and last < len(ranges) and ranges[last] == [x + (last - first) * step for x in (begin, end)]:
+            last += 1
+        if begin < end:
+            s = None if scale is None else scale[first:last, None, None]
+            yield Run(first, last, begin, step if last - first > 1 else end - begin, end - begin, s)
+        first = last
+
+
+def gradients(run: Run, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """CPU form of G_n = scale_n Σ_t left_t right_tᵀ of a run, [m, p, q] float32, in `out` where that is given."""
+    a, b = run.windows(left), run.windows(right)
+    p, q = a.shape[1], b.shape[1]
+    if p <= q:
+        return torch.bmm(a if run.scale is None else a * run.scale, b.mT, out=out)
+    b = b if run.scale is None else b * run.scale
+    if run.length < 6 * q:
+        return torch.bmm(a, b.mT, out=out)
+    # A wide left side is slow to transpose inside the product: with many tokens, its narrow result is the cheaper one.
+    G = torch.bmm(b, a.mT).mT
+    return G if out is None else out.copy_(G)
+
+
+def weighted_rows(x: Tensor, spans: Tensor | None, scale: Tensor | None) -> list[tuple[Tensor, float]]:
+    """CPU form of a sum over tokens Σ_n scale_n² Σ_{t in n} f(x_t): pieces of x [·, d] in float32, and the weight of each.
+
+    Pieces are views; many short ones are gathered into one, weighted by √Σ scale². Padding, which may be NaN, is left out.
     """
     if spans is None:
-        return slice(None), None
-    lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
-    each = None if scale is None else (scale**power).repeat_interleave(lengths)
-    if int(lengths.sum()) == S and torch.equal(spans[:, 0], lengths.cumsum(0) - lengths):
-        return slice(None), each
-    owner = torch.repeat_interleave(torch.arange(len(spans)), lengths)
-    first = torch.cumsum(lengths, 0) - lengths
-    tokens = spans[owner, 0] + torch.arange(len(owner)) - first[owner]
-    weight = torch.zeros(S).index_add_(0, tokens, torch.ones(len(tokens)) if each is None else each)
-    held = torch.zeros(S, dtype=torch.bool).index_fill_(0, tokens, True).nonzero().flatten()
-    return held, weight[held]
-
-
-def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
-    """weight_t · x_t."""
-    return x if weight is None else x * weight[:, None]
-
-
-def by_length(spans: Tensor, limit: int) -> Iterator[tuple[slice | list[int], Callable[[Tensor], Tensor]]]:
-    """CPU form: samples grouped by equal length, so that they become one batched product.
-
-    Yields (samples, take): at most max(1, limit) samples of one length L > 0, and the function that takes their tokens,
-    [..., S, d] to [..., m, L, d]; a view where they are evenly spaced, as in a dense batch.
-    """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for n, (begin, end) in enumerate(spans.tolist()):
-        if begin < end:
-            groups.setdefault(end - begin, []).append((n, begin))
-    for L, members in groups.items():
-        for at in range(0, len(members), max(1, limit)):
-            numbers, begins = map(list, zip(*members[at : at + max(1, limit)]))
-            m, first, last = len(numbers), begins[0], begins[-1]
-            step = (last - first) // (m - 1) if m > 1 else L
-            samples = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == m else numbers
-            if step > 0 and begins == list(range(first, last + 1, step)):
-                yield samples, partial(_windows, at=slice(first, last + L), length=L, step=step)
-            else:
-                yield samples, partial(_gathered, tokens=torch.tensor(begins)[:, None] + torch.arange(L))
-
-
-def _windows(x: Tensor, at: slice, length: int, step: int) -> Tensor:
-    return x[..., at, :].unfold(-2, length, step).mT
-
-
-def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
-    return x[..., tokens, :]
-
-
-def sample_sums(
-    left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, limit: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[slice | list[int], Tensor]]:
-    """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q])."""
-    p, q = left.shape[-1], right.shape[-1]
-    for samples, take in by_length(spans, limit // max(1, p * q)):
-        a, b = take(left).float(), take(right).float()
-        if scale is not None:
-            s = scale[samples].float()[:, None, None]
-            a, b = (a * s, b) if p <= q else (a, b * s)
-        yield samples, a.mT @ b
+        return [(x.float(), 1.0)]
+    segments = layout(len(x), spans, scale).segments
+    tokens = sum(end - begin for begin, end, _ in segments)
+    if len(segments) <= 1 or tokens >= SEGMENT_TOKENS * len(segments):
+        return [(x[begin:end].float(), weight) for begin, end, weight in segments]
+    begins, ends, weights = (torch.tensor(column) for column in zip(*segments))
+    lengths = ends - begins
+    offset = (begins - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+    rows = x[torch.arange(tokens) + offset].float()
+    weights = weights.sqrt().repeat_interleave(lengths)
+    return [(rows if scale is None else rows.mul_(weights[:, None]), 1.0)]

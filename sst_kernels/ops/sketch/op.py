@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import held_tokens, weighted
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import weighted_rows
 
 
 def sketch(
@@ -46,28 +47,16 @@ def sketch(
     return out
 
 
-@torch.library.custom_op(
-    "sst_kernels::sketch",
-    mutates_args=("out", "trace"),
-    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace) -> ()",
-    device_types="cpu",
+def _cpu(x, omega, spans, scale, out, precision, trace):
+    omega = omega.float()
+    for rows, weight in weighted_rows(x, spans, scale):
+        if trace is not None:
+            trace.add_(torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64), alpha=weight)
+        out.addmm_(rows.T, rows @ omega, alpha=weight)
+
+
+_sketch = register(
+    "sketch(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace)"
+    " -> ()",
+    _cpu,
 )
-def _sketch(x, omega, spans, scale, out, precision, trace):
-    checks.span_values(spans, x.shape[0])
-    held, weight = held_tokens(len(x), spans, scale, power=2)
-    x = x[held].float()
-    if trace is not None:
-        trace += weighted(torch.linalg.vector_norm(x, dim=1, keepdim=True).square(), weight).sum(dtype=torch.float64)
-    out += x.T @ weighted(x @ omega.float(), weight)
-
-
-@_sketch.register_kernel("cuda")
-def _(x, omega, spans, scale, out, precision, trace):
-    from sst_kernels.ops.sketch.kernel import sketch
-
-    sketch(x, omega, spans, scale, out, precision, trace)
-
-
-@_sketch.register_fake
-def _(x, omega, spans, scale, out, precision, trace):
-    return None
