@@ -66,6 +66,18 @@ def test_inputs_may_require_grad(op):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
+def test_what_is_written_has_a_new_version(op, device):
+    """Autograd and `Memo` go by versions; an op that is called eagerly is not seen by the dispatcher that counts them."""
+    *_, out = args = arguments(device)[op]
+    versions = [a._version for a in args if torch.is_tensor(a)]
+    getattr(ops, op)(*args)
+    changed = [a for a, before in zip((a for a in args if torch.is_tensor(a)), versions) if a._version != before]
+    assert out is changed[-1] and len(changed) == (2 if op == "factor_moments" else 1)
+    assert not out.is_inference()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
 def test_empty_batches(op, device):
     """No samples change nothing (or give no rows); samples without tokens add nothing (or give zero rows)."""
     args = arguments(device)[op]

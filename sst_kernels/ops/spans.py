@@ -16,8 +16,6 @@ from sst_kernels.memo import Memo
 
 # Elements of a batched temporary of the CPU forms: 1 MiB of float32, what a core's second-level cache holds.
 CACHED_ELEMENTS = 1 << 18
-# Tokens from which on a product of its own costs less than gathering them into a larger one.
-SEGMENT_TOKENS = 32
 
 
 def spans_from_lengths(
@@ -67,13 +65,13 @@ class Run(NamedTuple):
     begin: int
     step: int
     length: int
-    scale: Tensor | None  # [last - first, 1, 1]
+    scale: Tensor | float  # [last - first, 1, 1], or what it is for all of them
 
     def windows(self, x: Tensor) -> Tensor:
         """The tokens of each sample, [S, d] to a view [m, d, length]."""
-        return x[self.begin : self.begin + (self.last - self.first - 1) * self.step + self.length].unfold(
-            0, self.length, self.step
-        )
+        row, column = x.stride()
+        size = (self.last - self.first, x.shape[1], self.length)
+        return x.as_strided(size, (self.step * row, column, row), x.storage_offset() + self.begin * row)
 
     def pieces(self, elements: int) -> Iterator[Run]:
         """The run in parts of which the gradients, `elements` each, fit a second-level cache together."""
@@ -83,18 +81,18 @@ class Run(NamedTuple):
             return
         for first in range(self.first, self.last, most):
             last, at = min(first + most, self.last), first - self.first
-            scale = None if self.scale is None else self.scale[at : at + most]
+            scale = self.scale[at : at + most] if isinstance(self.scale, Tensor) else self.scale
             yield Run(first, last, self.begin + at * self.step, self.step, self.length, scale)
 
 
 class Layout(NamedTuple):
-    """What the CPU forms want to know of spans: the samples that have tokens, in runs, and the numbers of those that have none."""
+    """What the CPU forms want to know of the spans of a batch."""
 
-    runs: list[Run]
-    empty: list[int]
-    segments: list[
-        tuple[int, int, float]
-    ]  # (begin, end, weight Σ scale²) of tokens; adjoining ones of one weight are one
+    runs: list[Run]  # the samples that have tokens
+    empty: list[int]  # the numbers of those that have none
+    segments: list[tuple[int, int, float]]  # (begin, end, scale²) of tokens; adjoining ones of one scale are one
+    tokens: Tensor | None  # [held], every token that a span holds, or None where the spans hold all, once and in order
+    weights: Tensor | float  # [held, 1], scale² of each of them, or what it is for all of them
 
 
 _last_layouts = {False: Memo(), True: Memo()}  # one for scaled sides, one for unscaled: modules ask for them in turn
@@ -110,18 +108,29 @@ def layout(S: int, spans: Tensor, scale: Tensor | None) -> Layout:
         if low < 0 or high > S:
             raise ValueError(f"spans: expected token ranges inside [0, {S}], got {low}..{high}")
     ranges = spans.tolist()
-    weights = [1.0] * len(ranges) if scale is None else scale.double().square().tolist()
+    scales = [1.0] * len(ranges) if scale is None else scale.tolist()
     segments: list[tuple[int, int, float]] = []
-    for (begin, end), weight in zip(ranges, weights):
+    for (begin, end), x in zip(ranges, scales):
         if begin < end:
-            if segments and segments[-1][1:] == (begin, weight):
+            if segments and segments[-1][1:] == (begin, x * x):
                 begin = segments.pop()[0]
-            segments.append((begin, end, weight))
+            segments.append((begin, end, x * x))
     empty = [n for n, (begin, end) in enumerate(ranges) if begin >= end]
-    return last.keep(Layout(list(_runs(ranges, scale)), empty, segments), S, spans, scale)
+    return last.keep(Layout(list(_runs(ranges, scales)), empty, segments, *_held(S, segments)), S, spans, scale)
 
 
-def _runs(ranges: list[list[int]], scale: Tensor | None) -> Iterator[Run]:
+def _held(S: int, segments: list[tuple[int, int, float]]) -> tuple[Tensor | None, Tensor | float]:
+    begins, ends, squares = zip(*segments) if segments else ((), (), ())
+    tokens: Tensor | None = None
+    if (0, *ends) != (*begins, S):
+        tokens = torch.cat([torch.arange(0), *(torch.arange(begin, end) for begin, end, _ in segments)])
+    if len(set(squares)) <= 1:
+        return tokens, squares[0] if squares else 1.0
+    lengths = torch.tensor(ends) - torch.tensor(begins)
+    return tokens, torch.tensor(squares).repeat_interleave(lengths)[:, None]
+
+
+def _runs(ranges: list[list[int]], scales: list[float]) -> Iterator[Run]:
     first = 0
     while first < len(ranges):
         (begin, end), last = ranges[first], first + 1
@@ -129,39 +138,40 @@ def _runs(ranges: list[list[int]], scale: Tensor | None) -> Iterator[Run]:
         while step > 0 and last < len(ranges) and ranges[last] == [x + (last - first) * step for x in (begin, end)]:
             last += 1
         if begin < end:
-            s = None if scale is None else scale[first:last, None, None]
-            yield Run(first, last, begin, step if last - first > 1 else end - begin, end - begin, s)
+            step, own = step if last - first > 1 else end - begin, scales[first:last]
+            scale = own[0] if own == own[:1] * len(own) else torch.tensor(own)[:, None, None]
+            yield Run(first, last, begin, step, end - begin, scale)
         first = last
 
 
 def gradients(run: Run, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """CPU form of G_n = scale_n Σ_t left_t right_tᵀ of a run, [m, p, q] float32, in `out` where that is given."""
     a, b = run.windows(left), run.windows(right)
-    p, q = a.shape[1], b.shape[1]
-    if p <= q:
-        return torch.bmm(a if run.scale is None else a * run.scale, b.mT, out=out)
-    b = b if run.scale is None else b * run.scale
-    if run.length < 6 * q:
-        return torch.bmm(a, b.mT, out=out)
+    m, p, q, scale = len(a), a.shape[1], b.shape[1], run.scale
+    if not isinstance(scale, float):
+        a, b, scale = (a * scale, b, 1.0) if p <= q else (a, b * scale, 1.0)
+    if p <= q or run.length < 6 * q:
+        out = torch.empty(m, p, q) if out is None else out
+        return torch.baddbmm(out, a, b.mT, beta=0, alpha=scale, out=out)
     # A wide left side is slow to transpose inside the product: with many tokens, its narrow result is the cheaper one.
-    G = torch.bmm(b, a.mT).mT
-    return G if out is None else out.copy_(G)
+    G = torch.empty(m, q, p)
+    torch.baddbmm(G, b, a.mT, beta=0, alpha=scale, out=G)
+    return G.mT if out is None else out.copy_(G.mT)
 
 
-def weighted_rows(x: Tensor, spans: Tensor | None, scale: Tensor | None) -> list[tuple[Tensor, float]]:
-    """CPU form of a sum over tokens Σ_n scale_n² Σ_{t in n} f(x_t): pieces of x [·, d] in float32, and the weight of each.
+def weighted_rows(
+    x: Tensor, spans: Tensor | None, scale: Tensor | None, least: int | None = None
+) -> list[tuple[Tensor, Tensor | float]]:
+    """CPU form of a sum over tokens, Σ_n scale_n² Σ_{t in n} f(x_t): pieces of x [·, d] in float32, and their weights: one, or [·, 1].
 
-    Pieces are views; many short ones are gathered into one, weighted by √Σ scale². Padding, which may be NaN, is left out.
+    Padding, which may be NaN, is left out: by views of the tokens between where these are at least `least` long on average and
+    have one weight each, else by a copy.
     """
     if spans is None:
         return [(x.float(), 1.0)]
-    segments = layout(len(x), spans, scale).segments
-    tokens = sum(end - begin for begin, end, _ in segments)
-    if len(segments) <= 1 or tokens >= SEGMENT_TOKENS * len(segments):
-        return [(x[begin:end].float(), weight) for begin, end, weight in segments]
-    begins, ends, weights = (torch.tensor(column) for column in zip(*segments))
-    lengths = ends - begins
-    offset = (begins - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-    rows = x[torch.arange(tokens) + offset].float()
-    weights = weights.sqrt().repeat_interleave(lengths)
-    return [(rows if scale is None else rows.mul_(weights[:, None]), 1.0)]
+    of = layout(len(x), spans, scale)
+    if len(of.segments) == 1 or (
+        least is not None and sum(e - b for b, e, _ in of.segments) >= least * len(of.segments)
+    ):
+        return [(x[begin:end].float(), weight) for begin, end, weight in of.segments]
+    return [((x if of.tokens is None else x.index_select(0, of.tokens)).float(), of.weights)]

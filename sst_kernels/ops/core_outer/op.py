@@ -47,7 +47,8 @@ def core_outer(
 
 
 def _cpu(lefts, rights, spans, scale, out, precision):
-    runs, empty, _ = layout(len(lefts[0]), spans, scale)
+    of = layout(len(lefts[0]), spans, scale)
+    runs, empty = of.runs, of.empty
     if empty:
         out[empty] = 0
     column = 0
@@ -69,10 +70,7 @@ def _equal(runs, members, rows):
     for g, (left, right) in zip(G.unbind(0), members):
         torch.bmm(run.windows(left), run.windows(right).mT, out=g)
     rows = rows[run.first : run.last].transpose(0, 1)
-    if run.scale is None:
-        rows.copy_(G)
-    else:
-        torch.mul(G, run.scale, out=rows)
+    torch.mul(G, run.scale, out=rows)
 
 
 def _ragged(runs, members, rows):

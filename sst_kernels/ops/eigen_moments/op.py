@@ -62,8 +62,9 @@ def _cpu(left, right, spans, scale, u_left, u_right, out, precision):
     for run in layout(len(left), spans, scale).runs:
         for piece in run.pieces(left.shape[1] * right.shape[1]):
             G = gradients(piece, left, right)
-            G = G @ u_right if narrow_left else (G.mT @ u_left).mT
-            batch += G.square_().sum(0)
+            G, u = (G, u_right) if narrow_left else (G.mT, u_left)
+            G = torch.mm(G.reshape(-1, G.shape[2]), u).view(*G.shape[:2], -1).square_().sum(0)
+            batch += G if narrow_left else G.T
     out += batch
 
 

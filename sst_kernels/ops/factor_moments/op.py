@@ -43,7 +43,7 @@ def factor_moments(
 
 
 def _cpu(left, right, spans, scale, sum, sumsq, precision):
-    runs, _, _ = layout(len(left), spans, scale)
+    runs = layout(len(left), spans, scale).runs
     left, right = left.float(), right.float()
     # The sums of a batch are added to those of all at its end, with one rounding.
     square = sumsq if len(runs) == 1 else torch.zeros_like(sumsq)
@@ -60,7 +60,7 @@ def _cpu(left, right, spans, scale, sum, sumsq, precision):
 def _add_moments(run, left, right, total, square):
     if run.length == 1:  # rank one: (s l rᵀ)² = s² l² (r²)ᵀ
         a, b = run.windows(left)[:, :, 0], run.windows(right)[:, :, 0]
-        a = a if run.scale is None else a * run.scale[:, 0]
+        a = a * (run.scale if isinstance(run.scale, float) else run.scale[:, 0])
         square.addmm_(a.square().T, b.square())
         if total is not None:
             total.addmm_(a.T, b)

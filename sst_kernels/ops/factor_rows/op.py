@@ -32,7 +32,8 @@ def factor_rows(
 
 
 def _cpu(left, right, spans, scale, out, precision):
-    runs, empty, _ = layout(len(left), spans, scale)
+    of = layout(len(left), spans, scale)
+    runs, empty = of.runs, of.empty
     left, right = left.float(), right.float()
     rows = out.view(-1, left.shape[1], right.shape[1])
     for run in runs:

@@ -44,7 +44,10 @@ def symmetrize_(out: Tensor) -> Tensor:
 
 
 def _cpu(x, spans, scale, out, precision):
-    for rows, weight in weighted_rows(x, spans, scale):
+    # A piece of its own reads and writes `out`, d² numbers; a copy those of its tokens, and again where it is weighted.
+    for rows, weight in weighted_rows(x, spans, scale, least=x.shape[1] // 2):
+        if isinstance(weight, Tensor):
+            rows, weight = rows * weight.sqrt(), 1.0
         _add_lower(rows, weight, out)
 
 

@@ -48,11 +48,10 @@ def sketch(
 
 
 def _cpu(x, omega, spans, scale, out, precision, trace):
-    omega = omega.float()
     for rows, weight in weighted_rows(x, spans, scale):
         if trace is not None:
-            trace.add_(torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64), alpha=weight)
-        out.addmm_(rows.T, rows @ omega, alpha=weight)
+            trace += (torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() * weight).sum(dtype=torch.float64)
+        out.addmm_(rows.T, (rows @ omega.float()).mul_(weight))
 
 
 _sketch = register(
