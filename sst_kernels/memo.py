@@ -21,12 +21,7 @@ class Memo(threading.local):
 
     def holds(self, *of: Any) -> bool:
         """Whether `value` was computed of these."""
-        if self._key != _key(of):
-            return False
-        for storage in self._storages:
-            if storage.expired():
-                return False
-        return True
+        return self._key == _key(of) and all([not storage.expired() for storage in self._storages])
 
     def keep(self, value: Any, *of: Any) -> Any:
         """Remember `value`, and return it."""

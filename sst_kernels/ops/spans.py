@@ -90,8 +90,8 @@ class Layout(NamedTuple):
 
     runs: list[Run]  # the samples that have tokens
     empty: list[int]  # the numbers of those that have none
-    segments: list[tuple[int, int, float]]  # (begin, end, scale²) of tokens; adjoining ones of one scale are one
-    tokens: Tensor | None  # [held], every token that a span holds, or None where the spans hold all, once and in order
+    segments: list[tuple[int, int, float]]  # (begin, end, scale² > 0) of tokens; adjoining ones of one scale are one
+    tokens: Tensor | None  # [held], every token of the segments, or None where they hold all, once and in order
     weights: Tensor | float  # [held, 1], scale² of each of them, or what it is for all of them
 
 
@@ -111,7 +111,7 @@ def layout(S: int, spans: Tensor, scale: Tensor | None) -> Layout:
     scales = [1.0] * len(ranges) if scale is None else scale.tolist()
     segments: list[tuple[int, int, float]] = []
     for (begin, end), x in zip(ranges, scales):
-        if begin < end:
+        if begin < end and x != 0:
             if segments and segments[-1][1:] == (begin, x * x):
                 begin = segments.pop()[0]
             segments.append((begin, end, x * x))
