@@ -19,7 +19,8 @@ from sst_kernels.fisher.base import Block, whole
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.structures.algebra import CHUNK
 from sst_kernels.fisher.structures.full import Full
-from sst_kernels.ops.gram.op import _TILE as GRAM_TILE
+from sst_kernels.ops.gram.op import _BLOCK as GRAM_BLOCK
+from sst_kernels.ops.spans import CACHED_ELEMENTS
 
 SINGLE, DOUBLE = 4, 8
 
@@ -69,11 +70,11 @@ def estimate(
 def estimate_moments(shapes: Sequence[tuple[int, int]]) -> Estimate:
     """The memory of running second moments Σ x xᵀ [d, d] of tokens, each kept as [d, columns]: a sketch where columns < d."""
     widest = max((d for d, columns in shapes if columns == d), default=0)
-    tile = min(widest, GRAM_TILE)  # products are added a band of rows at a time
+    blocks = widest * min(widest, GRAM_BLOCK)  # at most, of the diagonal, before they are added
     drawn = {(d, columns): d * columns for d, columns in shapes if columns < d}  # test matrices, drawn as integers
     drawing = SINGLE * sum(drawn.values()) + (2 * DOUBLE + SINGLE) * max(drawn.values(), default=0)
-    state = sum(SINGLE * d * columns + DOUBLE for d, columns in shapes)
-    return Estimate(state, state + max(SINGLE * tile * max(tile, widest - tile), drawing))
+    state = sum(SINGLE * (d + columns * (columns < d)) * columns + DOUBLE for d, columns in shapes)
+    return Estimate(state, state + max(SINGLE * blocks, drawing))
 
 
 def require(
@@ -153,7 +154,7 @@ def _doubled(rows: int, batch: int) -> tuple[int, int]:
 def _diagonal(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
     n, centred = shape[0] * shape[1], options.get("centred", False)
     state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
-    return Estimate(state, state + SINGLE * n * (batch + (5 if centred else 3)))
+    return Estimate(state, state + SINGLE * n * (_gradients(n, batch) + 2 * centred))
 
 
 def _vila(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
@@ -171,7 +172,14 @@ def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options
 def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
     p, q = shape
     state = SINGLE * (p * p + q * q + p * q)
-    return Estimate(state, state + SINGLE * p * q * (batch + 6))
+    bases = DOUBLE * (3 * max(p, q) ** 2 + min(p, q) ** 2)  # while they are found
+    return Estimate(state, state + max(bases, SINGLE * p * q * (_gradients(p * q, batch) + 1)))
+
+
+def _gradients(n: int, batch: int) -> int:
+    """How many times n numbers a CPU holds to add up the gradients of a batch: as many as its cache does, and their sum."""
+    at_once = min(batch, max(1, CACHED_ELEMENTS // n))
+    return at_once + (at_once > 1)
 
 
 def _lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:

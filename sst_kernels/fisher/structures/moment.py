@@ -152,11 +152,12 @@ def nystrom(sketch: Tensor, core: Tensor, omega: Tensor) -> tuple[Tensor, Tensor
     """F [d, ℓ] float64 with F Fᵀ = Y C⁺ Yᵀ ⪯ M, the Nyström approximation of M from Y = MΩ [d, ℓ] and C = ΩᵀMΩ [ℓ, ℓ], by Cholesky of C
     where rounding leaves that positive definite (an eigendecomposition takes ten times as long); and the stabilising shift of
     Tropp et al. (1706.05736, algorithm 3), at float32 level, by which the eigenvalues of F Fᵀ are too large: M + shift·I stands for M."""
-    y = sketch.double()
-    shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
+    y, core, eps = sketch.double(), core.double(), torch.finfo(torch.float32).eps
+    shift = eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
+    # A core that is too large makes F Fᵀ smaller: the ridge outweighs the rounding of C, which a nearly square Ω would amplify.
+    core = (core + core.mT) / 2 + shift * (omega.mT @ omega)
+    core.diagonal().add_(eps * torch.linalg.matrix_norm(core))
     y = y + shift * omega
-    core = core.double() + shift * (omega.mT @ omega)
-    core = (core + core.mT) / 2
     factor, failed = torch.linalg.cholesky_ex(core)
     if not failed:
         return torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False), shift

@@ -10,7 +10,7 @@ from sst_kernels.ops.registry import register
 from sst_kernels.ops.spans import weighted_rows
 
 _TILE = 128
-_BLOCK = 64  # of the diagonal, formed whole
+_BLOCK = 128  # of the diagonal, formed whole, at most
 
 
 def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -53,26 +53,29 @@ def _cpu(x, spans, scale, out, precision):
 
 def _add_lower(x: Tensor, weight: float, out: Tensor) -> None:
     """out += weight · XᵀX, the lower triangle alone: halves against halves, then the blocks on the diagonal in one product."""
-    d, blocks = x.shape[1], x.shape[1] // _BLOCK
-    _add_below(x, weight, out)
+    d = x.shape[1]
+    block = _BLOCK if len(x) < 128 else _BLOCK // 2  # of few tokens few products, each of them wider
+    blocks, at = d // block, d // block * block
+    _add_below(x, weight, out, block)
     if blocks:
-        b = x[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+        b = x[:, :at].unflatten(1, (blocks, block))
         G = torch.bmm(b.permute(1, 2, 0), b.transpose(0, 1)).tril_()
-        strides = (_BLOCK * (out.stride(0) + 1), *out.stride())
-        out.as_strided(G.shape, strides, out.storage_offset()).add_(G, alpha=weight)
-    if (at := blocks * _BLOCK) < d:
+        out.as_strided(G.shape, (block * (out.stride(0) + 1), *out.stride()), out.storage_offset()).add_(
+            G, alpha=weight
+        )
+    if at < d:
         rest = x[:, at:]
         out[at:, at:].add_((rest.T @ rest).tril_(), alpha=weight)
 
 
-def _add_below(x: Tensor, weight: float, out: Tensor) -> None:
+def _add_below(x: Tensor, weight: float, out: Tensor, block: int) -> None:
     d = x.shape[1]
-    if d > _BLOCK:
-        half = -(-d // 2 // _BLOCK) * _BLOCK
+    if d > block:
+        half = -(-d // 2 // block) * block
         low, high = x[:, :half], x[:, half:]
         out[half:, :half].addmm_(high.T, low, alpha=weight)
-        _add_below(low, weight, out[:half, :half])
-        _add_below(high, weight, out[half:, half:])
+        _add_below(low, weight, out[:half, :half], block)
+        _add_below(high, weight, out[half:, half:], block)
 
 
 _gram = register("gram(Tensor x, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision) -> ()", _cpu)

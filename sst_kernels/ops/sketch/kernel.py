@@ -170,7 +170,7 @@ def plan_sketch(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) -> 
         and project["BT"] > 32
     ):
         project["BT"] //= 2
-    back |= {"BT": 64 if chip.reads_shared and not wide else 32, "BD": 64 if wide else 128}
+    back |= {"BT": 64 if chip.reads_shared and not wide else 32, "BD": 32 if wide else 128}
     del back["parts"]
     while triton.cdiv(d, back["BD"]) * triton.cdiv(l, back["BL"]) < chip.processors * 15 // 16 and back["BD"] > 32:
         back["BD"] //= 2

@@ -59,9 +59,13 @@ def _cpu(x, omega, spans, scale, out, precision, trace):
     for rows, weight in weighted_rows(x, spans, scale):
         if trace is not None:
             trace += (torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() * weight).sum(dtype=torch.float64)
-        w = (rows @ omega).mul_(weight).to(rounded(x.dtype)).float()
-        out[:d].addmm_(rows.T, w)
-        out[d:].addmm_(w.T, w / weight)
+        z, alpha = torch.mm(rows, omega), weight if isinstance(weight, float) else 1.0
+        w = z if isinstance(weight, float) else z * weight
+        if rounded(x.dtype) != w.dtype:
+            w = w.to(rounded(x.dtype)).float()
+            z = w if isinstance(weight, float) else w / weight
+        out[:d].addmm_(rows.T, w, alpha=alpha)
+        out[d:].addmm_(z.T, w, alpha=alpha)
 
 
 _sketch = register(
