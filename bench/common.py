@@ -129,20 +129,19 @@ def in_turn(
     *,
     warmup: int = 1,
     seconds: float | None = None,
-    before: Run = lambda: None,
+    clock: Callable[[Run], float] | None = None,
 ) -> dict[str, Measured]:
     """Every turn once a round inside its own context, so that drift hits all alike; the first `warmup` rounds do not count.
 
-    before: called before each turn, not timed. seconds: what the rounds may take; the last one is finished.
+    clock: what times one call in ms, `stopwatch` by default. seconds: what the rounds may take; the last one is finished.
     """
-    clock, found = stopwatch(device), {name: ([], []) for name in turns}
+    clock, found = clock or stopwatch(device), {name: ([], []) for name in turns}
     begin = time.monotonic()
     for number in range(-warmup, repeats):
         begin = time.monotonic() if number == 0 else begin
         for name, turn in turns.items():
             run, context = turn if isinstance(turn, tuple) else (turn, nullcontext)
             with context(), peak_memory(device) as peak:
-                before()
                 spent = clock(run)
             if number >= 0:
                 found[name][0].append(spent)

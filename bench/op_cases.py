@@ -200,19 +200,22 @@ def sketch(draw: Draw) -> Iterator[Case]:
     S, d, l = size.S, size.d, size.r
 
     def plain(x: Tensor, omega: Tensor, out: Tensor) -> None:
-        out += x.to(out.dtype).T @ (mm(x, omega) * draw.squares.to(out.dtype))
+        z = mm(x, omega).to(out.dtype)
+        w = z * draw.squares.to(out.dtype)
+        out[:d] += x.to(out.dtype).T @ w
+        out[d:] += z.T @ w
 
     yield Case(
         "sketch",
         f"d={d}",
         [draw(S, d), draw(d, l)],
-        [draw.zeros(d, l)],
+        [draw.zeros(d + l, l)],
         lambda x, omega, out: ops.sketch(x, omega, draw.spans, draw.scale, out),
         plain,
-        e * (S * d + d * l) + 8 * d * l,
-        4 * S * d * l,
+        e * (S * d + d * l) + 8 * (d + l) * l,
+        4 * S * d * l + 2 * S * l * l,
         lambda x, omega, out, **c: kernel("sketch")(x, omega, draw.spans, draw.scale, out, "ieee", **c),
-        grid(parts=(2, 4, 8), BD=(64, 128), BT=(32, 64), num_warps=(4, 8)),
+        grid(BD=(32, 64, 128), BT=(32, 64), num_warps=(4, 8)),
     )
     if draw.device != "cuda":
         return

@@ -5,7 +5,7 @@
 The floor is the larger of bytes over measured copy bandwidth and flops over measured GEMM rate; both are measured first, on
 this device. Values are checked against float64 before anything is timed, and a wrong form is not timed. The forms of a case
 take turns; `ratio` is a form's time over the torch form's. On CUDA (bfloat16) each call meets a cold L2 cache and is queued
-behind a sleep, so that launching is not in it; what launching costs the caller is in the note. On a CPU (float32) the sizes
+behind a sleep that outlasts its launching, which is checked; what launching costs the caller is in the note. On a CPU (float32) the sizes
 are small.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.common import ROOT, Measured, Recorder, free, in_turn, measure_ceilings, peak_mib
+from bench.common import ROOT, Measured, Recorder, free, in_turn, measure_ceilings, peak_mib, stopwatch
 
 import torch  # isort: skip
 from bench.op_cases import CASES, Case, Draw, Size
@@ -28,19 +28,36 @@ Run = Callable[[], object]
 
 
 class Clock:
-    """Single calls on a device, its caches cold and its queue full on a GPU."""
+    """Milliseconds of single calls on a device; on a GPU with cold caches, and all of a call queued before the device comes to it."""
 
     def __init__(self, device: str, rounds: int):
         self.device, self.rounds = device, rounds
+        self.once = self._queued if device == "cuda" else stopwatch(device)
+        self.cycles = 20_000_000  # of sleep ahead of a call: some 10 ms
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
 
     def in_turn(self, runs: dict[str, Run]) -> dict[str, Measured]:
-        return in_turn(runs, self.device, self.rounds, before=self._cold)
+        """`rounds` times of each, one after the other in every round, after one call of each."""
+        return in_turn(runs, self.device, self.rounds, clock=self.once)
 
-    def _cold(self) -> None:
-        if self.flush is not None:
-            torch.cuda._sleep(1_000_000)
+    def _queued(self, run: Run) -> float:
+        """Time between events around `run`. Where the device reached the first before the host had queued the last, the host may be in
+        it: then it counts for nothing, and the device sleeps longer. RuntimeError for a call that itself waits for the device."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        while self.cycles < 1 << 32:
+            torch.cuda._sleep(self.cycles)
             self.flush.zero_()
+            begin.record()
+            run()
+            end.record()
+            early = begin.query()
+            end.synchronize()
+            if not early:
+                return begin.elapsed_time(end)
+            self.cycles *= 2
+        raise RuntimeError(
+            "the call waits for the device, so that its time on the device cannot be told from the host's"
+        )
 
     def host(self, run: Run) -> str:
         """What a call costs the caller, the device not waited for."""
@@ -96,9 +113,10 @@ def sizes(op: str, device: str, modules: int, few: bool) -> Iterator[Size]:
         points = [(8, 64, 16, 256)] if few else points
     elif few:
         wide = [(1, 2048, 64, 4096)] if op in ("core_outer", "sketch", "factor_moments") else []
-        points = [(8, 512, 16, 4096), *wide]
+        points = [(8, 512, 16, 4096), *wide, *([(8, 512, 512, 4096)] if op == "sketch" else [])]
     else:
-        points = itertools.product((1, 8), (512, 2048), (8, 16, 64), (4096, 5120, 11008))
+        ranks = (16, 64, 512) if op == "sketch" else (8, 16, 64)
+        points = itertools.product((1, 8), (512, 2048), ranks, (4096, 5120, 11008))
     seen = set()
     for B, T, r, d in points:
         key = (B, T, r) if op == "core_outer" else (B, T, d) if op == "gram" else (B, T, r, d)

@@ -87,8 +87,8 @@ class Shape:
         return [(d, d if columns is None or d <= 4 * columns else columns) for d in self.read_widths(targets)]
 
     def input_bytes(self, columns: int | None, targets: str = "all-linear") -> int:
-        """float32 second moments of one side: [d, d] for each tensor that modules read, or [d, columns] where it is sketched."""
-        return 4 * sum(d * k for d, k in self.kept(columns, targets))
+        """float32 second moments of one side: [d, d] for each tensor that modules read, or [d + columns, columns] where it is sketched."""
+        return 4 * sum((d + k * (k < d)) * k for d, k in self.kept(columns, targets))
 
     def input_flops(self, columns: int | None, targets: str = "all-linear") -> int:
         """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Joint, TokenBatch
-from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate, gradients_held
 from sst_kernels.fisher.structures.rows import check_columns
 
 
@@ -52,7 +52,7 @@ class Diagonal(Joint):
     def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
         n, centred = shape[0] * shape[1], options.get("centred", False)
         state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
-        return Estimate(state, state + SINGLE * n * (batch + (5 if centred else 3)))
+        return Estimate(state, state + SINGLE * n * (gradients_held(n, batch) + 2 * centred))
 
     def _update(self, batch: TokenBatch) -> None:
         from sst_kernels.ops import factor_moments

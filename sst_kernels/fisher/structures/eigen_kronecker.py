@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Structure, TokenBatch
-from sst_kernels.fisher.estimate import SINGLE, Estimate
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate, gradients_held
 from sst_kernels.fisher.structures.algebra import kron_times
 from sst_kernels.fisher.structures.kronecker import TwoSided
 
@@ -40,7 +40,8 @@ class EigenKronecker(Structure):
     def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
         p, q = shape
         state = SINGLE * (p * p + q * q + p * q)
-        return Estimate(state, state + SINGLE * p * q * (batch + 6))
+        bases = DOUBLE * (3 * max(p, q) ** 2 + min(p, q) ** 2)  # while they are found
+        return Estimate(state, state + max(bases, SINGLE * p * q * (gradients_held(p * q, batch) + 1)))
 
     def _set_basis(self, left: Tensor, right: Tensor) -> None:
         self._u_left = left.to(self.device, torch.float32).contiguous()
