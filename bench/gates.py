@@ -76,7 +76,7 @@ def gevp_gate(space: sst.Subspace) -> float:
     gain, cost = (f.rows() for f in (space.gain, space.cost))
     z = Coordinates(list(space.gain.blocks.values()), space.gain.metric, gain.device)
     if space.metric == "kronecker":
-        (z,) = z.kronecker(*z.moments(cost, [torch.arange(len(cost), device=cost.device)]))
+        (z,) = z.kronecker(*z.moments(cost, [slice(None)]))
     blocks = list(z.slices.values()) if space.scope == "module" else [slice(0, z.size)]
     sides = [z.gradients(rows) / len(rows) ** 0.5 for rows in (gain, cost)]
     whole, worst = z.patch(), 0.0
