@@ -175,7 +175,7 @@ def _spectrum(report: Mapping[str, Any], path: Path) -> None:
     axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
     if patch["filter"] == "top_k":
         axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
-    elif 0 < patch["parameter"] < float("inf"):
+    elif patch["parameter"]:  # None is an infinite μ
         axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
     axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
     if axes.get_legend_handles_labels()[0]:
