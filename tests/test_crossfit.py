@@ -54,7 +54,7 @@ def test_products_are_those_of_the_gradients():
         torch.randn(n, frobenius.size, dtype=d, generator=generator)
         for n, d in ((270, torch.float32), (9, torch.float64))
     ]
-    both = [frobenius, *frobenius.kronecker(*frobenius.moments(rows[0], [torch.arange(270)]))]
+    both = [frobenius, *frobenius.kronecker(*frobenius.moments(rows[0], [slice(None)]))]
     for z, found in zip(both, products(rows, both)):
         x = z.gradients(*rows)
         scale = x.norm(dim=1)

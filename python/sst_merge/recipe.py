@@ -148,7 +148,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _structure_serves_the_scope(self) -> Recipe:
-        if self.scope == "global" and not _kind(self.structure).rows_for(1, **self.structure_options):
+        if self.scope == "global" and not _kind(self.structure).spans(**self.structure_options):
             rows = "" if self.structure != "full" else " with rows: fold"
             raise ValueError(
                 f"structure {self.structure!r}{rows} keeps modules apart, one pencil over all of them needs full or lowrank: "

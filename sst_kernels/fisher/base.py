@@ -160,14 +160,19 @@ class Structure(ABC):
         return 0
 
     @classmethod
+    def spans(cls, **options: Any) -> bool:
+        """Whether it keeps the correlations between blocks, where it holds several."""
+        return False
+
+    @classmethod
     def per_module(cls, **options: Any) -> dict[str, Any]:
         """The options of a pass that keeps every module by itself."""
         return options
 
     @property
     def spans_modules(self) -> bool:
-        """Whether it keeps the correlations between the blocks that it holds."""
-        return self.rows_for(1, **self.options()) > 0
+        """Whether this one does, with its options."""
+        return self.spans(**self.options())
 
     @property
     def keeps_rows(self) -> bool:

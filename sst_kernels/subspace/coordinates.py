@@ -69,12 +69,11 @@ class Charts:
         return fishers
 
     def load(self, rows: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-        """These modules' part of gradients [Nᵢ, n] of any float dtype, as [M, r, r, Σ Nᵢ]."""
-        return self.lay_out([own[:, self.where] for own in rows], dtype)
+        """These modules' part of gradients [Nᵢ, n] of any float dtype, as [M, r, r, Σ Nᵢ].
 
-    def lay_out(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-        """The same of what was taken out already, [Nᵢ, M r²]. Side by side first, then turned, then widened: thrice the speed of one copy."""
-        return torch.cat(list(parts)).T.contiguous().to(dtype).view(*self.scale.shape, -1)
+        Put side by side first, then turned, then widened: each is a fast copy, one that does all of it is not.
+        """
+        return torch.cat([own[:, self.where] for own in rows]).T.contiguous().to(dtype).view(*self.scale.shape, -1)
 
 
 class Coordinates:
@@ -181,13 +180,13 @@ class Coordinates:
             out[:, charts.where] = charts.gradients(charts.load(rows)).flatten(0, 2).T
         return out
 
-    def moments(self, rows: Tensor, parts: Sequence[Tensor]) -> list[Moments]:
-        """ΣCCᵀ and ΣCᵀC [2, M, r, r] of all neighbours, over each of the `parts` (indices) of gradients [N, n] with respect to S."""
-        order, counts = torch.cat(list(parts)), [len(part) for part in parts]
+    def moments(self, rows: Tensor, parts: Sequence[slice]) -> list[Moments]:
+        """ΣCCᵀ and ΣCᵀC [2, M, r, r] of all neighbours, over each of the `parts` of gradients [N, n] with respect to S."""
         out: list[Moments] = [[] for _ in parts]
         for charts in self.charts:
-            cores = charts.gradients(charts.lay_out([rows[:, charts.where][order]]))
-            for own, moments in zip(cores.split(counts, -1), out):
+            cores = charts.gradients(charts.load([rows]))
+            for part, moments in zip(parts, out):
+                own = cores[..., part]
                 across, down = own.flatten(2), own.transpose(1, 2).flatten(2)
                 moments.append(torch.stack([across @ across.mT, down @ down.mT]))
         return out
@@ -233,10 +232,16 @@ def products(rows: Sequence[Tensor], coordinates: Sequence[Coordinates], unit: f
             x = own.gradients(cores[dtype], unit or 1.0).flatten(0, 2)
             for i in range(0, count, _PANEL[dtype]):
                 gram[i:, i : i + _PANEL[dtype]].addmm_(x[:, i:].T, x[:, i : i + _PANEL[dtype]])
-    for i, gram in enumerate(grams):
-        grams[i] = gram = gram.double().tril_().mul_((unit or 1.0) ** 2)
-        gram += gram.tril(-1).T
-    return grams
+    return [_mirrored(gram, (unit or 1.0) ** 2, _PANEL[gram.dtype]) for gram in grams]
+
+
+def _mirrored(gram: Tensor, factor: float, panel: int) -> Tensor:
+    """`factor` times the symmetric matrix that is given by panels from the diagonal down, float64."""
+    out = torch.empty_like(gram, dtype=torch.float64)
+    for i in range(0, len(gram), panel):
+        out[i:, i : i + panel] = gram[i:, i : i + panel]
+        out[i : i + panel, i + panel :] = gram[i + panel :, i : i + panel].T
+    return out.mul_(factor)
 
 
 def matrix_moments(fishers: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ size, so what comes of them has a relative error of at most about eps·n/damping
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +55,16 @@ def combinations(own: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(live, values, 0) / count, y * scale[..., None, :]
 
 
-def complement(products: Tensor, cost: Tensor, others: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """V B⁻¹Vᵀ [..., V, V] of the rows V = `others`, and E⁻¹WVᵀ [..., N, V] with the cost rows W, of inner products [..., all, all]."""
+def complement(
+    products: Tensor, cost: Tensor, others: Tensor, epsilon: float
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """V B⁻¹Vᵀ [..., V, V] of the rows V = `others`, of inner products [..., all, all]; and y [..., V, p] ↦ E⁻¹WVᵀy with the cost rows W."""
     inner = products[..., cost, :][..., cost]
     inner.diagonal(dim1=-2, dim2=-1).add_(epsilon * len(cost))
     factor = torch.linalg.cholesky(inner)
     half = torch.linalg.solve_triangular(factor, products[..., cost, :][..., others], upper=False)
     rest = (products[..., others, :][..., others] - half.mT @ half) / epsilon
-    return rest, torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return rest, lambda y: torch.linalg.solve_triangular(factor.mT, half @ y, upper=True)
 
 
 def folds_of(groups: list[int], folds: int, name: str) -> Tensor:

@@ -29,7 +29,8 @@ def estimate_solve(
     solving = _across(n, sizes, gain_rows, cost_rows, parts if kronecker else 0)
     if scope == "module":
         solving = _per_module(sizes, gain_rows, cost_rows, parts, kronecker)
-    return _DOUBLE * (charts + solving)
+    copied = rows * n // 2 if parts else 0  # float32, the rows of a fold together
+    return _DOUBLE * (charts + copied + solving)
 
 
 def _across(n: int, sizes: Sequence[int], gain: int, cost: int, charts: int) -> int:
@@ -55,6 +56,6 @@ def _per_module(sizes: Sequence[int], gain: int, cost: int, folds: int, kronecke
         if rows and rows <= m:
             solving = count * ((3 if kronecker else 2) * m * rows + 3 * rows * rows)
         else:
-            solving = count * (2 * m * rows + 9 * m * m + (folds * m * m if kronecker else 0))
+            solving = count * (m * rows + 9 * m * m + (folds * m * m if kronecker else 0))
         widest = max(widest, solving)
-    return kept + (2 if folds and not any(few) else 1) * predictions + widest
+    return kept + (2 if folds else 1) * predictions + widest

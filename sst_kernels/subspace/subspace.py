@@ -16,8 +16,9 @@ from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import WIDTH, Coordinates
 from sst_kernels.subspace.crossfit import folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Filter
+from sst_kernels.subspace.modules import Blocks, PerModule
 from sst_kernels.subspace.patch import Patch, Prediction
-from sst_kernels.subspace.pencils import AcrossModules, Blocks, Pencil, PerModule, Rows
+from sst_kernels.subspace.pencils import AcrossModules, Pencil, Rows
 
 Scope = Literal["global", "module"]
 Metric = Literal["kronecker", "frobenius"]
@@ -95,7 +96,7 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
     z = Coordinates(blocks, gain.metric, device, width)
     if gain.keeps_rows and cost.keeps_rows:
         of_gain, of_cost = (folds_of(f.groups, folds, n).to(device) for f, n in ((gain, "gain"), (cost, "cost")))
-        rows = Rows(gain.rows().to(device), cost.rows().to(device), folds, of_gain, of_cost)
+        rows = Rows.dealt(gain.rows().to(device), cost.rows().to(device), of_gain, of_cost, folds)
         if scope == "global":
             return AcrossModules(rows, z, metric, damping)
         return PerModule(rows, z, metric, damping, group)

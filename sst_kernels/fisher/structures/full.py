@@ -83,6 +83,10 @@ class Full(Joint):
         return samples if cls.joins(**options) else 0
 
     @classmethod
+    def spans(cls, **options: Any) -> bool:
+        return cls.joins(**options)
+
+    @classmethod
     def per_module(cls, **options: Any) -> dict[str, Any]:
         return {"rows": "fold", **options}
 

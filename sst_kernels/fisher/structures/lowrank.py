@@ -88,6 +88,10 @@ class LowRank(Joint):
     def rows_for(cls, samples: int, **options: Any) -> int:
         return min(samples, 2 * whole("rank", options.get("rank", DEFAULT_RANK)))
 
+    @classmethod
+    def spans(cls, **options: Any) -> bool:
+        return True
+
     def _append(self, rows: Tensor) -> None:
         done = 0
         while done < len(rows):
