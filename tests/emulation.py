@@ -133,7 +133,16 @@ class EmulatedGPU:
         self._runtime.emulation_seed(ctypes.c_uint64(seed))
 
     def gevp_dense(
-        self, a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
+        self,
+        a: Tensor,
+        b: Tensor,
+        k: int,
+        method: str,
+        preconditioner: str,
+        tol: float,
+        max_cycles: int,
+        seed: int,
+        leave: bool = False,
     ) -> tuple[Tensor, ...]:
         """`sst_kernels.gevp.dense.gevp_dense` by csrc/cuda."""
         shape, n, single = a.shape[:-2], a.shape[-1], a.dtype is torch.float32

@@ -25,6 +25,7 @@ struct Options {
     int64_t inner_steps = 0;  ///< CG steps per correction equation
     double tolerance = 1e-10;  ///< converged when sqrt(r' B^-1 r) <= tolerance * largest |theta|
     uint64_t seed = 0;
+    double afford = 0;  ///< cycles that the direct route costs: a problem that seems to need more stops early; 0: none does
     bool verify = false;  ///< always run a verification cycle; otherwise only behind a cluster as wide as the block
     Preconditioner preconditioner = Preconditioner::cholesky;
 
