@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -56,14 +57,19 @@ def _solve(
     if method == "direct":
         cuda.solve_direct(where, k, addresses, a.device)
         return outputs
-    native, options, lanes = _iteration(n, k, preconditioner, a.device)
-    options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
-    options.afford = affordable(n, k) if leave and not a.is_cuda else 0.0
-    size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
-    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
-    with torch.cuda.device_of(a):
+    with on_device(a.device):
+        native, options, lanes = _iteration(n, k, preconditioner, a.device)
+        options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
+        options.afford = affordable(n, k) if leave and not a.is_cuda else 0.0
+        size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
+        workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
         native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
     return outputs
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one: the native module takes handles, attributes and streams of that, already when it is asked for sizes."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _iteration(n: int, k: int, preconditioner: str, device: torch.device) -> tuple[Any, Any, int]:
@@ -87,8 +93,9 @@ def workspace_bytes(
 ) -> int:
     """Bytes that solving [batch, n, n] takes at most beside its matrices (`single`: float32) and outputs."""
     if method != "direct":
-        native, options, lanes = _iteration(n, k, preconditioner, device)
-        return native.workspace_bytes(batch, n, options, single, lanes)
+        with on_device(device):
+            native, options, lanes = _iteration(n, k, preconditioner, device)
+            return native.workspace_bytes(batch, n, options, single, lanes)
     if device.type == "cuda":
         return cuda.direct_bytes(batch, n, k, single, device)
     # A worker of csrc/cpu/direct.hpp: B's factor and the reduced A, and where divide and conquer steps in its basis and scratch.
