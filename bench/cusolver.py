@@ -65,6 +65,32 @@ class CuSolver:
             self._call("cusolverDnDsygvdx", *fixed, *matrices(p), _at(work), size, _at(info, p))
         return values[:, :k].flip(-1), a[:, :k].flip(1).mT
 
+    def xsygvdx(self, a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest pairs by the 64-bit interface, one problem after the other; cuSOLVER of CUDA 13 and later.
+
+        Raises:
+            RuntimeError: this cuSOLVER does not have it.
+        """
+        if not hasattr(self.library, "cusolverDnXsygvdx"):
+            raise RuntimeError(f"cuSOLVER {version()} has no cusolverDnXsygvdx")
+        n, found, device, host = a.shape[-1], c_int64(), c_size_t(), c_size_t()
+        a, factor, info = a.clone(), b.clone(), torch.zeros(len(a), dtype=torch.int32, device=a.device)
+        values = torch.empty(len(a), n, dtype=a.dtype, device=a.device)
+        low, high, real = c_double(0), c_double(0), c_int(R_64F)
+
+        def pencil(p: int):
+            matrices = (real, _at(a, p), c_int64(n), real, _at(factor, p), c_int64(n))
+            limits = (byref(low), byref(high), c_int64(n - k + 1), c_int64(n), byref(found))
+            return c_int(LOWER), c_int64(n), *matrices, *limits, real, _at(values, p), real
+
+        kind = (self.handle, self.parameters, c_int(ITYPE), c_int(VECTORS), c_int(INDEX_RANGE))
+        self._call("cusolverDnXsygvdx_bufferSize", *kind, *pencil(0), byref(device), byref(host))
+        work = torch.zeros(max(device.value, 1), dtype=torch.uint8, device=a.device)
+        on_host = ctypes.create_string_buffer(max(host.value, 1))
+        for p in range(len(a)):
+            self._call("cusolverDnXsygvdx", *kind, *pencil(p), _at(work), device, on_host, host, _at(info, p))
+        return values[:, :k].flip(-1), a[:, :k].flip(1).mT
+
     def xsyev_batched(self, a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """torch's batched Cholesky and triangular solves around cusolverDnXsyevBatched."""
         factor, c = reduce(a, b)
@@ -84,7 +110,7 @@ class CuSolver:
         )
         fixed += (c_int(R_64F), _at(values), c_int(R_64F))
         self._call("cusolverDnXsyevBatched_bufferSize", *fixed, byref(device), byref(host), c_int64(batch))
-        work = torch.empty(max(device.value, 1), dtype=torch.uint8, device=c.device)
+        work = torch.zeros(max(device.value, 1), dtype=torch.uint8, device=c.device)  # 11.7.1 wants it zeroed
         on_host = ctypes.create_string_buffer(max(host.value, 1))
         self._call("cusolverDnXsyevBatched", *fixed, _at(work), device, on_host, host, _at(info), c_int64(batch))
         return restore(factor, *_top(values, c, k))
@@ -129,9 +155,18 @@ def _at(tensor: Tensor, problem: int = 0) -> c_void_p:
     return c_void_p(tensor[problem].data_ptr() if problem else tensor.data_ptr())
 
 
-def _path() -> str:
-    """The library that torch brought; its soname is already in the process once a solve has run."""
-    import nvidia
+def version() -> str:
+    """Of the library, as major.minor.patch."""
+    number = c_int()
+    ctypes.CDLL(_path()).cusolverGetVersion(byref(number))
+    return f"{number.value // 1000}.{number.value // 100 % 10}.{number.value % 100}"
 
+
+def _path() -> str:
+    """The library that torch brought, or else that of the toolkit."""
+    try:
+        import nvidia
+    except ImportError:
+        return "libcusolver.so"
     found = (path for root in nvidia.__path__ for path in sorted(Path(root).glob("*/lib/libcusolver.so*")))
     return str(next(found, "libcusolver.so"))

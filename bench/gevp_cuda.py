@@ -73,6 +73,7 @@ def solvers(n: int) -> dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, T
         "ours fp32 factor": ours("jacobi_davidson", preconditioner="cholesky_single"),
         "XsyevBatched": library.xsyev_batched,
         "sygvdx loop": library.sygvdx,
+        "Xsygvdx loop": library.xsygvdx,
         "sygvd loop": library.sygvd,
         "torch cholesky+eigh": cusolver.torch_eigh,
     }
@@ -95,7 +96,8 @@ def solvers(n: int) -> dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, T
 
 def part_of(name: str, batch: int, n: int) -> int:
     """Problems to time a looping solver on: a second or so of work."""
-    looping = name.endswith("loop") or (name.startswith("torch") and n > 32) or name.startswith("cupy")
+    torch_loops = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)  # from there on it takes a batch at once
+    looping = name.endswith("loop") or (name.startswith("torch") and n > 32 and torch_loops) or name.startswith("cupy")
     return min(batch, 8 if n <= 512 else 4 if n <= 1024 else 1) if looping else batch
 
 
@@ -122,7 +124,8 @@ def run_case(record: common.Recorder, case: str, kind: str, chosen: list[str], d
             checked = min(part, 32)
             eta, skew = accuracy(x[:checked], y[:checked], values[:checked], vectors[:checked])
             shift = float(((values[:1] - expected).abs() / expected[:, :1]).max().nan_to_num(nan=1e300))
-            note = f"residual {eta:.1e} orthonormality {skew:.1e} against eigh {shift:.1e}"
+            own = f"torch {torch.__version__}, cuSOLVER {cusolver.version()}; " if name.split()[0] != "ours" else ""
+            note = f"{own}residual {eta:.1e} orthonormality {skew:.1e} against eigh {shift:.1e}"
             if hasattr(solve, "result"):
                 result = solve.result
                 codes = torch.unique(result.status, return_counts=True)
