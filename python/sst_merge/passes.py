@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ def fisher_pass(
     *,
     name: str,
     point: str | float,
-    labels: str = "data",
+    labels: Literal["data", "model"] = "data",
     draws: int = 1,
     opening: tuple[int, float] | None = None,
     structure: str = "full",

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,19 @@ from sst_kernels.fisher.structures import Full
 from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
-from sst_kernels.subspace import Subspace, subspace
+from sst_kernels.subspace import Metric, Scope, Subspace, subspace
 
 SideName = Literal["gain", "cost"]
+
+
+class PencilOptions(TypedDict, total=False):
+    """What `sst_kernels.subspace` takes beside the two Fishers."""
+
+    scope: Scope
+    metric: Metric
+    damping: float
+    folds: int
+    group: Any
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Filtered:
     cost: Fisher = field(repr=False)
     weights: Weights = field(repr=False)
 
-    def subspace(self, **options: Any) -> Subspace:
+    def subspace(self, **options: Unpack[PencilOptions]) -> Subspace:
         """`sst_kernels.subspace` of both Fishers."""
         return subspace(self.gain, self.cost, **options)
 
@@ -306,7 +316,9 @@ class Evidence:
         self._last = asked, found
         return found
 
-    def subspace(self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Any) -> Subspace:
+    def subspace(
+        self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Unpack[PencilOptions]
+    ) -> Subspace:
         """The solved pencil of the patch filtered at `mu` (`filter`); `options` as in `sst_kernels.subspace`."""
         return self.filter(mu, losses=losses).subspace(**options)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,7 @@ class Reading(Hooks):
         self,
         batch: Mapping[str, Any],
         *,
-        labels: str = "data",
+        labels: Literal["data", "model"] = "data",
         draws: int = 1,
         weights: Tensor | Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,

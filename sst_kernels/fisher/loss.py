@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,11 @@ _declared: ContextVar[Declaration | None] = ContextVar("declared_loss", default=
 
 @contextlib.contextmanager
 def declared_loss(
-    labels: Tensor, *, reduction: str = "sum", source: str = "data", groups: Sequence[int] | None = None
+    labels: Tensor,
+    *,
+    reduction: Literal["mean", "sum"] = "sum",
+    source: str = "data",
+    groups: Sequence[int] | None = None,
 ) -> Iterator[Declaration]:
     """Tell an enclosing `fisher_accumulate` about a loss of your own, for the forward passes inside this context.
 
@@ -71,7 +75,7 @@ def current_declaration() -> Declaration | None:
 def sequence_nll(
     model: nn.Module,
     batch: Mapping[str, Any],
-    labels: str = "data",
+    labels: Literal["data", "model"] = "data",
     *,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
