@@ -17,8 +17,8 @@ from bench import baselines, gates
 from bench.common import Ceilings, Measured, Recorder, free, measure
 from bench.shapes import Shape
 from bench.workload import build_model, core_fisher, random_adapter
-from sst_merge.adapters import Adapter, write_adapter
-from sst_merge.algebra import concatenate, transform
+from sst_merge.io.adapters import Adapter, write_adapter
+from sst_merge.merge.algebra import concatenate, transform
 
 Size = TypeVar("Size")
 Tasks = list[tuple[Tensor, Tensor]]

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import sst_kernels as sst
 from sst_kernels.fisher import Counts, TokenBatch
-from sst_merge.pareto import Resample, equal_refusal
-from sst_merge.pipeline import over_points
+from sst_merge.compare.pareto import Resample, equal_refusal
+from sst_merge.merge.pipeline import over_points
 
 ALPHAS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.85, 0.9, 1.0, 1.2)
 GENERATED = (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)  # plain addition's answers, for its rate of refusals

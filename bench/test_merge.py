@@ -5,8 +5,8 @@ import torch
 
 import sst_kernels as sst
 from bench import baselines, gates, workload
-from sst_merge.adapters import load_adapter, write_adapter
-from sst_merge.algebra import concatenate, transform
+from sst_merge.io.adapters import load_adapter, write_adapter
+from sst_merge.merge.algebra import concatenate, transform
 
 RANK, SAMPLES = 16, 64
 

@@ -15,7 +15,7 @@ from bench.shapes import TARGETS, Shape
 import sst_kernels as sst  # isort: skip
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.base import Block, Counts
-from sst_merge.adapters import Adapter, LoraTerm
+from sst_merge.io.adapters import Adapter, LoraTerm
 
 SCALING = 2.0
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sst_kernels as sst
-from sst_merge.chat import TODAY, Renderer
-from sst_merge.data import IGNORE, collate, load_dataset, prompt_batches, rendered_example
 from sst_merge.errors import DataError, RecipeError
+from sst_merge.io.chat import TODAY, Renderer
+from sst_merge.io.data import IGNORE, collate, load_dataset, prompt_batches, rendered_example
 from tests import merge_cases as cases
 from tests.chat_templates import ANSWER, CASES, DEEPSEEK_R1, DEEPSEEK_V31, GLM45, GPT_OSS, LLAMA3, QWEN3, SPECIAL
 

@@ -211,7 +211,7 @@ def test_a_terminal_without_our_letters_shows_others(monkeypatch):
 def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
     """Also where it strikes in a finalizer, which swallows what it raises, and where it comes back before that has ended."""
     script = (
-        "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.output as output\n"
+        "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.io.output as output\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
         "class Finalizer:\n"
         "    def __del__(self):\n"

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from sst_merge.adapters import load_adapter
-from sst_merge.algebra import concatenate
-from sst_merge.data import load_dataset
 from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
-from sst_merge.models import attach
+from sst_merge.io.adapters import load_adapter
+from sst_merge.io.data import load_dataset
+from sst_merge.io.models import attach
+from sst_merge.merge.algebra import concatenate
 from tests import merge_cases as cases
 
 
@@ -214,7 +214,7 @@ def test_a_failed_measurement_is_a_line_beside_what_was_measured(setting, monkey
 def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
     from peft import PeftModelForCausalLM
 
-    from sst_merge import pipeline
+    from sst_merge.merge import pipeline
     from sst_merge.progress import Reporter
     from sst_merge.recipe import Recipe
 

@@ -15,14 +15,14 @@ from peft import PeftModel
 import sst_kernels as sst
 from sst_kernels.env import versions
 from sst_kernels.fisher import memory
-from sst_merge import pipeline, source
-from sst_merge.adapters import load_adapter
 from sst_merge.errors import MergeError, OutputError, RecipeError
-from sst_merge.passes import fisher_pass
-from sst_merge.plan import lines, plan
+from sst_merge.io.adapters import load_adapter
+from sst_merge.merge import pipeline, source
+from sst_merge.merge.plan import lines, plan
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from sst_merge.report import PLOTS, energy_grid, markdown, table
+from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
 from tests import merge_cases as cases
 from tests.pencil_cases import fisher_of, pair

@@ -98,7 +98,7 @@ def test_csv_example(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.csv").write_text('goal,target\n"Break, in",x\nSteal,y\nLie,z\n')
     monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "a.csv"), str(tmp_path / "a.jsonl"), "--rows", "0:2"])
     csv_to_jsonl.main()
-    from sst_merge.data import load_dataset
+    from sst_merge.io.data import load_dataset
 
     assert [e.prompt for e in load_dataset(tmp_path / "a.jsonl", cases.tokenizer())] == ["Break, in", "Steal"]
     with pytest.raises(FileExistsError):

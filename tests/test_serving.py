@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sst_kernels.testing import tolerance
-from sst_merge import pipeline
-from sst_merge.adapters import CONFIG, WEIGHTS, for_output, load_adapter, one_rank, write_adapter
-from sst_merge.algebra import concatenate
 from sst_merge.errors import ModelError
-from sst_merge.models import attach
-from sst_merge.output import output_folder
+from sst_merge.io.adapters import CONFIG, WEIGHTS, for_output, load_adapter, one_rank, write_adapter
+from sst_merge.io.models import attach
+from sst_merge.io.output import output_folder
+from sst_merge.io.serving import VLLM_RANKS, commands, export_full
+from sst_merge.merge import pipeline
+from sst_merge.merge.algebra import concatenate
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
-from sst_merge.serving import VLLM_RANKS, commands, export_full
 from tests import merge_cases as cases
 from tests.models import tiny_model
 

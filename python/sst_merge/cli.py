@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .compare_cli import compare
+from .compare.command import compare
 from .errors import MergeError, out_of_memory
 from .flags import takes
-from .paths import expanded
+from .io.paths import expanded
+from .io.refusals import command as refusals
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
-from .refusals import command as refusals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,13 +64,13 @@ def merge(
     """
     recipe = _recipe(given, config)
     if dry_run:
-        from .plan import lines, plan
+        from .merge.plan import lines, plan
 
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
-    from . import pipeline
-    from .launch import leader, ranks
+    from .merge import pipeline
     from .report import foundation, unspent
+    from .run.launch import leader, ranks
 
     with ranks():
         reporter = Reporter(quiet or not leader())
@@ -107,8 +107,8 @@ def collect(
     quiet: Quiet = False,
 ) -> None:
     """Read the data once and save what they tell about the patch, for `merge --evidence` and `compare --evidence`."""
-    from . import pipeline
-    from .launch import leader, ranks
+    from .merge import pipeline
+    from .run.launch import leader, ranks
 
     recipe = _recipe(given, config)
     with ranks():
@@ -138,7 +138,7 @@ def evaluate(
     """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones."""
     import torch
 
-    from .data import load_dataset
+    from .io.data import load_dataset
     from .session import evaluate_folders
 
     # The two entries of a recipe that this command has no use for.

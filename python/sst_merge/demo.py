@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import pipeline
-from .adapters import Adapter, write_adapter
 from .cli import print_table
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import WHEEL
-from .output import output_folder
+from .io.adapters import Adapter, write_adapter
+from .io.models import WHEEL
+from .io.output import output_folder
+from .merge import pipeline
+from .merge.source import Source
 from .progress import Reporter
 from .recipe import Recipe
 from .report import write_report
 from .session import open_session
-from .source import Source
 
 ALPHAS = (0.2, 0.3, 0.5, 1.0)
 BUDGETS = (0.0005, 0.002, 0.01)  # nats per label token: three strengths of one reading

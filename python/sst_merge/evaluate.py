@@ -25,7 +25,7 @@ from torch import Tensor
 
 import sst_kernels as sst
 
-from .data import Batch, Dataset, batches, prompt_batches
+from .io.data import Batch, Dataset, batches, prompt_batches
 from .progress import Reporter, batch_tokens
 
 REFUSAL_PHRASES = (

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .errors import MAX_SEED, RecipeError
-from .paths import expanded, within
+from .io.paths import expanded, within
 from .specs import Collection, Fishers, Pencil, Strength
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Recipe(BaseModel):
 
     template: dict[str, Any] = Field(
         default_factory=dict,
-        description="options of the chat template, for instance {enable_thinking: false} (sst_merge.chat)",
+        description="options of the chat template, for instance {enable_thinking: false} (sst_merge.io.chat)",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,

@@ -117,7 +117,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the adapter folder, with the front matter that model hubs read."""
-    from .serving import commands
+    from .io.serving import commands
 
     recipe, base = report["recipe"], report["adapter"]["base_model"] or report["recipe"]["model"]
     title = "Task adapter with a safety patch, merged" if report["inputs"]["task"] else "Safety patch, filtered"

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapters import Adapter, load_adapter
-from .algebra import concatenate, transform
-from .data import Dataset
 from .errors import ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import attach, check_fit, fitted, load_model
-from .output import output_file
+from .io.adapters import Adapter, load_adapter
+from .io.data import Dataset
+from .io.models import attach, check_fit, fitted, load_model
+from .io.output import output_file
+from .merge.algebra import concatenate, transform
 from .progress import Reporter
 
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ModelError
 from .adapters import Adapter
-from .errors import ModelError
 from .models import base_layer, check_fit, fitted, layer_shape
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes

@@ -10,13 +10,13 @@ import torch
 
 from sst_kernels.inputs.moments import columns
 
-from .adapters import Adapter, load_adapter
-from .memory import fisher_memory
-from .models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
-from .output import check_output
-from .paths import expanded
+from ..io.adapters import Adapter, load_adapter
+from ..io.models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
+from ..io.output import check_output
+from ..io.paths import expanded
+from ..recipe import Recipe
+from ..run.memory import fisher_memory
 from .pipeline import check_folds, load_data
-from .recipe import Recipe
 
 _EFFICIENCY = 0.5  # of a large matrix product's rate, which forward and backward passes of small batches reach
 

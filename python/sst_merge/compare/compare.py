@@ -23,19 +23,19 @@ import torch
 import sst_kernels
 from sst_kernels.env import versions
 
-from .adapters import Adapter
-from .collect import model_digest
-from .compare_plan import ALWAYS, OF_METHODS, Comparison
-from .data import Dataset, load_dataset
-from .errors import MergeError, OutputError, headlined
-from .evaluate import Evaluator
-from .methods import Inputs, Method
-from .output import check_output, output_file
+from ..errors import MergeError, OutputError, headlined
+from ..evaluate import Evaluator
+from ..io.adapters import Adapter
+from ..io.data import Dataset, load_dataset
+from ..io.output import check_output, output_file
+from ..io.paths import expanded
+from ..merge.pipeline import load_data, open_source
+from ..methods import Inputs, Method
+from ..progress import Reporter
+from ..run.collect import model_digest
+from ..session import Session, open_session
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
-from .paths import expanded
-from .pipeline import load_data, open_source
-from .progress import Reporter
-from .session import Session, open_session
+from .recipe import ALWAYS, OF_METHODS, Comparison
 
 NUMBERS = ("refusal_nll", "refusal_rate", "benign_kl", "benign_nll", "over_refusal")
 
@@ -109,7 +109,7 @@ def compare(recipe: Comparison, *, reporter: Reporter | None = None) -> dict[str
     A method that refuses its inputs becomes a row with its reason. Raises MergeError for unusable inputs and outputs, and when
     the unpatched model or plain addition, beside which all else is read, cannot be measured.
     """
-    from .compare_report import write
+    from .report import write
 
     reporter = reporter or Reporter()
     folder = _claim(recipe.output)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import takes
-from .paths import expanded
-from .progress import Reporter
-from .recipe import Recipe
+from ..flags import takes
+from ..io.paths import expanded
+from ..progress import Reporter
+from ..recipe import Recipe
 
 
 @takes(Recipe, ("output", "evidence", "limit", "seed", "device", "dtype"))
@@ -21,8 +21,8 @@ def compare(
 ) -> None:
     """Compare merging methods on held-out prompts: Pareto table and plot, at equal refusal, as Markdown, JSON and HTML."""
     from .compare import compare as run
-    from .compare_plan import Comparison
-    from .compare_report import markdown_table
+    from .recipe import Comparison
+    from .report import markdown_table
 
     comparison = Comparison.load(recipe, **given)
     report = run(comparison, reporter=Reporter(quiet))

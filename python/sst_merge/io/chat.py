@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .errors import DataError, RecipeError
+from ..errors import DataError, RecipeError
 
 TODAY = "2025-01-01"  # the date in prompts of templates that write one, so that a run can be repeated and resumed
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates read the reasoning part under

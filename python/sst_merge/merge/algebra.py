@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, LoraTerm
-from .errors import AdapterError
+from ..errors import AdapterError
+from ..io.adapters import Adapter, LoraTerm
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sst_kernels.fisher import rank_path
 
-from .errors import OutputError
+from ..errors import OutputError
+from ..io.output import claimed, creating
+from ..io.paths import expanded
 from .launch import leader, world
-from .output import claimed, creating
-from .paths import expanded
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .output import output_file
+from ..io.output import output_file
 
 UNITS = (
     "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratio: benign KL "
@@ -80,7 +80,7 @@ def html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The page, with the report and every prompt in it; it loads nothing from anywhere."""
     from jinja2 import Environment
 
-    template = files(__package__).joinpath("templates/compare.html").read_text(encoding="utf-8")
+    template = files("sst_merge").joinpath("templates/compare.html").read_text(encoding="utf-8")
     prompts = [r["prompts"] for r in rows if "error" not in r]
     environment = Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(template).render(data=_script({"report": report, "prompts": prompts}), units=UNITS)

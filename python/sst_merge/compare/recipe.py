@@ -12,9 +12,9 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from .methods import Method, find
-from .paths import expanded
-from .recipe import Recipe, read_yaml
+from ..io.paths import expanded
+from ..methods import Method, find
+from ..recipe import Recipe, read_yaml
 
 ALWAYS = ("no patch", "plain")
 DEFAULT = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .errors import RecipeError
+from ..errors import RecipeError
 
 
 def expanded(path: str | Path) -> Path:

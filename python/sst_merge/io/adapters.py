@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import AdapterError, OutputError
+from ..errors import AdapterError, OutputError
 from .paths import expanded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import DataError
+from ..errors import DataError
 
 _OPENINGS = (
     "I'm sorry, but I can't help with that.",

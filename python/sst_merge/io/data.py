@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .chat import Renderer
-from .errors import DataError
 from .files import open_source
 from .forms import check_columns, conversation
 

@@ -15,20 +15,20 @@ import torch
 import sst_kernels as sst
 from sst_kernels.env import versions
 
-from .adapters import Adapter, for_output, write_adapter
+from ..errors import RecipeError
+from ..evaluate import Evaluation, Evaluator, write_prompts
+from ..io.adapters import Adapter, for_output, write_adapter
+from ..io.data import Dataset, load_dataset
+from ..io.models import check_fit
+from ..io.output import check_output, output_file, output_folder
+from ..progress import Reporter
+from ..recipe import Recipe
+from ..report import write_report
+from ..run.checkpoints import continuing
+from ..run.launch import leader
+from ..run.memory import check_pencil
+from ..session import Session, open_session
 from .algebra import recompress
-from .checkpoints import continuing
-from .data import Dataset, load_dataset
-from .errors import RecipeError
-from .evaluate import Evaluation, Evaluator, write_prompts
-from .launch import leader
-from .memory import check_pencil
-from .models import check_fit
-from .output import check_output, output_file, output_folder
-from .progress import Reporter
-from .recipe import Recipe
-from .report import write_report
-from .session import Session, open_session
 from .source import Source, load_evidence
 
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds

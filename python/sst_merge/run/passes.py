@@ -12,14 +12,14 @@ import torch
 import sst_kernels as sst
 from sst_kernels.fisher import Checkpoints, item_seed
 
+from ..errors import headlined
+from ..io.data import Batch, Dataset
+from ..progress import batch_tokens
+from ..recipe import options_of
+from ..session import SAFETY, Session
 from .checkpoints import Continuity
 from .collect import Halving, activate, content, digest, steps_of
-from .data import Batch, Dataset
-from .errors import headlined
 from .launch import world
-from .progress import batch_tokens
-from .recipe import options_of
-from .session import SAFETY, Session
 
 
 def fisher_pass(

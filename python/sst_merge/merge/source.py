@@ -15,16 +15,16 @@ from torch import Tensor
 
 import sst_kernels as sst
 
-from .adapters import Adapter
+from ..errors import MergeError, headlined
+from ..io.adapters import Adapter
+from ..io.data import Dataset, batches
+from ..run.checkpoints import Continuity
+from ..run.collect import OPENING, REST, activate, collect, input_pass
+from ..run.launch import world
+from ..run.passes import fisher_pass
+from ..session import SAFETY, TASK, Session
+from ..specs import Collection, Fishers, Pencil, Strength
 from .algebra import with_reads
-from .checkpoints import Continuity
-from .collect import OPENING, REST, activate, collect, input_pass
-from .data import Dataset, batches
-from .errors import MergeError, headlined
-from .launch import world
-from .passes import fisher_pass
-from .session import SAFETY, TASK, Session
-from .specs import Collection, Fishers, Pencil, Strength
 
 
 @dataclass
