@@ -251,9 +251,17 @@ def matrix_moments(fishers: Tensor) -> Tensor:
     return torch.stack([torch.einsum("mijkj->mik", split), torch.einsum("mijil->mjl", split)])
 
 
-def neighbours_width(sizes: Iterable[int]) -> int:
+def module_width(size: int) -> int:
+    """Columns of the neighbourhoods whose modules are solved apart: enough of them for ranks to share, whatever their number is.
+
+    So the bits do not depend on it either.
+    """
+    return min(WIDTH, size // 16)
+
+
+def neighbours_width(sizes: Iterable[int], width: int = WIDTH) -> int:
     """At most how many of the columns of modules with `sizes` coordinates are changed at once."""
-    return max(min(max(1, WIDTH // size), len(list(run))) * size for size, run in groupby(sizes))
+    return max(min(max(1, width // size), len(list(run))) * size for size, run in groupby(sizes))
 
 
 def _neighbours(blocks: Sequence[Block], width: int) -> Iterator[list[Block]]:

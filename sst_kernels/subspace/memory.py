@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from sst_kernels.subspace.coordinates import neighbours_width
+from sst_kernels.subspace.coordinates import module_width, neighbours_width
 
 _DOUBLE = 8
 
@@ -29,8 +29,9 @@ def estimate_solve(
     solving = _across(n, sizes, gain_rows, cost_rows, parts if kronecker else 0)
     if scope == "module":
         solving = _per_module(sizes, gain_rows, cost_rows, parts, kronecker)
+    turning = 7 * n * (parts + 1) if turned else 0  # eigenvectors of the moments, before anything is solved
     copied = rows * n // 2 if parts else 0  # float32, the rows of a fold together
-    return _DOUBLE * (charts + copied + solving)
+    return _DOUBLE * (charts + copied + max(turning, solving))
 
 
 def _across(n: int, sizes: Sequence[int], gain: int, cost: int, charts: int) -> int:
@@ -52,7 +53,7 @@ def _per_module(sizes: Sequence[int], gain: int, cost: int, folds: int, kronecke
     predictions = rows * directions if folds else 2 * sum(m * m for m in sizes)
     widest = 0
     for m in Counter(sizes):
-        count = neighbours_width([s for s in sizes if s == m]) // m
+        count = neighbours_width([s for s in sizes if s == m], module_width(sum(sizes))) // m
         if rows and rows <= m:
             solving = count * ((3 if kronecker else 2) * m * rows + 3 * rows * rows)
         else:

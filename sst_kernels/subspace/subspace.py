@@ -8,12 +8,11 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.profiling import stage
-from sst_kernels.subspace.coordinates import WIDTH, Coordinates
+from sst_kernels.subspace.coordinates import WIDTH, Coordinates, module_width
 from sst_kernels.subspace.crossfit import folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Filter
 from sst_kernels.subspace.modules import Blocks, PerModule
@@ -90,9 +89,7 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
     """The pencil of the kind of evidence that both Fishers hold."""
     device = next(iter(gain.values())).device
     blocks = list(gain.blocks.values())
-    width = WIDTH
-    if group is not None and scope == "module":  # enough neighbourhoods for all ranks
-        width = min(WIDTH, sum(b.size for b in blocks) // (4 * dist.get_world_size(group)))
+    width = WIDTH if scope == "global" else module_width(sum(b.size for b in blocks))
     z = Coordinates(blocks, gain.metric, device, width)
     if gain.keeps_rows and cost.keeps_rows:
         of_gain, of_cost = (folds_of(f.groups, folds, n).to(device) for f, n in ((gain, "gain"), (cost, "cost")))
