@@ -78,10 +78,10 @@ def test_flags_win_over_the_recipe(world, tmp_path):
 def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
     """One reading, then other strengths, scopes and filters of it without model or data: the same bits as runs of their own."""
     path, own = tmp_path / "evidence.safetensors", tmp_path / "own"
-    text = call("collect", *inputs(world), "-o", path, "--label-draws", 2)
+    text = call("collect", *inputs(world), "--holdout", 0, "-o", path, "--label-draws", 2)
     assert re.search(r"harm: 8 sequences, \d+ tokens read, \d+ label tokens\nbenign: 16 sequences", text)
     assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"]
-    call("merge", *inputs(world), "-o", own, "--kl-budget", 0.05)
+    call("merge", *inputs(world), "--holdout", 0, "-o", own, "--kl-budget", 0.05)
     adapters = ["--safety", world / "safety", "--task", world / "task", "-q"]
     for i, file in enumerate((path, own / "evidence.safetensors")):
         call("merge", *adapters, "--evidence", file, "-o", tmp_path / f"{i}", "--kl-budget", 0.05)
@@ -90,7 +90,7 @@ def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
         ).read_bytes()
     given = ["--kl-budget", 0.01, "--scope", "module", "--input-filter", 1.0]
     call("merge", *adapters, "--evidence", path, "-o", tmp_path / "other", *given)
-    call("merge", *inputs(world), "-o", tmp_path / "anew", *given)
+    call("merge", *inputs(world), "--holdout", 0, "-o", tmp_path / "anew", *given)
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("other", "anew"))
     assert one == two
     with pytest.raises(MergeError, match="another safety adapter"):

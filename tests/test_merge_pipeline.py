@@ -90,9 +90,9 @@ def test_output_is_what_the_report_says(merged, world):
 
 
 def test_output_loads_in_peft_and_is_task_plus_filtered_patch(merged, world):
-    _, out = merged
+    report, out = merged
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
-    recipe = Recipe.load(world / "recipe.yml")
+    recipe = Recipe.load(world / "recipe.yml", mu=report["patch"]["parameter"], kl_budget=None)
     data = pipeline.load_data(recipe, session.tokenizer)
     patch, reads = pipeline.open_source(recipe, session, data).filtered(recipe.pencil, recipe.strength)
     loaded = cases.peft_deltas(PeftModel.from_pretrained(cases.model(), out))
@@ -152,7 +152,11 @@ def test_a_written_recipe_runs_from_anywhere(world, monkeypatch):
     ids=["top_k", "threshold", "module", "no task", "sketch", "kronecker"],
 )  # fmt: skip
 def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
-    values = Recipe.load(world / "recipe.yml").model_dump() | {"eval_harm_data": None, "eval_benign_data": None}
+    values = Recipe.load(world / "recipe.yml").model_dump() | {
+        "eval_harm_data": None,
+        "eval_benign_data": None,
+        "holdout": 0,
+    }
     values |= {"kl_budget": None if "k" in change or "mu" in change else 0.05, "output": tmp_path / "out"}
     report = pipeline.merge(Recipe.parse(values | change), reporter=QUIET)
     assert report["patch"]["parameter"] == change.get("k", change.get("mu", report["patch"]["parameter"]))
@@ -168,7 +172,7 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
 
 @pytest.mark.parametrize("filter", ["soft", "threshold", "top_k"])
 def test_a_budget_beyond_the_patch_is_said_to_be(world, tmp_path, filter):
-    given = {"filter": filter, "eval_harm_data": None, "eval_benign_data": None}
+    given = {"filter": filter, "eval_harm_data": None, "eval_benign_data": None, "holdout": 0}
     for budget, whole in ((1e6, True), (1e-9, False)):
         recipe = Recipe.load(world / "recipe.yml", output=tmp_path / f"{whole}", kl_budget=budget, **given)
         assert pipeline.merge(recipe, reporter=QUIET)["patch"]["whole"] is whole

@@ -38,7 +38,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoin
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")]
 STRENGTHS = ("kl_budget", "mu", "k")
 READ = (
-    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "benign_labels", "label_draws", "input_rank", "form",
+    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
 )  # fmt: skip
 MEASURE = ("model", "task", "harm_data", "benign_data", "generate_tokens", "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype")  # fmt: skip
@@ -69,7 +69,7 @@ def merge(
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
     from .merge import pipeline
-    from .report import foundation, unspent
+    from .report import spent, unspent
     from .run.launch import leader, ranks
 
     with ranks():
@@ -86,8 +86,7 @@ def merge(
         return
     if report["evaluation"]:
         print_table(report["evaluation"])
-    prediction = report["patch"]["prediction"]
-    print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}")
+    print(spent(report))
     if note := unspent(report):
         print(note)
     print(f"written to {expanded(recipe.output).absolute()}")

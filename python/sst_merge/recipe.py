@@ -87,7 +87,16 @@ class Recipe(BaseModel):
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
     kl_budget: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="predicted benign KL in nats per label token"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="benign KL to spend, nats per label token: measured on rows that are in no pencil, or predicted where there are none",
+    )
+    holdout: float = Field(
+        0.2,
+        ge=0,
+        le=0.5,
+        description="share of the benign rows kept out of the pencil to measure the budget on, where no eval_benign_data is given; 0: trust predictions",
     )
     mu: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="λ that the soft or threshold filter compares with"

@@ -58,6 +58,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = ["# SST-Merge report", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
+    if report.get("budget"):
+        parts += ["## The budget", "", f"{report['budget']['words']}.", "", "Benign rows that moved most:", ""]
+        rows = [["line", "KL per token", "prompt"]]
+        for r in report["budget"]["worst"]:
+            rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
+        parts += [*_markdown_table(rows), ""]
     price = report["recipe"]["input_filter"]
     reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
     strength = math.inf if patch["parameter"] is None else patch["parameter"]
@@ -115,6 +121,20 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def spent(report: Mapping[str, Any]) -> str:
+    """What became of the KL budget, in a sentence for the terminal and the card."""
+    if report.get("budget"):
+        return report["budget"]["words"]
+    prediction = report["patch"]["prediction"]
+    return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+
+
+def _cell(text: str, width: int = 80) -> str:
+    """Text for a cell of a Markdown table, in one line."""
+    plain = " ".join(text.split()).replace("|", "\\|")
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
+
+
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the adapter folder, with the front matter that model hubs read."""
     from .io.serving import commands
@@ -140,6 +160,8 @@ adapter that buy much refusal per unit of change in benign behaviour.
 {commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
 
 {evaluation}
+{spent(report)}.
+
 ## Made from
 
 - task adapter: `{recipe["task"] or "none"}`

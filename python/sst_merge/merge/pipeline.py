@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import sst_kernels as sst
 from sst_kernels.env import versions
 
-from ..errors import RecipeError
+from ..errors import MergeError, RecipeError
 from ..evaluate import Evaluation, Evaluator, write_prompts
 from ..io.adapters import Adapter, for_output, write_adapter
 from ..io.data import Dataset, load_dataset
@@ -28,8 +28,10 @@ from ..run.checkpoints import continuing
 from ..run.launch import leader
 from ..run.memory import check_pencil
 from ..session import Session, open_session
+from ..specs import Strength
 from .algebra import recompress
 from .source import Source, load_evidence
+from .trust import Budget, Choice, hold_out, within
 
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
@@ -43,7 +45,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "template": recipe.template,
         "columns": recipe.columns,
     }
-    return {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
+    given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
+    return hold_out(given, recipe.holdout)
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
@@ -113,23 +116,16 @@ def merge(
         space = source.subspace(recipe.pencil)
         if not leading:
             return {}
-        patch, reads = source.filtered(recipe.pencil, recipe.strength)
-        adapter = session.merged(reads, patch.coordinates)
-        lost = None
-        if recipe.rank is not None:
-            adapter, lost = recompress(adapter, recipe.rank)
-        adapter = for_output(adapter, recipe.model)
+        chosen, known, budget = _chosen(recipe, session, source, data)
+        patch, adapter, lost = chosen.patch, chosen.adapter, chosen.lost
         write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         if keep_evidence and recipe.from_evidence:
             source.decisions.save(folder / EVIDENCE)
         report = describe(session, recipe, data, source, space, patch, adapter)
+        report["budget"] = budget.summary() if budget is not None else None
         report["recompression"] = lost.summary() if lost is not None else None
-        try:
-            evaluations = _evaluate(session, recipe, data, adapter)
-        except Exception as error:
-            reporter.warn(f"the adapter is written, but could not be measured: {type(error).__name__}: {error}")
-            evaluations, report["evaluation_error"] = {}, f"{type(error).__name__}: {error}"
+        evaluations = _evaluate(session, recipe, data, adapter, known)
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
         report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
@@ -140,6 +136,41 @@ def merge(
             write_prompts(folder / "prompts.json", evaluations)
         write_report(report, folder)
     return report
+
+
+def _chosen(
+    recipe: Recipe, session: Session, source: Source, data: Mapping[str, Dataset]
+) -> tuple[Choice, Evaluation | None, Budget | None]:
+    """The recipe's strength; of a KL budget the one that measurement confirms, where there are rows to measure on."""
+
+    def choose(strength: Strength) -> Choice:
+        patch, reads = source.filtered(recipe.pencil, strength)
+        adapter, lost = session.merged(reads, patch.coordinates), None
+        if recipe.rank is not None:
+            adapter, lost = recompress(adapter, recipe.rank)
+        return Choice(strength.kl_budget or 0.0, patch, for_output(adapter, recipe.model), lost)
+
+    limit = recipe.strength.kl_budget
+    if limit is None or "eval_benign" not in data:
+        return choose(recipe.strength), None, None
+    start = time.monotonic()
+    evaluator = _evaluator(session, recipe, {"eval_benign": data["eval_benign"]})
+    try:
+        choice, known, budget = within(
+            limit,
+            lambda allowed: choose(replace(recipe.strength, kl_budget=allowed)),
+            lambda choice: session.measure(evaluator, choice.adapter, f"{choice.allowed:.3g} nats", only_benign=True),
+            data["eval_benign"],
+        )
+    except MergeError:
+        raise
+    except Exception as error:  # no measurement costs a merge
+        session.reporter.warn(
+            f"the budget could not be measured, so its prediction stands: {type(error).__name__}: {error}"
+        )
+        return choose(recipe.strength), None, None
+    session.seconds["budget"] = time.monotonic() - start
+    return choice, known, budget
 
 
 def collect_to_file(
@@ -234,11 +265,8 @@ def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | No
     return {"parameter": patch.strength, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
 
 
-def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter) -> dict[str, Evaluation]:
-    if not {"eval_harm", "eval_benign"} & data.keys():
-        return {}
-    start = time.monotonic()
-    evaluator = Evaluator(
+def _evaluator(session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False) -> Evaluator:
+    return Evaluator(
         session.model,
         session.tokenizer,
         harmful=data.get("eval_harm"),
@@ -246,12 +274,23 @@ def _evaluate(session: Session, recipe: Recipe, data: Mapping[str, Dataset], ada
         reference=session.reference,
         tokens_per_batch=recipe.tokens_per_batch,
         reporter=session.reporter,
-        forgiving=True,
+        forgiving=forgiving,
     )
+
+
+def _evaluate(
+    session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter, known: Evaluation | None
+) -> dict[str, Evaluation]:
+    """known: what has been measured of the merged adapter on benign rows."""
+    if not {"eval_harm", "eval_benign"} & data.keys():
+        return {}
+    start = time.monotonic()
+    evaluator = _evaluator(session, recipe, data, forgiving=True)
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     results = {"no patch": evaluator(session.reference, label="no patch", **options)}
-    for name, candidate in (("plain addition", session.plain(1.0)), ("merged", adapter)):
-        results[name] = evaluator.attempt(name, partial(session.measure, evaluator, candidate, name, **options))
+    for name, candidate, seen in (("plain addition", session.plain(1.0), None), ("merged", adapter, known)):
+        measure = partial(session.measure, evaluator, candidate, name, known=seen, **options)
+        results[name] = evaluator.attempt(name, measure)
     session.seconds["evaluate"] = time.monotonic() - start
     return results
 
