@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,11 @@ import sst_kernels as sst
 from sst_kernels.evidence import reading as reading_module
 from sst_kernels.fisher.structures.moment import dense
 from sst_kernels.testing import error_ratio
+from tests import test_transfer
 from tests.models import ROUNDING, one_by_one, tiny_batch, tiny_lora
 
 MODEL = "base_model.model.model"
+streams = test_transfer.streams  # a fixture: streams that work late
 
 
 def of(model=None, **options):
@@ -442,3 +446,27 @@ def test_compiled_models_are_read_exactly(compiled, loop):
     torch.compiler.reset()
     outer(**batch)
     assert len(graphs) > before
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_rows_on_their_way_to_the_host(nonfinite, streams, monkeypatch):
+    """With the state on the host of a GPU, whose copies arrive late: rows, groups and what is skipped are those kept beside the model."""
+    monkeypatch.setattr(reading_module, "crosses", lambda source, target: streams.used)
+    found = []
+    for mode in (nullcontext(), streams):
+        model = tiny_lora()
+        evidence = of(model, nonfinite=nonfinite)
+        with mode, evidence.accumulate("cost") as reading:
+            for i in range(5):
+                handle = poison(model, 1) if nonfinite == "skip" and i == 2 else None
+                generator = torch.Generator().manual_seed(i)
+                reading.backward(tiny_batch(3, seed=i), labels="model", draws=2, generator=generator)
+                if handle:
+                    handle.remove()
+        found.append(evidence.cost)
+    beside, host = found
+    assert torch.equal(host.rows["loss"].rows(), beside.rows["loss"].rows())
+    assert host.rows["loss"].groups == beside.rows["loss"].groups
+    assert len(set(host.rows["loss"].groups)) == (15 if nonfinite == "raise" else 14)
+    assert host.skipped == beside.skipped == ([] if nonfinite == "raise" else [(2, 1)])
+    assert host.counts == beside.counts

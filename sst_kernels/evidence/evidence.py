@@ -132,11 +132,9 @@ class Evidence:
         sides: tuple[Side, Side],
         meta: dict[str, Any],
         basis: Basis | None,
-        small: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
     ):
         self.weights, self.meta, self.basis = weights, meta, basis
         self.gain, self.cost = sides
-        self._small = None if small is None else dict(small)
         self._open: Callable[[Side, Callable[[Side], None]], Reading] | None = None
         self._last: tuple[Any, Filtered] | None = None
 
@@ -160,7 +158,7 @@ class Evidence:
 
         Args:
             model: a model with PEFT LoRA layers, `adapter` among the active ones; others stay on.
-            basis: keep gradients and moments in these coordinates (see `pilot`, `Basis`); None keeps all of d_in, exactly.
+            basis: keep gradients and moments in these coordinates (`inputs.basis_of`); None keeps all of d_in, exactly.
             rank: columns of the streaming sketches of moments of modules with d_in > 4·rank; None keeps [d_in, d_in] for all. Not
                 used with a basis, whose moments are whole.
             dtype: of the kept gradients; "bfloat16" rounds each once, for half the memory.
@@ -171,7 +169,7 @@ class Evidence:
             group: torch.distributed group over which passes are shared: every rank brings its part and ends with the total.
             about: what the evidence depends on beside the adapter's weights (model, template).
 
-        Raises ValueError for what `find_sites` refuses and a basis of other modules; MemoryError when the moments would not fit.
+        Raises ValueError for what `find_sites` refuses and a basis of other modules or another adapter; MemoryError when the moments would not fit.
         """
         rank = None if rank is None else whole("rank", rank)
         if dtype not in ("float32", "bfloat16"):
@@ -183,8 +181,8 @@ class Evidence:
         weights = Weights.of(sites)
         if basis is None:
             require_moments(model, sites, rank)
-        elif list(basis) != list(weights.a):
-            raise ValueError("the basis belongs to other modules: make it of moments of the same model and adapter")
+        else:
+            basis.check_holds(weights.a)
         device = None if state_device is None else torch.device(state_device)
         widths = {s.name: width_of(s) if basis is None else len(basis[s.name]) for s in sites}
         meta = {
@@ -282,9 +280,7 @@ class Evidence:
         Raises ValueError for μ outside 0 … 1e100, losses that were not accumulated, and a side without data.
         """
         check_mu(mu)
-        for name, side in (("gain", self.gain), ("cost", self.cost)):
-            if not side.counts.sequences:
-                raise ValueError(f"the {name} side holds no sequences: accumulate it first")
+        self._check_complete()
         asked = mu, None if losses is None else tuple(sorted(losses.items()))
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
@@ -292,12 +288,8 @@ class Evidence:
         columns = given  # A' in the coordinates that rows are kept in
         if self.basis is not None:
             columns = {name: self.basis.coordinates(name, a) for name, a in given.items()}
-            if mu and self._small is not None:
-                columns = filtered_in_basis(columns, self._small, mu)
-            elif mu:
-                columns = {
-                    n: new for n, (new,) in filtered_reads(columns, self.gain.moments, self.cost.moments, [mu]).items()
-                }
+            if mu:
+                columns = filtered_in_basis(columns, self.basis, self.gain.moments, self.cost.moments, mu)
             reads = {name: (a.cpu() @ self.basis[name].cpu().double()).float() for name, a in columns.items()}
             reads = reads if mu else dict(self.weights.a)
         elif mu:
@@ -322,6 +314,11 @@ class Evidence:
         """The solved pencil of the patch filtered at `mu` (`filter`); `options` as in `sst_kernels.subspace`."""
         return self.filter(mu, losses=losses).subspace(**options)
 
+    def _check_complete(self) -> None:
+        for name, side in (("gain", self.gain), ("cost", self.cost)):
+            if not side.counts.sequences:
+                raise ValueError(f"the {name} side holds no sequences: accumulate it first")
+
     def condense(self, mus: Sequence[float] = MUS) -> Evidence:
         """The same evidence in a `Basis` of the filters at `mus`: some hundredth of the size, and decisions in milliseconds.
 
@@ -329,22 +326,22 @@ class Evidence:
         """
         if self.basis is not None:
             return self
-        basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
+        self._check_complete()
+        basis = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
         meta = {**self.meta, "basis": basis.fingerprint()}
         sides = []
         for label, side in (("gain", self.gain), ("cost", self.cost)):
             blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
-            widths = {b.name: b.shape[1] for b in blocks}
             about = {**meta, "side": label}
             new = Side(
                 blocks,
-                MomentSums(widths, None, side.moments.seed),
+                side.moments.projected(basis),
                 about,
                 metric=side.metric,
                 dtype=side.dtype,
                 device=side.device,
             )
-            new.moments.tokens, new.skipped = side.moments.tokens, list(side.skipped)
+            new.skipped = list(side.skipped)
             for name, fisher in side.rows.items():
                 rows = fisher.rows()
                 part = new.loss(name, rows.device)
@@ -354,15 +351,13 @@ class Evidence:
                 part.groups = list(fisher.groups)
                 part.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
             sides.append(new)
-        return Evidence(self.weights, (sides[0], sides[1]), meta, basis, small)
+        return Evidence(self.weights, (sides[0], sides[1]), meta, basis)
 
     def merge(self, other: Evidence) -> None:
         """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
         for key in ("fingerprint", "adapter", "about", "basis"):
             if self.meta[key] != other.meta[key]:
                 raise ValueError(f"cannot merge evidence: {key} differs ({self.meta[key]!r} and {other.meta[key]!r})")
-        if self._small is not None or other._small is not None:
-            raise ValueError("condensed evidence has no moments to add: merge before condense()")
         self.gain.check_same(other.gain)
         self.cost.check_same(other.cost)
         self.gain.merge(other.gain)
@@ -382,8 +377,7 @@ class Evidence:
             header["mus"] = self.basis.mus
             tensors |= {f"basis/{n}/columns": q for n, q in self.basis.columns.items()}
             tensors |= {f"basis/{n}/dual": q for n, q in self.basis.dual.items()}
-        for name, parts in (self._small or {}).items():
-            tensors |= {f"small/{name}/{i}": part for i, part in enumerate(parts)}
+            tensors |= {f"basis/{n}/ridge_{i}": r for n, pair in self.basis.ridges.items() for i, r in enumerate(pair)}
         write_tensors(path, {name: tensor.detach() for name, tensor in tensors.items()}, header)
 
     @classmethod
@@ -403,12 +397,10 @@ class Evidence:
                 {n: t.cpu() for n, t in part("weights", "B").items()},
                 header["scaling"],
             )
-            basis, small = None, None
+            basis = None
             if "mus" in header:
-                basis = Basis(part("basis", "columns"), part("basis", "dual"), header["mus"])
-                if f"small/{names[0]}/0" in tensors:
-                    kept = [part("small", i) for i in range(3)]
-                    small = {n: (kept[0][n], kept[1][n], kept[2][n]) for n in names}
+                columns, dual, *ridges = (part("basis", leaf) for leaf in ("columns", "dual", "ridge_0", "ridge_1"))
+                basis = Basis(columns, dual, {n: (ridges[0][n], ridges[1][n]) for n in names}, header["mus"])
             sides = []
             for name in ("gain", "cost"):
                 about = header["sides"][name]
@@ -419,7 +411,7 @@ class Evidence:
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)
-            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, small)
+            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: its header does not describe evidence ({error!r}): collect it again") from error
 

@@ -68,7 +68,7 @@ class Reading(Hooks):
             self._take_in(self._side)
 
     def _tap(self, site: LoraSite) -> LayerTap:
-        return LayerTap(self, site, None if self._basis is None else self._basis[site.name])
+        return LayerTap(self, site, None if self._basis is None else self._basis[site.name], exact=True)
 
     def backward(
         self,

@@ -64,12 +64,16 @@ class LayerTap:
 
     Args:
         columns: [q, d_in], what is kept of x is x · columnsᵀ; None keeps x.
+        exact: whether the columns count to more digits than x has: they enter as the sum of two parts in x's dtype then.
         factor: whether c·∂L/∂y and h are wanted beside e and x.
     """
 
-    def __init__(self, owner: Owner, site: LoraSite, columns: Tensor | None, *, factor: bool = False):
+    def __init__(
+        self, owner: Owner, site: LoraSite, columns: Tensor | None, *, exact: bool = False, factor: bool = False
+    ):
         self.owner, self.site, self.factor = owner, site, factor
         self._columns = columns
+        self._rest = columns if exact else None
         self._into_e = site.scaling * whole_weight(site.lora_b)
         self._a = whole_weight(site.lora_a) if factor else None
         self._active: Any = None
@@ -94,7 +98,7 @@ class LayerTap:
 
     def _after(self, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
         x = args[0].detach()
-        kept = x if self._columns is None else x @ self._cast("_columns", x).mT
+        kept = x if self._columns is None else self._times_columns(x)
         self.owner.see(self.site, x, kept)
         if not torch.is_grad_enabled():
             return y
@@ -110,6 +114,13 @@ class LayerTap:
             return self.owner.receive(current, self.site, Signal(e, kept))
         left = g if self.site.scaling == 1 else g * self.site.scaling
         self.owner.receive(current, self.site, Signal(e, kept, left, kept @ self._cast("_a", kept).mT))
+
+    def _times_columns(self, x: Tensor) -> Tensor:
+        if self._rest is not None and self._rest is self._columns:  # the first call: split them
+            narrow = torch.finfo(x.dtype).eps > torch.finfo(self._rest.dtype).eps
+            self._rest = self._rest - self._rest.to(x.dtype).to(self._rest) if narrow else None
+        kept = x @ self._cast("_columns", x).mT
+        return kept if self._rest is None else kept + x @ self._cast("_rest", x).mT
 
     def _cast(self, name: str, like: Tensor) -> Tensor:
         """A weight in the dtype and place of what it meets: adapters run in the base's dtype."""

@@ -88,6 +88,20 @@ class MomentSums(Mapping[str, Moment]):
             own.trace += moment.trace.to(own.trace.device)
         self.tokens += other.tokens
 
+    def projected(self, columns: Mapping[str, Tensor]) -> MomentSums:
+        """The sums of y = Q x, with Q [m, d_in] of each module: Q X Qᵀ, kept whole."""
+        out = MomentSums({name: len(q) for name, q in columns.items()}, None, self.seed)
+        out.tokens = self.tokens
+        means: dict[str, Moment] = {}
+        for name, leader in self.shared.items():
+            mean = means.get(leader)
+            if mean is None:
+                means = {leader: (mean := self[leader])}
+            q = columns[name].to(mean.device, torch.float64)
+            out.shared[name] = name
+            out._sum(name, mean.device).sum.copy_(self.tokens * (q @ (mean @ q.mT)))
+        return out
+
     def all_reduce(self, group: Any, devices: Mapping[str, torch.device]) -> None:
         """The total of all ranks, on each; ranks without data learn from the others which modules share a sum."""
         self.shared = next((shared for shared in gather_objects(self.shared, group) if shared), {})
