@@ -7,10 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from sst_kernels import fisher_accumulate
+from sst_kernels import Evidence, fisher_accumulate
 from sst_merge import cli
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
@@ -25,8 +26,9 @@ def blocks(name: str, language: str) -> list[str]:
     return found
 
 
-def test_python_blocks_of_the_readme(capsys):
-    setting = {
+def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting: dict = {
         "model": tiny_lora(),
         "harm_batches": [tiny_batch(4, seed=s) for s in range(2)],
         "benign_batches": [tiny_batch(4, seed=s) for s in range(2, 5)],
@@ -34,8 +36,17 @@ def test_python_blocks_of_the_readme(capsys):
     for block in blocks("README.md", "python"):
         assert len([line for line in block.splitlines() if line.strip()]) < 20
         exec(compile(block, "README.md", "exec"), setting)
-    assert setting["patch"].prediction.cost_per_label <= 0.02
-    assert "Prediction(held_out=True" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    costs = [float(cost) for cost in re.findall(r"Prediction\(held_out=True, cost_per_label=([^,]+)", told)]
+    assert len(costs) == 3
+    assert all(0 < cost <= budget for cost, budget in zip(costs, (0.005, 0.02, 0.1)))
+    again = Evidence.load(tmp_path / "evidence.safetensors").subspace(mu=3.0).soft(kl_budget=0.1)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(again.coordinates[name], setting["patch"].coordinates[name])
+    layer = setting["model"].get_base_model().get_submodule(name)
+    assert setting["scaling"] == layer.scaling["safety"]
+    assert setting["A"].shape == layer.lora_A["safety"].weight.shape
+    assert setting["B"].shape == layer.lora_B["safety"].weight.shape
 
 
 def test_python_blocks_of_the_eigensolvers_page(capsys):
@@ -71,11 +82,12 @@ def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
         cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
     text = "".join(blocks("README.md", "console")).replace("\\\n", " ")
     commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
-    assert [c[:2] for c in commands] == [["sst-merge", "merge"], ["sst-merge", "evaluate"]]
+    assert [c[1] for c in commands] == ["collect", "merge", "merge", "merge", "evaluate"]
     for _, *arguments in commands:
         result = CliRunner().invoke(cli.app, [*arguments, "--quiet"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-    assert (tmp_path / "merged/adapter_config.json").is_file()
+    for name in ("gentle", "middle", "strong"):
+        assert (tmp_path / name / "adapter_config.json").is_file()
 
 
 def test_the_documented_recipe_names_every_entry(tmp_path):
