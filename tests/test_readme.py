@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import re
 import shlex
 import sys
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
+import sst_kernels
 from sst_kernels import Evidence
 from sst_merge import cli
 from sst_merge.recipe import Recipe
@@ -69,6 +72,16 @@ def test_python_blocks_of_the_fishers_page(capsys):
     told = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [weight for weight, _ in told] == ["1.0", "3.0"]
     assert told[0][1] != told[1][1]
+
+
+def test_the_example_of_evidence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = readings() | {"sst": sst_kernels}
+    for example in doctest.DocTestParser().get_examples(inspect.cleandoc(Evidence.__doc__ or "")):
+        exec(compile(example.source, "Evidence", "exec"), setting)
+    assert {name: a.shape for name, (a, *_) in setting["lora"].items()} == {
+        name: a.shape for name, a in Evidence.load("evidence.safetensors").weights.a.items()
+    }
 
 
 def test_python_blocks_of_the_eigensolvers_page(capsys):
