@@ -16,7 +16,7 @@ import torch
 from rich.progress import Task
 from typer.testing import CliRunner
 
-from sst_merge import cli
+from sst_merge import cli, report
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.progress import Reporter
@@ -193,7 +193,7 @@ def test_errors_of_torch_that_are_no_lack_of_memory_are_raised(monkeypatch):
 def test_a_terminal_without_our_letters_shows_others(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(cli, "app", lambda: cli.print_table({"µ": {"refusal_nll": 1.0}}))
+    monkeypatch.setattr(cli, "app", lambda: report.print_table({"µ": {"refusal_nll": 1.0}}))
     cli.main()
     terminal.flush()
     assert b"refusal NLL ?" in terminal.buffer.getvalue()
@@ -238,7 +238,7 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
 
 
 def test_table_shows_missing_numbers(capsys):
-    cli.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    report.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].split() == ["only", "benign", "–", "–", "0.5000", "1.000"]
 
 
@@ -251,7 +251,7 @@ def test_brackets_in_paths_and_prompts_stay(capsys):
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == [text, text]
     assert told[2].startswith(text)
-    cli.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    report.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].startswith(text)
 
 

@@ -11,8 +11,6 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .compare.command import compare
 from .errors import MergeError, out_of_memory
@@ -21,6 +19,7 @@ from .io.paths import expanded
 from .io.refusals import command as refusals
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
+from .report import print_table, spent, unspent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +68,6 @@ def merge(
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
     from .merge import pipeline
-    from .report import spent, unspent
     from .run.launch import leader, ranks
 
     with ranks():
@@ -197,19 +195,6 @@ def env(context: typer.Context) -> None:
     from sst_kernels.env import main
 
     main(context.args)
-
-
-def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """The evaluation table on stdout."""
-    from .report import table
-
-    header, *body = table(rows)
-    shown = Table(box=None, pad_edge=False)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
-    for row in body:
-        shown.add_row(*row)
-    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
 
 
 def main() -> None:

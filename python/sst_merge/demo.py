@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .cli import print_table
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, write_adapter
 from .io.models import WHEEL
@@ -18,7 +17,7 @@ from .merge import pipeline
 from .merge.source import Source
 from .progress import Reporter
 from .recipe import Recipe
-from .report import write_report
+from .report import print_table, write_report
 from .session import open_session
 
 ALPHAS = (0.2, 0.3, 0.5, 1.0)

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 PLOTS = {
     "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
     "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
@@ -35,6 +38,17 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
     }
     body = [[name, *(_number(values.get(key), key) for key in columns)] for name, values in rows.items()]
     return [["", *columns.values()], *body]
+
+
+def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
+    """The evaluation table on stdout."""
+    header, *body = table(rows)
+    shown = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
+    for row in body:
+        shown.add_row(*row)
+    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
 
 
 def foundation(prediction: Mapping[str, Any]) -> str:
