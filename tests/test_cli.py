@@ -105,6 +105,14 @@ def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
         call("merge", *adapters, "--evidence", own / "adapter_model.safetensors", "-o", tmp_path / "x")
 
 
+@pytest.mark.parametrize("command", ["merge", "collect"])
+def test_quantization_reaches_the_model(world, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (tmp_path / "recipe.yml").write_text("quantization: {load_in_4bit: true}")
+    with pytest.raises(MergeError, match="pip install bitsandbytes"):
+        call(command, *inputs(world), "-c", tmp_path / "recipe.yml", "-o", tmp_path / "out")
+
+
 def test_evaluate_prints_a_table_and_writes_prompts(world, tmp_path):
     out = tmp_path / "e.json"
     text = call(

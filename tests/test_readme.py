@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from sst_kernels import Evidence, fisher_accumulate
+import sst_kernels
+from sst_kernels import Evidence
 from sst_merge import cli
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
@@ -28,13 +32,18 @@ def blocks(name: str, language: str) -> list[str]:
     return found
 
 
-def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    setting: dict = {
+def readings() -> dict[str, Any]:
+    """What blocks take for given: a model and two sides' batches."""
+    return {
         "model": tiny_lora(),
         "harm_batches": [tiny_batch(4, seed=s) for s in range(2)],
         "benign_batches": [tiny_batch(4, seed=s) for s in range(2, 5)],
     }
+
+
+def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = readings()
     for block in blocks("README.md", "python"):
         assert len([line for line in block.splitlines() if line.strip()]) < 20
         exec(compile(block, "README.md", "exec"), setting)
@@ -51,6 +60,30 @@ def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
     assert setting["B"].shape == layer.lora_B["safety"].weight.shape
 
 
+def test_python_blocks_of_the_fishers_page(capsys):
+    setting = readings()
+    for block in blocks("docs/fisher.md", "python"):
+        exec(compile(block, "docs/fisher.md", "exec"), setting)
+    assert list(setting["evidence"].gain.rows) == ["opening", "rest"]
+    assert [
+        len(side.rows[name].rows())
+        for side, name in ((setting["evidence"].gain, "rest"), (setting["evidence"].cost, "loss"))
+    ] == [8, 24]
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [weight for weight, _ in told] == ["1.0", "3.0"]
+    assert told[0][1] != told[1][1]
+
+
+def test_the_example_of_evidence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = readings() | {"sst": sst_kernels}
+    for example in doctest.DocTestParser().get_examples(inspect.cleandoc(Evidence.__doc__ or "")):
+        exec(compile(example.source, "Evidence", "exec"), setting)
+    assert {name: a.shape for name, (a, *_) in setting["lora"].items()} == {
+        name: a.shape for name, a in Evidence.load("evidence.safetensors").weights.a.items()
+    }
+
+
 def test_python_blocks_of_the_eigensolvers_page(capsys):
     for block in blocks("docs/gevp.md", "python"):
         exec(compile(block, "docs/gevp.md", "exec"), {})
@@ -62,17 +95,15 @@ def test_the_script_for_many_processes_runs_in_one(tmp_path, monkeypatch):
     init = dist.init_process_group
     store = dist.HashStore()
     monkeypatch.setattr(dist, "init_process_group", lambda _: init("gloo", store=store, rank=0, world_size=1))
-    model, batches = tiny_lora(), [tiny_batch(4, seed=s) for s in range(2)]
-    with fisher_accumulate(model, "safety") as benign:
-        model(**tiny_batch(8, seed=2)).loss.backward()
-    setting = {"model": model, "batches": batches, "benign": benign}
+    setting = readings()
     (script,) = blocks("docs/scaling.md", "python")
     try:
         exec(compile(script, "docs/scaling.md", "exec"), setting)
     finally:
         dist.destroy_process_group()
-    assert setting["harm"].fisher.counts.sequences == 8
+    assert [side.counts.sequences for side in (setting["evidence"].gain, setting["evidence"].cost)] == [8, 12]
     assert len(setting["space"].values)
+    assert {path.name for path in tmp_path.iterdir()} == {"gain.checkpoint", "cost.checkpoint"}
 
 
 def test_console_blocks_of_the_readme(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """`Evidence`: what one reading of two sides' data tells about a patch, kept, so that every decision about it follows without the model.
 
-At the reference point (patch off) nothing that a patch reads changes what the model computes. One forward pass a batch therefore
+At the reference point (patch off) nothing that a patch does changes what the model computes. One forward pass a batch therefore
 gives both the second moments of the inputs x of every patched module and, with its backward pass, the gradient of every sample n
 with respect to A,
 
@@ -78,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Filtered:
-    """The patch with its inputs filtered at the price `mu`: what it reads, and both Fishers of its core.
+    """The patch with its inputs filtered, cost inputs weighing `mu`: its row space A', and both Fishers of its core.
 
     reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
     `fisher_accumulate(point="reference")` would take them of a model that carries A'.
@@ -117,7 +117,11 @@ class Evidence:
         >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
         ...     for batch in benign_batches:
         ...         reading.backward(batch, labels="model", draws=2)
-        >>> patch = evidence.subspace(mu=3.0).soft(kl_budget=0.02)                   # doctest: +SKIP
+        >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
+        >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
+        >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP
+        >>> for patch in filtered.subspace().path([0.005, 0.02]):                    # doctest: +SKIP
+        ...     lora = filtered.factors(patch.coordinates)  # per module (A', B S', c)
 
     Attributes:
         gain, cost: the two `Side`s.
@@ -272,7 +276,7 @@ class Evidence:
 
     @stage("filter")
     def filter(self, mu: float, *, losses: Mapping[str, float] | None = None) -> Filtered:
-        """The patch with its inputs filtered at the price `mu` of benign ones; 0 leaves what it reads as it is.
+        """The patch with its inputs filtered, cost inputs weighing `mu`; 0 leaves A as it is.
 
         `filter_inputs` of the kept moments, and the Fishers of that patch, without the model. With a basis A' is the best one in its
         span. `losses`: factors of the gain's named losses, whose gradients add up; 1 each by default.

@@ -190,7 +190,13 @@ def collect_to_file(
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
     ):
         session = open_session(
-            recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
+            recipe.model,
+            recipe.safety,
+            recipe.task,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            quantization=recipe.quantization,
+            reporter=reporter,
         )
         source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
         evidence = source.evidence if exact else source.decisions
