@@ -60,12 +60,16 @@ VARIANTS = {
 class Pass:
     """A model and a batch, and the step that is timed: forward, loss, backward, gradients dropped."""
 
-    def __init__(self, model: Any, batch: dict[str, torch.Tensor], sampled: bool = False):
-        self.model, self.batch, self.sampled = model, batch, sampled
+    def __init__(self, model: Any, batch: dict[str, torch.Tensor], labels: str = ""):
+        self.model, self.batch, self.labels = (
+            model,
+            batch,
+            labels,
+        )  # "": the model's own loss, with the logits of all positions
 
     def __call__(self) -> None:
-        if self.sampled:
-            sst.sequence_nll(self.model, self.batch, labels="model").backward()
+        if self.labels:
+            sst.sequence_nll(self.model, self.batch, labels=self.labels).backward()
         else:
             self.model(**self.batch).loss.backward()
         self.model.zero_grad(set_to_none=True)
@@ -125,9 +129,9 @@ def fisher_passes(
     for name, variant in variants.items():
         try:
             hooks = variant.hooks(model, step)
-            plain = (step, partial(_frozen if variant.frozen else _trained, model))
-            hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
-            rows = beside(plain, {name: hooked}, at.device, at.repeats)
+            plain = (step, partial(_frozen if variant.frozen else trained, model))
+            own = (Pass(model, tokens, "model" * variant.sampled), partial(hooked, model, variant.frozen, hooks))
+            rows = beside(plain, {name: own}, at.device, at.repeats)
         except Exception as error:  # one variant that fails must not cost the others
             traceback.print_exc()
             basis = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
@@ -155,7 +159,7 @@ def input_passes(at: Setting, record: Recorder, ceilings: Ceilings, columns: int
     forward, kinds = Forward(model, tokens), {name_of(kept): kept for kept in (columns, None)}
     moments = {name: sst.input_moments(model, "safety", rank=kept) for name, kept in kinds.items()}
     turns: dict[str, Turn] = {name: (forward, lambda hooks=hooks: hooks) for name, hooks in moments.items()}
-    turns["training step"] = (Pass(model, tokens), partial(_trained, model))
+    turns["training step"] = (Pass(model, tokens), partial(trained, model))
     rows = beside(forward, turns, at.device, at.repeats)
     count, shape = at.batch * at.length, at.shape
     for name, row in rows.items():
@@ -201,10 +205,10 @@ def name_of(columns: int | None) -> str:
 
 
 @contextmanager
-def _trained(model: Any) -> Iterator[None]:
-    """Gradients for the adapters' own weights."""
+def trained(model: Any) -> Iterator[None]:
+    """Gradients for the adapter's own weights."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name and ".safety." in name)
     yield
     model.requires_grad_(False)
 
@@ -221,8 +225,8 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(model: Any, frozen: bool, hooks: AbstractContextManager) -> Iterator[None]:
-    with nullcontext(model.requires_grad_(False)) if frozen else _trained(model), hooks:
+def hooked(model: Any, frozen: bool, hooks: AbstractContextManager) -> Iterator[None]:
+    with nullcontext(model.requires_grad_(False)) if frozen else trained(model), hooks:
         yield
 
 
