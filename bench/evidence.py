@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from bench.common import ROOT, Recorder, Turn, free, in_turn, measure
 import torch  # isort: skip
 import sst_kernels as sst
 from bench.passes import MU, Pass, Setting, hooked, trained
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, Shape
 from bench.workload import spectral_rows
 from sst_kernels.fisher.base import Counts
 from sst_merge.collect import OPENING, REST, activate
@@ -98,32 +98,51 @@ def readings(
     return found
 
 
-def decisions(at: Setting, record: Recorder) -> float:
-    """Rows of what each decision from an evidence of ROWS costs, whole and condensed; returns ms of a filter at another μ, whole.
-
-    Gradients are random, moments those of one batch a side: the cost depends on neither.
-    """
-    evidence = sst.Evidence.of(at.model().requires_grad_(False), "safety")
-    for seed, (side, rows) in enumerate(ROWS.items()):
-        with evidence.accumulate(side, sequences=rows) as reading:
+def random_evidence(at: Setting, shape: Shape, rows: Mapping[str, int]) -> sst.Evidence:
+    """So many random gradients a side, and the moments of one batch: what a decision costs depends on neither."""
+    evidence = sst.Evidence.of(at.model(shape).requires_grad_(False), "safety")
+    for seed, (side, count) in enumerate(rows.items()):
+        with evidence.accumulate(side, sequences=count) as reading:
             reading.backward(at.tokens(seed))
         kept = getattr(evidence, side)
-        more = rows - kept.counts.sequences
+        more = count - kept.counts.sequences
         counts = Counts(more, more * at.length, more * at.length)
         kept.add("loss", spectral_rows(more, kept.width, at.device, seed=seed), counts, "data", None)
+    return evidence
+
+
+def other_price() -> Callable[[], float]:
+    """Another μ at every call: an evidence keeps what it found at the last."""
+    return itertools.cycle((MU, 1.7)).__next__
+
+
+def layers_filter(at: Setting, record: Recorder, samples: int) -> float:
+    """`Evidence.filter` of the modules of one layer, `samples` rows of refusals and two draws of as many benign ones, times the layers."""
+    rows, price = {"gain": samples, "cost": 2 * samples}, other_price()
+    evidence = random_evidence(at, at.shape.with_layers(1), rows)
+    taken = measure(lambda: evidence.filter(price()), at.device, repeats=at.repeats)
+    total = taken.median * at.shape.layers
+    note = f"{samples} + {2 * samples} rows, one of {at.shape.layers} layers, scaled"
+    record(
+        "decision", "filter(mu)", ms=total, runs=at.repeats, rank=at.rank, targets=at.targets, basis="scaled", note=note
+    )
+    return total
+
+
+def decisions(at: Setting, record: Recorder) -> None:
+    """Rows of what each decision from an evidence of ROWS costs, with all of d_in and condensed."""
+    evidence, price = random_evidence(at, at.shape, ROWS), other_price()
     note = " + ".join(map(str, ROWS.values())) + " rows"
-    columns = {"rank": at.rank, "targets": at.targets}
 
-    def row(name: str, run: Callable[[], Any], repeats: int = at.repeats) -> float:
+    def row(name: str, run: Callable[[], Any], repeats: int = at.repeats) -> None:
         taken = measure(run, at.device, repeats=repeats)
-        record("decision", name, taken, **columns, note=note, state_bytes=evidence.nbytes)
-        return taken.median
+        about = {"rank": at.rank, "targets": at.targets, "note": note, "state_bytes": evidence.nbytes}
+        record("decision", name, taken, **about)
 
-    other = itertools.cycle((MU, 1.7)).__next__  # a filter at another μ than the last: the last is kept
-    whole = row("filter(mu)", lambda: evidence.filter(other()))
+    row("filter(mu)", lambda: evidence.filter(price()))
     row("condense()", evidence.condense, 1)
-    note, evidence = note + ", condensed", evidence.condense()
-    row("condensed: filter(mu)", lambda: evidence.filter(other()))
+    evidence = evidence.condense()
+    row("condensed: filter(mu)", lambda: evidence.filter(price()))
     filtered = evidence.filter(MU)
     for options in ({}, {"scope": "module"}, {"metric": "frobenius"}, {"damping": 1e-2}):
         said = ", ".join(f"{key}={value!r}" for key, value in options.items())
@@ -133,9 +152,8 @@ def decisions(at: Setting, record: Recorder) -> float:
     row("condensed: soft(kl_budget)", lambda: space.soft(kl_budget=budget))
     row(
         "condensed: filter(mu) + subspace() + soft(kl_budget)",
-        lambda: evidence.subspace(other()).soft(kl_budget=budget),
+        lambda: evidence.subspace(price()).soft(kl_budget=budget),
     )
-    return whole
 
 
 def demo_batches(device: str = "cpu") -> tuple[Any, dict[str, Batch]]:

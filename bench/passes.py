@@ -17,12 +17,11 @@ import torch
 
 import sst_kernels as sst
 from bench import gates
-from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, measure, peak_mib
+from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, peak_mib
 from bench.shapes import Shape
 from bench.workload import Variant, build_model, token_batch
 
 MU = 3.0  # what recipes weigh benign inputs with
-WHOLE_UP_TO = 2048  # widest input whose [d, d] moments are solved here: recipes sketch wider ones
 
 
 def beside(plain: Turn, runs: Mapping[str, Turn], device: str, repeats: int = 5) -> dict[str, dict[str, Any]]:
@@ -173,31 +172,6 @@ def input_passes(at: Setting, record: Recorder, ceilings: Ceilings, columns: int
         row |= {"flops": work, "floor_ms": ceilings.floor_ms(row.get("bytes", 0), work)}
         record("inputs", name or "forward", **at.columns, **row)
     return {name: row["ms"] for name, row in rows.items()}
-
-
-def input_filters(at: Setting, record: Recorder, columns: int) -> dict[str, float]:
-    """`filter_inputs` on the modules of one layer, times the number of layers; returns ms per variant, all modules."""
-    part = at.shape.with_layers(1)
-    model = at.model(part).requires_grad_(False)
-    totals = {}
-    for kept in (columns, None):
-        if kept is None and max(part.read_widths(at.targets)) > WHOLE_UP_TO:
-            continue
-        sides = []
-        for seed in (1, 2):
-            with sst.input_moments(model, "safety", rank=kept) as moments:
-                Forward(model, token_batch(part, 4, 64, at.device, seed=seed))()
-            sides.append(moments)
-        solve = partial(sst.filter_inputs, *sides, MU)
-        solved, name = measure(solve, at.device, repeats=at.repeats), name_of(kept)
-        totals[name] = solved.median * at.shape.layers
-        record(
-            "inputs", f"filter_inputs, {name}", ms=totals[name], runs=at.repeats, rank=at.rank, targets=at.targets,
-            basis="scaled", state_bytes=2 * at.shape.input_bytes(kept, at.targets), peak_mib=peak_mib(solve, at.device),
-            note=f"one of {at.shape.layers} layers, scaled",
-        )  # fmt: skip
-        free(at.device)
-    return totals
 
 
 def name_of(columns: int | None) -> str:

@@ -94,9 +94,15 @@ class Shape:
         """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
         return sum(d * d if d == k else 4 * d * k for d, k in self.kept(columns, targets))
 
-    def input_share(self, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
-        """Operations of the input pass over those of a training step on the same batch."""
-        work = self.forward_flops(batch, length, rank) + batch * length * self.input_flops(columns)
+    def reading_share(
+        self, columns: int | None, draws: int = 1, rank: int = 16, batch: int = 8, length: int = 512
+    ) -> float:
+        """Operations of one reading over those of a training step on the same batch: forward without the patch, moments, and for each
+        draw a backward pass, e = Bᵀ ∂L/∂y and e xᵀ."""
+        tokens = batch * length
+        lora = sum(rank * (p + q) for p, q in self.modules().values())
+        attention = (1 + 2 * draws) * 2 * batch * length**2 * self.hidden * self.layers
+        work = tokens * (2.0 * (1 + draws) * self.weights + self.input_flops(columns) + 2 * draws * lora) + attention
         return work / self.step_flops(batch, length, rank)
 
     def row_bytes(self, rank: int, samples: int) -> int:
