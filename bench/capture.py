@@ -21,7 +21,7 @@ from bench.common import count_calls, profile  # sets the import paths, so befor
 
 import torch  # isort: skip
 import sst_kernels as sst
-from bench import gates, op_cases, passes, workload
+from bench import gates, ops, passes, workload
 from bench.shapes import INPUT_RANK, SHAPES, Shape
 
 NCU_COLUMNS = {
@@ -43,9 +43,9 @@ Stage = Callable[[Shape, str, bool], Callable[[], Any]]
 def stage_ops(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     """Every op once: the attention width of the shape, batch 8 x 512, rank 16 (or odd little sizes that leave partial tiles)."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    size = op_cases.Size(3, 37, 6, 81, 3) if small else op_cases.Size(8, 512, 16, shape.hidden, 7 * shape.layers)
-    draw = op_cases.Draw(size, device, dtype)
-    cases = [case for make in op_cases.CASES.values() for case in make(draw)]
+    size = ops.Size(3, 37, 6, 81, 3) if small else ops.Size(8, 512, 16, shape.hidden, 7 * shape.layers)
+    draw = ops.Draw(size, device, dtype)
+    cases = [case for make in ops.CASES.values() for case in make(draw)]
 
     def run() -> None:
         for case in cases:

@@ -147,7 +147,7 @@ TARGETS = (
            by_arithmetic=LARGE.row_bytes(16, 256) / LARGE.kfac_bytes()),
     Target("moments of both input passes, of dense K-FAC's state", 0.01, percent,
            by_arithmetic=2 * LARGE.input_bytes(INPUT_RANK) / LARGE.kfac_bytes(),
-           miss="ℓ = 117 would meet it; they are freed before the Fishers begin"),
+           miss="ℓ = 115 would meet it"),
 )  # fmt: skip
 
 

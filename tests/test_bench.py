@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sst_kernels as sst
-from bench import baselines, capture, common, evidence, gates, llm, op_cases, ops, passes, report, results, workload
+from bench import baselines, capture, common, evidence, gates, llm, ops, passes, report, results, workload
 from bench.shapes import SHAPES, Shape
 from sst_kernels.fisher import passes as fisher_passes
 from sst_kernels.testing import error_ratio
@@ -291,10 +291,10 @@ class TestEvidence:
 
 
 class TestOpCases:
-    @pytest.mark.parametrize("op", op_cases.CASES)
+    @pytest.mark.parametrize("op", ops.CASES)
     def test_both_forms_are_right(self, op):
-        size = op_cases.Size(B=2, T=9, r=4, d=20, modules=3)
-        for case in op_cases.CASES[op](op_cases.Draw(size, "cpu", torch.float32)):
+        size = ops.Size(B=2, T=9, r=4, d=20, modules=3)
+        for case in ops.CASES[op](ops.Draw(size, "cpu", torch.float32)):
             expected = [s.double() for s in case.state]
             case.plain(*(x.double() for x in case.inputs), *expected)
             assert all(e.any() for e in expected)
@@ -320,7 +320,7 @@ class TestArithmetic:
     def test_moments_of_inputs_of_7b(self):
         shape = SHAPES["llama-2-7b"]
         widths = 32 * (3 * 4096 + 11008)
-        assert shape.input_bytes(512) == 4 * 512 * widths
+        assert shape.input_bytes(512) == 4 * 512 * (widths + 128 * 512)  # Y = X Ω above its core Ωᵀ X Ω
         assert shape.input_flops(512) == 4 * 512 * widths
         assert shape.input_bytes(None) == 4 * shape.input_flops(None)
         assert shape.input_flops(None) == 32 * (3 * 4096**2 + 11008**2)
@@ -331,7 +331,8 @@ class TestArithmetic:
 def test_stages_are_named_for_the_profiler():
     adapter = workload.random_adapter(TINY, 2, "all-linear", device="cpu")
     gain, cost = (workload.core_fisher(adapter, 8, device="cpu", seed=seed) for seed in (1, 2))
-    events = common.profiled(lambda: sst.subspace(gain, cost).soft(mu=1.0))
+    pencil = torch.eye(8, dtype=torch.float64), 2 * torch.eye(8, dtype=torch.float64)
+    events = common.profiled(lambda: (sst.subspace(gain, cost).soft(mu=1.0), sst.gevp(*pencil, 2)))
     assert {"sst.subspace", "sst.gevp", "sst.filter"} <= {event.name for event in events}
 
 
