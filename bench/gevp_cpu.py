@@ -34,7 +34,8 @@ import scipy.linalg as sl
 import scipy.sparse.linalg as ssl
 import torch
 
-from bench.common import ROOT, machine
+from bench.common import ROOT, in_turn, machine, stopwatch
+from bench.gevp_cuda import torch_eigh
 from sst_kernels import Fisher
 from sst_kernels.gevp import Settings, gevp
 from sst_kernels.gevp.lowrank import top_pairs
@@ -78,17 +79,6 @@ def inverse(b: np.ndarray) -> ssl.LinearOperator:
     return ssl.LinearOperator(b.shape, matvec=solve, matmat=solve, dtype=float)
 
 
-def arpack(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
-    return ssl.eigsh(a, k, M=b, Minv=inverse(b), which="LA", tol=1e-10)
-
-
-def lobpcg(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
-    start = np.random.default_rng(0).standard_normal((len(a), k))
-    with warnings.catch_warnings():  # what it did not reach is in the row
-        warnings.simplefilter("ignore")
-        return ssl.lobpcg(a, start, B=b, M=inverse(b), largest=True, tol=1e-10 * np.linalg.norm(a), maxiter=500)
-
-
 def primme_eigsh(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
     import primme
 
@@ -121,54 +111,57 @@ def slepc_eigsh(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
     return np.array(values), np.stack(vectors, 1)
 
 
-def torch_lobpcg(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
-    a, b = map(torch.from_numpy, (a, b))
-    start = torch.randn(len(a), k, dtype=a.dtype, generator=torch.Generator().manual_seed(0))
-    solve = torch.cholesky_inverse(torch.linalg.cholesky(b))  # it takes a preconditioner as a matrix only
-    values, vectors = torch.lobpcg(a, k, b, start, iK=solve, niter=500, tol=1e-10, largest=True)
-    return values.numpy(), vectors.numpy()
-
-
 def looped(solve: Callable[[np.ndarray, np.ndarray, int], Pairs]) -> Callable[[Pencil, int], list[Pairs]]:
     return lambda stacked, k: [solve(a, b, k) for a, b in zip(*stacked)]
 
 
-def torch_eigh(stacked: Pencil, k: int) -> list[Pairs]:
-    a, b = map(torch.from_numpy, stacked)
-    factor = torch.linalg.cholesky(b)
-    half = torch.linalg.solve_triangular(factor, a, upper=False)
-    values, y = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
-    vectors = torch.linalg.solve_triangular(factor.mT, y[..., -k:], upper=True)
-    return list(zip(values[..., -k:].numpy(), vectors.numpy()))
+def lobpcg(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
+    start, given = np.random.default_rng(0).standard_normal((len(a), k)), {"B": b, "M": inverse(b), "largest": True}
+    with warnings.catch_warnings():  # what it did not reach is in the row
+        warnings.simplefilter("ignore")
+        return ssl.lobpcg(a, start, tol=1e-10 * np.linalg.norm(a), maxiter=500, **given)
+
+
+def torch_lobpcg(a: np.ndarray, b: np.ndarray, k: int) -> Pairs:
+    a, b = map(torch.from_numpy, (a, b))
+    start = torch.randn(len(a), k, dtype=a.dtype, generator=torch.Generator().manual_seed(0))
+    solve = torch.cholesky_inverse(torch.linalg.cholesky(b))  # it takes a preconditioner as a matrix only
+    return _pairs(*torch.lobpcg(a, k, b, start, iK=solve, niter=500, tol=1e-10, largest=True))
+
+
+def torch_batched(solve: Callable[..., Pairs]) -> Callable[[Pencil, int], list[Pairs]]:
+    """Of a solver of stacked torch pencils."""
+    return lambda stacked, k: list(zip(*_pairs(*solve(*map(torch.from_numpy, stacked), k))))
 
 
 def ours(method: str) -> Callable[[Pencil, int], list[Pairs]]:
-    def solve(stacked: Pencil, k: int) -> list[Pairs]:
-        result = gevp(*map(torch.from_numpy, stacked), k, method=method)
-        return list(zip(result.values.numpy(), result.vectors.numpy()))
+    def solve(a: torch.Tensor, b: torch.Tensor, k: int) -> Pairs:
+        result = gevp(a, b, k, method=method)
+        return result.values, result.vectors
 
-    return solve
+    return torch_batched(solve)
+
+
+def _pairs(values: torch.Tensor, vectors: torch.Tensor) -> Pairs:
+    return values.numpy(), vectors.numpy()
 
 
 def solvers() -> dict[str, Callable[[Pencil, int], list[Pairs]]]:
-    table = {
-        "sst auto": ours("auto"),
-        "scipy eigh gvx": looped(lambda a, b, k: sl.eigh(a, b, subset_by_index=[len(a) - k, len(a) - 1])),
-        "scipy eigh gvd": looped(lambda a, b, k: tuple(x[..., -k:] for x in sl.eigh(a, b, driver="gvd"))),
-        "torch cholesky+eigh": torch_eigh,
-        "arpack, cholesky": looped(arpack),
-        "scipy lobpcg, cholesky": looped(lobpcg),
-        "torch lobpcg, inverse": looped(torch_lobpcg),
-    }
-    if find_spec("slepc4py"):
-        table["slepc krylov-schur, cholesky"] = looped(slepc_eigsh)
-    if find_spec("primme"):
-        table["primme, cholesky, block 8"] = looped(primme_eigsh)
-    return table
+    eigh = lambda a, b, k: sl.eigh(a, b, subset_by_index=[len(a) - k, len(a) - 1])  # noqa: E731
+    every = lambda a, b, k: tuple(x[..., -k:] for x in sl.eigh(a, b, driver="gvd"))  # noqa: E731
+    arpack = lambda a, b, k: ssl.eigsh(a, k, M=b, Minv=inverse(b), which="LA", tol=1e-10)  # noqa: E731
+    one_by_one = {
+        "scipy eigh gvx": eigh, "scipy eigh gvd": every, "arpack, cholesky": arpack, "scipy lobpcg, cholesky": lobpcg,
+        "torch lobpcg, inverse": torch_lobpcg,
+    }  # fmt: skip
+    one_by_one |= {name: solve for name, (module, solve) in OPTIONAL.items() if find_spec(module)}
+    table = {"sst auto": ours("auto"), "torch cholesky+eigh": torch_batched(torch_eigh)}
+    return table | {name: looped(solve) for name, solve in one_by_one.items()}
 
 
-def left_out() -> list[str]:
-    return [name for name, module in (("PRIMME", "primme"), ("SLEPc", "slepc4py")) if not find_spec(module)]
+OPTIONAL = {
+    "slepc krylov-schur, cholesky": ("slepc4py", slepc_eigsh), "primme, cholesky, block 8": ("primme", primme_eigsh),
+}  # fmt: skip
 
 
 class Peak:
@@ -203,14 +196,9 @@ def attained(stacked: Pencil, pairs: list[Pairs], references: list[np.ndarray], 
 
 def timed(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Least process seconds of each over `rounds` rounds in which they take turns; a turn begins with a call that is not timed."""
-    best = dict.fromkeys(contestants, np.inf)
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            run()
-            start = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+    once = stopwatch("cpu")
+    taken = in_turn(contestants, "cpu", rounds, warmup=0, clock=lambda run: (run(), once(run))[1])
+    return {name: min(measured.times) / 1e3 for name, measured in taken.items()}
 
 
 def measure(pencils: Iterable[tuple[str, int, int, Pencil]], ks: list[int]) -> Iterable[dict[str, object]]:
@@ -313,7 +301,8 @@ def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
             writer.writerow(row)
             stream.flush()
             print(*list(row.values())[:-4], flush=True)
-    print("wrote", path, "without", ", ".join(left_out()) or "nothing")
+    left_out = [module for module, _ in OPTIONAL.values() if not find_spec(module)]
+    print("wrote", path, "without", ", ".join(left_out) or "nothing")
 
 
 def main() -> None:

@@ -17,14 +17,14 @@ from bench.common import Recorder, free, measure_ceilings
 
 import torch  # isort: skip
 from bench import evidence, gates, merging, passes
-from bench.shapes import INPUT_RANK, SHAPES
+from bench.shapes import SHAPES
 
-STAGES = ("passes", "evidence", "inputs", "merge", "peers")
-# Model, batch, length, rows of each Fisher, columns of the sketch of inputs: the last shrinks with the width, as all else does.
+STAGES = ("passes", "evidence", "merge", "peers")
+# Model, batch, length, rows of each Fisher.
 SCALES = {
-    "tiny": ("llama-tiny", 4, 64, 32, 32),
-    "small": ("llama-small", 4, 128, 64, 64),
-    "full": ("llama-2-7b", 8, 512, 256, INPUT_RANK),
+    "tiny": ("llama-tiny", 4, 64, 32),
+    "small": ("llama-small", 4, 128, 64),
+    "full": ("llama-2-7b", 8, 512, 256),
 }
 
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     stages: dict[str, Callable[[], Any]] = {
         "passes": lambda: passes.fisher_passes(at, record, ceilings), "evidence": read,
-        "inputs": lambda: passes.input_passes(at, record, ceilings, options.input_rank), "merge": merge, "peers": peers,
+        "merge": merge, "peers": peers,
     }  # fmt: skip
     failures = 0
     for name in options.stages:
@@ -101,7 +101,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--samples", type=int, default=None, help="rows of each Fisher")
-    parser.add_argument("--input-rank", type=int, default=None, help="columns of the sketch of inputs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in the Fisher passes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -109,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench-output")) / "llm.csv")
     options = parser.parse_args(arguments)
     options.scale = options.scale or ("full" if options.device.startswith("cuda") else "tiny")
-    for name, value in zip(("model", "batch", "length", "samples", "input_rank"), SCALES[options.scale]):
+    for name, value in zip(("model", "batch", "length", "samples"), SCALES[options.scale]):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

@@ -53,7 +53,7 @@ def sst_stages(
     record("filter", f"{scope}, subspace() + soft(kl_budget)", both, **about)
     patch = space.soft(kl_budget=budget)
     with tempfile.TemporaryDirectory() as folder:
-        written = measure(partial(_export, task, safety, patch, Path(folder)), "cpu", repeats=repeats)
+        written = measure(partial(export, task, safety, patch, Path(folder)), "cpu", repeats=repeats)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     record("export", f"{scope}, transform + concatenate + write", written, **about, bytes=size)
     total = both.median + written.median
@@ -62,7 +62,7 @@ def sst_stages(
     return total
 
 
-def _export(task: Adapter, safety: Adapter, patch: sst.Patch, folder: Path) -> None:
+def export(task: Adapter, safety: Adapter, patch: sst.Patch, folder: Path) -> None:
     write_adapter(concatenate([(1.0, task), (1.0, transform(safety, patch.coordinates))]), folder)
 
 
@@ -89,7 +89,7 @@ def peft_merges(
 def factored_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
     """The efficient peers over all modules of a model, module by module and stacked by shape; export is not in them."""
     error = gates.baseline_gate(device)
-    groups = [_tasks(size, count, rank, device) for size, count in Counter(shape.modules(targets).values()).items()]
+    groups = [tasks(size, count, rank, device) for size, count in Counter(shape.modules(targets).values()).items()]
     singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
     for name, method in baselines.FACTORED.items():
         for style, modules in (("module by module", singles), ("stacked by shape", groups)):
@@ -103,8 +103,8 @@ def dense_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, dev
     """TSV-Merge, Subspace Boosting and DARE on ΔW, once per distinct shape, times the number of modules."""
 
     def once(method: Callable[[Tasks], Tensor], size: tuple[int, int]) -> Measured:
-        tasks = [(B[0], A[0]) for B, A in _tasks(size, 1, rank, device)]
-        return measure(lambda: method(tasks), device, repeats=1, warmup=0)
+        pair = [(B[0], A[0]) for B, A in tasks(size, 1, rank, device)]
+        return measure(lambda: method(pair), device, repeats=1, warmup=0)
 
     for name, method in baselines.DENSE.items():
         _by_size(
@@ -141,7 +141,7 @@ def _by_size(
 
 
 def _each(method: Callable[[Tasks], Any], modules: list[Tasks]) -> list[Any]:
-    return [method(tasks) for tasks in modules]
+    return [method(module) for module in modules]
 
 
 def _dense_pencil(a: Tensor, b: Tensor) -> Any:
@@ -155,6 +155,6 @@ def _factor(d: int, device: str, seed: int) -> Tensor:
     return x.mT @ x / len(x) + 0.1 * torch.eye(d, device=device)
 
 
-def _tasks(size: tuple[int, int], count: int, rank: int, device: str) -> Tasks:
+def tasks(size: tuple[int, int], count: int, rank: int, device: str) -> Tasks:
     p, q = size
     return [(torch.randn(count, p, rank, device=device), torch.randn(count, rank, q, device=device)) for _ in range(2)]

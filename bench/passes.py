@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 import sst_kernels as sst
-from bench import gates
 from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, peak_mib
 from bench.shapes import Shape
 from bench.workload import Variant, build_model, token_batch
@@ -148,34 +147,6 @@ def fisher_passes(
         found[name] = rows[name]["ms"]
         free(at.device)
     return found
-
-
-def input_passes(at: Setting, record: Recorder, ceilings: Ceilings, columns: int) -> dict[str, float]:
-    """Rows of a forward pass, the input pass with sketches of `columns` columns and with whole [d, d] moments, and a training
-    step, in turn; returns median ms per variant."""
-    error = gates.inputs_gate(at.device)
-    model, tokens = at.model().requires_grad_(False), at.tokens()
-    forward, kinds = Forward(model, tokens), {name_of(kept): kept for kept in (columns, None)}
-    moments = {name: sst.input_moments(model, "safety", rank=kept) for name, kept in kinds.items()}
-    turns: dict[str, Turn] = {name: (forward, lambda hooks=hooks: hooks) for name, hooks in moments.items()}
-    turns["training step"] = (Pass(model, tokens), partial(trained, model))
-    rows = beside(forward, turns, at.device, at.repeats)
-    count, shape = at.batch * at.length, at.shape
-    for name, row in rows.items():
-        if name in kinds:
-            work = count * shape.input_flops(kinds[name], at.targets)
-            state = shape.input_bytes(kinds[name], at.targets)
-            moved = count * at.dtype.itemsize * sum(shape.read_widths(at.targets)) + 2 * state
-            row |= {"error": error, "state_bytes": state, "bytes": moved}
-        else:
-            work = (shape.step_flops if name else shape.forward_flops)(at.batch, at.length, at.rank, at.targets)
-        row |= {"flops": work, "floor_ms": ceilings.floor_ms(row.get("bytes", 0), work)}
-        record("inputs", name or "forward", **at.columns, **row)
-    return {name: row["ms"] for name, row in rows.items()}
-
-
-def name_of(columns: int | None) -> str:
-    return "whole" if columns is None else f"sketch l={columns}"
 
 
 @contextmanager

@@ -185,12 +185,6 @@ def beside(write: Callable[[float | None], str], fits: Callable[[Row, Row], bool
     return written
 
 
-def _of_step(row: Row, rows: list[Row]) -> str:
-    if row["stage"] == "pass":
-        return times(value(row, "ratio"))
-    return beside(times, lambda _row, other: other["variant"] == "training step")(row, rows)
-
-
 def _difference(row: Row, _rows: list[Row]) -> str:
     error = value(row, "error")
     return "–" if error is None else f"{error:.0e}" if error else "equal"
@@ -213,7 +207,7 @@ def _sized(rows: list[Row]) -> list[Row]:
 
 def _timed(stages: tuple[str, ...], rows: list[Row]) -> list[Row]:
     return [r for r in rows if headline(r) and r["ms"] and r["stage"] in stages
-            and not r["variant"].startswith("filter_inputs") and "one solve" not in r["variant"]]  # fmt: skip
+            and "one solve" not in r["variant"]]  # fmt: skip
 
 
 def _of(stage: str, rows: list[Row]) -> list[Row]:
@@ -227,9 +221,9 @@ def _by_time(rows: list[Row]) -> list[Row]:
 TIME, IQR, FLOOR = cell(milliseconds, "ms"), cell(milliseconds, "iqr_ms"), cell(milliseconds, "floor_ms")
 # Name: the files, which of their rows of one machine are shown, which of those have a line, and the columns.
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable[[list[Row]], list[Row]], Callable[[Row], bool], dict[str, Cell]]] = {
-    "passes": ("llm", partial(_timed, ("pass", "inputs")), lambda _: True, {
-        "pass": lambda r, _: "inputs: " * (r["stage"] == "inputs") + r["variant"],
-        "batch": lambda r, _: f"{r['batch']} x {r['length']}", "time": TIME, "IQR": IQR, "of the plain step": _of_step,
+    "passes": ("llm", partial(_timed, ("pass",)), lambda _: True, {
+        "pass": lambda r, _: r["variant"],
+        "batch": lambda r, _: f"{r['batch']} x {r['length']}", "time": TIME, "IQR": IQR, "of the plain step": cell(times, "ratio"),
         "memory above": lambda r, _: cell(size, "above_plain_mib", MIB)(r, _) if r["state_bytes"] else "–",
         "state": cell(size, "state_bytes"),
     }),

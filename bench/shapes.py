@@ -94,16 +94,18 @@ class Shape:
         """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
         return sum(d * d if d == k else 4 * d * k for d, k in self.kept(columns, targets))
 
+    def reading_flops(self, columns: int | None, draws: int, rank: int, batch: int, length: int) -> float:
+        """One reading: forward without the patch, moments, and for each draw a backward pass, e = Bᵀ ∂L/∂y and e xᵀ."""
+        lora = sum(rank * (p + q) for p, q in self.modules().values())
+        attention = (1 + 2 * draws) * 2 * batch * length**2 * self.hidden * self.layers
+        a_token = 2.0 * (1 + draws) * self.weights + self.input_flops(columns) + 2 * draws * lora
+        return batch * length * a_token + attention
+
     def reading_share(
         self, columns: int | None, draws: int = 1, rank: int = 16, batch: int = 8, length: int = 512
     ) -> float:
-        """Operations of one reading over those of a training step on the same batch: forward without the patch, moments, and for each
-        draw a backward pass, e = Bᵀ ∂L/∂y and e xᵀ."""
-        tokens = batch * length
-        lora = sum(rank * (p + q) for p, q in self.modules().values())
-        attention = (1 + 2 * draws) * 2 * batch * length**2 * self.hidden * self.layers
-        work = tokens * (2.0 * (1 + draws) * self.weights + self.input_flops(columns) + 2 * draws * lora) + attention
-        return work / self.step_flops(batch, length, rank)
+        """Operations of one reading over those of a training step on the same batch."""
+        return self.reading_flops(columns, draws, rank, batch, length) / self.step_flops(batch, length, rank)
 
     def row_bytes(self, rank: int, samples: int) -> int:
         """float32 rows of both core Fishers, `samples` sequences each."""
