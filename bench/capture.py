@@ -80,9 +80,9 @@ def stage_pass(shape: Shape, device: str, small: bool) -> Callable[[], None]:
 def stage_reading(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     """A batch of benign rows read, two draws."""
     at = _setting(shape, device, small)
-    (reading,) = evidence.benign(at.model(), at.tokens()).values()
-    run, opened = reading
-    opened().__enter__()
+    ((run, opened),) = evidence.benign(at.model(), at.tokens()).values()
+    run.context = opened()  # held, and open as long as the process lives
+    run.context.__enter__()
     return run
 
 

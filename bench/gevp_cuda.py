@@ -1,8 +1,7 @@
 """Batched top-k pencils on a GPU: this library beside torch and cuSOLVER, on the same inputs, at the same accuracy.
 
     python -m bench.gevp_cuda [--cases 224x256x16,224x1024x16,...] [--solvers ours,torch,...] [--kind decay] [--seconds 140] [--out FILE]
-    python -m bench.gevp_cuda --profile direct      kernels of one solve by total time
-    python -m bench.gevp_cuda --predict             what a solve on an H100 should take, counted on a CPU
+    python -m bench.gevp_cuda --predict     what a solve on an H100 should take, counted on a CPU
 
 A case is batch x n x k. A solver whose result fails the gate is reported and not timed. Solvers that loop over problems are timed on a
 part of the batch and scaled (basis "scaled"): their time is linear in it. Rows appear as they are measured.
@@ -250,21 +249,6 @@ def run_case(record: common.Recorder, case: str, kind: str, chosen: list[str], d
         common.free("cuda")
 
 
-def profile(case: str, kind: str, method: str) -> None:
-    """Prints where the time of one warm solve goes: kernels by total time, and the time between them."""
-    batch, n, k = (int(part) for part in case.split("x"))
-    a, b = pencil(kind, batch, n)
-    solve = lambda: sst.gevp(a, b, k, method=method)  # noqa: E731
-    wall = common.measure(solve, "cuda", repeats=1).median
-    averages = common.profile(solve, "CPU", "CUDA").key_averages()
-    kernels = [x for x in averages if x.device_type == torch.autograd.DeviceType.CUDA]
-    busy, launches = sum(x.self_device_time_total for x in kernels) / 1e3, sum(x.count for x in kernels)
-    print(f"{case} {method}: wall {wall:.2f} ms, kernels {busy:.2f} ms in {launches} launches")
-    for x in sorted(kernels, key=lambda x: -x.self_device_time_total)[:18]:
-        name = x.key.replace("sst::cuda::", "").replace("(anonymous namespace)::", "").replace("void ", "")
-        print(f"{x.self_device_time_total / 1e3:9.3f} ms {x.count:5d} x  {name[:150]}", flush=True)
-
-
 # The model of docs/gevp_cuda.md: products and cycles are counted, the rates are those that comparable kernels reach, the latencies guesses.
 PREDICTED = "224x256x16,224x1024x8,224x1024x16,224x1024x32,32x2048x16"
 PEAK_BYTES, PEAK_FLOPS = 3.35e12, 60e12  # of the data sheet, for the floor
@@ -330,19 +314,13 @@ def main() -> None:
     parser.add_argument("--kind", default="decay", choices=TARGETS)
     parser.add_argument("--seconds", type=float, default=140.0, help="no solver is started after this")
     parser.add_argument("--out", type=Path, default=common.ROOT / "bench" / "results" / "gevp_cuda.csv")
-    parser.add_argument("--profile", choices=["direct", "jacobi_davidson"], help="profile this method instead")
     parser.add_argument("--predict", action="store_true", help="count and compute instead; needs no GPU")
     options = parser.parse_args()
     if options.predict:
         predict(options.cases or PREDICTED)
         return
-    cases = (options.cases or CASES).split(",")
-    if options.profile:
-        for case in cases:
-            profile(case, options.kind, options.profile)
-        return
     record, deadline = common.Recorder(options.out, "cuda", model=options.kind), time.monotonic() + options.seconds
-    for case in cases:
+    for case in (options.cases or CASES).split(","):
         run_case(record, case, options.kind, [part for part in options.solvers.split(",") if part], deadline)
 
 

@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     spent: dict[str, Any] = {}
 
     def read() -> tuple[float, float]:
+        record("gate", "evidence against one backward per sample", error=gates.evidence_gate(device))
         sides = {"harm": at.tokens(), "benign": at.tokens(1)}
         found = evidence.readings(at.model(), sides, record, device, options.repeats, rank=at.rank, targets=at.targets)
         free(device)

@@ -15,7 +15,7 @@ from bench.workload import STRUCTURES
 @pytest.fixture(scope="module")
 def at(shape, device):
     gates.fisher_gate(device)
-    gates.inputs_gate(device)
+    gates.evidence_gate(device)
     batch, length, dtype = (8, 512, torch.bfloat16) if device == "cuda" else (4, 64, torch.float32)
     return Setting(shape, 16, "all-linear", batch, length, device, dtype)
 

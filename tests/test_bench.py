@@ -205,7 +205,7 @@ class TestCallsOfAPass:
 
 class TestInputPass:
     def test_gate(self):
-        assert gates.inputs_gate("cpu") < 1e-5
+        assert gates.evidence_gate("cpu") < 1e-5
 
     @pytest.mark.parametrize("columns", [None, 4])
     @pytest.mark.parametrize("targets", ["all-linear", "attention"])
