@@ -45,6 +45,7 @@ class Reading:
     @contextmanager
     def opened(self) -> Iterator[None]:
         rows = len(self.batch["labels"]) * self.options.get("draws", 1)
+        free(self.batch["labels"].device.type)  # the evidence of the round before, which is a cycle
         evidence = sst.Evidence.of(self.model.requires_grad_(False), "safety")
         with evidence.accumulate(self.side, sequences=rows) as self.reading:
             yield
