@@ -1,6 +1,6 @@
 """Each op against its physical floor, against the torch form of it, and against torch.compile of that form.
 
-    python -m bench.ops [--quick] [--sweep] [--ops gram sketch] [--out FILE]
+    python -m bench.ops [--quick] [--ops gram sketch] [--out FILE]
 
 The floor is the larger of bytes over measured copy bandwidth and flops over measured GEMM rate; both are measured first, on this device.
 Values are checked against float64 before anything is timed, and a wrong form is not timed. The forms of a case take turns; `ratio` is a
@@ -11,15 +11,13 @@ launching, which is checked; what launching costs the caller is in the note. On 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from bench.common import ROOT, Measured, Recorder, free, in_turn, measure_ceilings, peak_mib, stopwatch
+from bench.common import ROOT, Recorder, free, in_turn, measure_ceilings, peak_mib, stopwatch
 
 import torch  # isort: skip
 from torch import Tensor
@@ -29,7 +27,6 @@ from sst_kernels.testing import error_ratio
 
 ALLOWED = 1e-5
 Run = Callable[[], object]
-Configuration = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Size:
 @dataclass
 class Case:
     """One op on fixed `inputs`, and the `state` it writes to. `plain` is the torch form of both; `arrange` makes the op's arguments of
-    them. bytes, flops: the least that it must move and compute. candidates: configurations of its kernel."""
+    them. bytes, flops: the least that it must move and compute."""
 
     op: str
     width: str
@@ -60,18 +57,9 @@ class Case:
     plain: Callable[..., object]
     bytes: int
     flops: int
-    candidates: tuple[Configuration, ...] = ()
 
-    def call(self, *tensors: Tensor, **configuration: int) -> None:
-        """The op, or its kernel in a configuration."""
-        name, _, _ = self.op.partition(" ")
-        if name == "project":  # of the sketch kernel's, an op of its own there
-            x, u, out = tensors
-            out.copy_(kernel("sketch", "project")(x, u, "tf32x3", **configuration))
-        elif configuration:
-            kernel(name, name)(*self.arrange(*tensors), "ieee", **configuration)
-        else:
-            getattr(ops, name)(*self.arrange(*tensors))
+    def call(self, *tensors: Tensor) -> None:
+        getattr(ops, self.op.split(" ")[0])(*self.arrange(*tensors))
 
 
 class Draw:
@@ -110,22 +98,6 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return (a if a.dtype == torch.float64 else a.float()) @ (b if b.dtype == torch.float64 else b.float())
 
 
-def grid(**choices: tuple[int, ...]) -> tuple[Configuration, ...]:
-    return tuple(dict(zip(choices, values)) for values in itertools.product(*choices.values()))
-
-
-def narrow_tiles(p: int, q: int, wide: tuple[int, ...], warps: tuple[int, ...]) -> tuple[Configuration, ...]:
-    """Candidates for the factor kernels: the narrow side whole, the wide side at several tile widths."""
-    narrow = {"BP" if p <= q else "BQ": max(16, min(64, 1 << (min(p, q) - 1).bit_length()))}
-    side = "BQ" if p <= q else "BP"
-    return tuple(narrow | c for c in grid(**{side: wide}, BT=(64, 128), num_warps=warps, num_stages=(3, 4)))
-
-
-def kernel(op: str, function: str) -> Callable[..., Tensor]:
-    """The launcher of an op, which takes configurations; imported late, since it needs Triton."""
-    return getattr(importlib.import_module(f"sst_kernels.ops.{op}.kernel"), function)
-
-
 def core_outer(draw: Draw) -> Iterator[Case]:
     B, S, r, m, e = draw.size.B, draw.size.S, draw.size.r, draw.size.modules, draw.dtype.itemsize
 
@@ -136,9 +108,8 @@ def core_outer(draw: Draw) -> Iterator[Case]:
 
     arrange = lambda *a: (a[:m], a[m:-1], draw.spans, draw.scale, a[-1])  # noqa: E731
     work = 2 * e * m * S * r + 4 * B * m * r * r, 2 * m * S * r * r
-    configurations = grid(BT=(32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 4))
     tokens = [draw(S, r) for _ in range(2 * m)]
-    yield Case("core_outer", f"{m} modules", tokens, [draw.zeros(B, m * r * r)], arrange, plain, *work, configurations)
+    yield Case("core_outer", f"{m} modules", tokens, [draw.zeros(B, m * r * r)], arrange, plain, *work)
 
 
 def factor_rows(draw: Draw) -> Iterator[Case]:
@@ -149,8 +120,8 @@ def factor_rows(draw: Draw) -> Iterator[Case]:
 
     for side, p, q in draw.sides():
         work = e * S * (p + q) + 4 * B * p * q, 2 * S * p * q
-        inputs, state, tiles = [draw(S, p), draw(S, q)], [draw.zeros(B, p * q)], narrow_tiles(p, q, (32, 64, 128), (4,))
-        yield Case(f"factor_rows {side}", f"d={draw.size.d}", inputs, state, draw.with_spans, plain, *work, tiles)
+        inputs, state = [draw(S, p), draw(S, q)], [draw.zeros(B, p * q)]
+        yield Case(f"factor_rows {side}", f"d={draw.size.d}", inputs, state, draw.with_spans, plain, *work)
 
 
 def factor_moments(draw: Draw) -> Iterator[Case]:
@@ -164,8 +135,7 @@ def factor_moments(draw: Draw) -> Iterator[Case]:
     for side, p, q in draw.sides():
         work = e * S * (p + q) + 16 * p * q, 2 * S * p * q
         inputs, state = [draw(S, p), draw(S, q)], [draw.zeros(p, q), draw.zeros(p, q)]
-        tiles = narrow_tiles(p, q, (16, 32, 64), (2, 4))
-        yield Case(f"factor_moments {side}", f"d={draw.size.d}", inputs, state, draw.with_spans, plain, *work, tiles)
+        yield Case(f"factor_moments {side}", f"d={draw.size.d}", inputs, state, draw.with_spans, plain, *work)
 
 
 def gram(draw: Draw) -> Iterator[Case]:
@@ -177,22 +147,14 @@ def gram(draw: Draw) -> Iterator[Case]:
     def scaled(x: Tensor, out: Tensor) -> None:
         out += mm(x.T.to(out.dtype) * draw.squares.T.to(out.dtype), x.to(out.dtype))
 
-    tiles = ("BD", "BT", "num_warps", "num_stages")
-    several = ((128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 4, 5), (128, 32, 8, 5),
-               (128, 128, 8, 2), (256, 32, 8, 3), (64, 128, 4, 3))  # fmt: skip
-    configurations = (*(dict(zip(tiles, c)) for c in several), dict(zip((*tiles, "maxnreg"), (128, 64, 8, 3, 128))))
-    own = grid(BD=(64, 128), BT=(32, 64, 128), num_warps=(8,), num_stages=(3, 4))
-    for name, form, given, choices in (
-        ("gram", plain, (None, None), configurations),
-        ("gram scaled", scaled, (draw.spans, draw.scale), own),
-    ):
+    for name, form, given in (("gram", plain, (None, None)), ("gram scaled", scaled, (draw.spans, draw.scale))):
         arrange = lambda x, out, given=given: (x, *given, out)  # noqa: E731
         work = e * S * d + 4 * d * d, S * d * d
-        yield Case(name, f"d={d}", [draw(S, d)], [draw.zeros(d, d)], arrange, form, *work, choices)
+        yield Case(name, f"d={d}", [draw(S, d)], [draw.zeros(d, d)], arrange, form, *work)
 
 
 def sketch(draw: Draw) -> Iterator[Case]:
-    B, S, d, l, e = draw.size.B, draw.size.S, draw.size.d, draw.size.r, draw.dtype.itemsize
+    S, d, l, e = draw.size.S, draw.size.d, draw.size.r, draw.dtype.itemsize
 
     def plain(x: Tensor, omega: Tensor, out: Tensor) -> None:
         z = mm(x, omega).to(out.dtype)
@@ -200,20 +162,9 @@ def sketch(draw: Draw) -> Iterator[Case]:
         out[:d] += x.to(out.dtype).T @ w
         out[d:] += z.T @ w
 
-    def product(x: Tensor, u: Tensor, out: Tensor) -> None:
-        out.copy_(mm(x, u))
-
     work = e * (S * d + d * l) + 8 * (d + l) * l, 4 * S * d * l + 2 * S * l * l
-    tiles = grid(BD=(32, 64, 128), BT=(32, 64), num_warps=(4, 8))
     inputs, state = [draw(S, d), draw(d, l)], [draw.zeros(d + l, l)]
-    yield Case("sketch", f"d={d}", inputs, state, draw.with_spans, plain, *work, tiles)
-    if draw.device != "cuda":
-        return
-    tiles = grid(parts=(1, 2, 4), BT=(64, 128), BD=(32, 64), BL=(32, 64), num_warps=(4,), num_stages=(3,))
-    for name, rows, k, dtype in (("bf16", S, l, torch.bfloat16), ("rotate", B * l, d, torch.float32)):
-        inputs, state = [draw(rows, d, dtype=dtype), draw(d, k, dtype=dtype)], [draw.zeros(rows, k)]
-        work = dtype.itemsize * (rows * d + d * k) + 4 * rows * k, 2 * rows * d * k
-        yield Case(f"project {name}", f"d={d}", inputs, state, draw.with_spans, product, *work, tiles)
+    yield Case("sketch", f"d={d}", inputs, state, draw.with_spans, plain, *work)
 
 
 def eigen_moments(draw: Draw) -> Iterator[Case]:
@@ -240,10 +191,6 @@ class Clock:
         self.once = self._queued if device == "cuda" else stopwatch(device)
         self.cycles = 20_000_000  # of sleep ahead of a call: some 10 ms
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
-
-    def in_turn(self, runs: dict[str, Run]) -> dict[str, Measured]:
-        """`rounds` times of each, one after the other in every round, after one call of each."""
-        return in_turn(runs, self.device, self.rounds, clock=self.once)
 
     def _queued(self, run: Run) -> float:
         """Time between events around `run`. Where the device reached the first before the host had queued the last, the host may be in
@@ -292,7 +239,7 @@ def measure_case(case: Case, forms: dict[str, Callable[..., object]], clock: Clo
     for form, call in forms.items():
         try:
             error = error_of(case, call, expected)
-        except Exception as problem:  # a configuration that does not fit must not cost the others
+        except Exception as problem:  # a form that fails must not cost the others
             record(case.op, form, **work, basis="failed", note=f"{type(problem).__name__}: {str(problem)[:80]}")
             continue
         if error <= ALLOWED:
@@ -301,7 +248,7 @@ def measure_case(case: Case, forms: dict[str, Callable[..., object]], clock: Clo
             record(case.op, form, **work, error=error, basis="failed", note="wrong: not timed")
     state = [s.clone() for s in case.state]
     runs = {form: (lambda call=forms[form]: call(*case.inputs, *state)) for form in errors}
-    taken = clock.in_turn(runs)
+    taken = in_turn(runs, clock.device, clock.rounds, clock=clock.once)
     plain = taken.get("torch")
     for form, run in runs.items():
         beside = {"plain_ms": plain.median, "ratio": taken[form].median / plain.median} if plain else {}
@@ -332,35 +279,24 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one or two sizes per op: at most two minutes on an H100")
-    parser.add_argument("--sweep", action="store_true", help="time a handful of kernel configurations per op instead")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--ops", nargs="*", default=list(CASES), choices=CASES)
-    parser.add_argument("--out", type=Path, help="default: bench/results/ops[_sweep]_<device>.csv; rows are appended")
-    parser.add_argument("--modules", type=int, help="modules of one core_outer call (224 on a GPU: 7B, all linear)")
+    parser.add_argument("--out", type=Path, help="default: bench/results/ops_<device>.csv; rows are appended")
     options = parser.parse_args(arguments)
-    few = options.quick or options.sweep
-    out = options.out or ROOT / "bench/results" / f"ops{'_sweep' if options.sweep else ''}_{device}.csv"
-    modules = options.modules or (224 if device == "cuda" else 28)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    out = options.out or ROOT / "bench/results" / f"ops_{device}.csv"
+    modules, dtype = (224, torch.bfloat16) if device == "cuda" else (28, torch.float32)
     ceilings = measure_ceilings(device, dtype, Recorder(out, device))
-    clock = Clock(device, 15)
-    compiled: set[str] = set()
+    clock, compiled = Clock(device, 15), set()
     for op in options.ops:
-        for size in sizes(op, device, modules, few):
+        for size in sizes(op, device, modules, options.quick):
             for case in CASES[op](Draw(size, device, dtype)):
                 record = Recorder(out, device, model=case.width, rank=size.r, batch=size.B, length=size.T)
-                forms: dict[str, Callable[..., object]] = {"sst": case.call}
-                if options.sweep:
-                    for config in case.candidates:
-                        label = " ".join(f"{k}={v}" for k, v in config.items())
-                        forms[label] = partial(case.call, **config)
-                else:
-                    forms["torch"] = case.plain
-                    # Unrolled over the modules of a model, core_outer compiles for minutes; a quick run compiles each op once.
-                    if options.compile and op != "core_outer" and not (options.quick and case.op in compiled):
-                        compiled.add(case.op)
-                        torch._dynamo.reset()
-                        forms["torch.compile"] = torch.compile(case.plain)
+                forms: dict[str, Callable[..., object]] = {"sst": case.call, "torch": case.plain}
+                # Unrolled over the modules of a model, core_outer compiles for minutes; a quick run compiles each op once.
+                if options.compile and op != "core_outer" and not (options.quick and case.op in compiled):
+                    compiled.add(case.op)
+                    torch._dynamo.reset()
+                    forms["torch.compile"] = torch.compile(case.plain)
                 measure_case(case, forms, clock, record, ceilings)
             free(device)
     return 0

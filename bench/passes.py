@@ -73,17 +73,6 @@ class Pass:
         self.model.zero_grad(set_to_none=True)
 
 
-class Forward:
-    """A forward pass as the input pass runs it: no gradients, no labels, logits of the last token alone."""
-
-    def __init__(self, model: Any, batch: dict[str, torch.Tensor]):
-        self.model, self.batch = model, {k: v for k, v in batch.items() if k != "labels"}
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.model(**self.batch, logits_to_keep=1, use_cache=False)
-
-
 @dataclass(frozen=True)
 class Setting:
     """What rows of passes are measured at."""

@@ -65,13 +65,6 @@ class Shape:
         attention = 6 * 2 * batch * length**2 * self.hidden * self.layers / 2
         return 4.0 * self.weights * tokens + 6.0 * lora * tokens + attention
 
-    def forward_flops(self, batch: int, length: int, rank: int, targets: str = "all-linear") -> float:
-        """A forward pass without logits: each weight of the layers and LoRA factors multiplies every token once, causal attention."""
-        tokens = batch * length
-        lora = sum(rank * (p + q) for p, q in self.modules(targets).values())
-        attention = 2 * 2 * batch * length**2 * self.hidden * self.layers / 2
-        return 2.0 * (self.weights - self.hidden * self.vocabulary + lora) * tokens + attention
-
     def read_widths(self, targets: str = "all-linear") -> list[int]:
         """d_in of every tensor that targeted modules read: q, k and v read one, gate and up another."""
         shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -1,13 +1,10 @@
-"""One batch through every Fisher structure, through the readings and the input pass, beside the plain step; the filter of inputs."""
-
-from contextlib import nullcontext
+"""One batch through every Fisher structure, through the readings, beside the plain step."""
 
 import pytest
 import torch
 
-import sst_kernels as sst
 from bench import evidence, gates
-from bench.passes import MU, Forward, Pass, Setting
+from bench.passes import Pass, Setting
 from bench.shapes import INPUT_RANK
 from bench.workload import STRUCTURES
 
@@ -50,42 +47,26 @@ def test_fisher(timed, model, at, name):
         timed("pass", name, step, gate=finite, flops=flops)
 
 
+def test_filter(timed, at):
+    found = evidence.random_evidence(at, at.shape, {"gain": 16, "cost": 32})
+    price = evidence.other_price()
+
+    def closed(filtered):
+        """What benign inputs excite grows less, and none of the reads is lost."""
+        for name, A in filtered.reads.items():
+            x = found.cost.moments[name]
+            kept, given = (
+                float((z @ (x @ z.mT)).trace())
+                for z in (A.to(x.device).double(), found.weights.a[name].to(x.device).double())
+            )
+            assert 0 < kept < given
+
+    timed("decision", "filter(mu)", lambda: found.filter(price()), gate=closed, rounds=3)
+
+
 @pytest.mark.parametrize("name", ["evidence, harm, opening and rest", "evidence, benign, 2 draws"])
 def test_reading(timed, frozen, at, name):
     batch = at.tokens()
     run, opened = (evidence.harmful(frozen, batch) | evidence.benign(frozen, batch))[name]
     with opened():
         timed("evidence", name, run, flops=at.shape.reading_flops(INPUT_RANK, 2, at.rank, at.batch, at.length))
-
-
-def sketched(device):
-    return INPUT_RANK if device == "cuda" else 32
-
-
-@pytest.mark.parametrize("name", ["forward", "sketch", "whole"])
-def test_inputs(timed, frozen, at, device, name):
-    kept = sketched(device) if name == "sketch" else None
-    moments = nullcontext() if name == "forward" else sst.input_moments(frozen, "safety", rank=kept)
-    flops = at.shape.forward_flops(at.batch, at.length, at.rank)
-    if name != "forward":
-        flops += at.batch * at.length * at.shape.input_flops(kept)
-
-    def gate(_):
-        assert name == "forward" or moments.tokens == at.batch * at.length
-        assert name == "forward" or moments.nbytes == at.shape.input_bytes(kept)
-
-    with moments:
-        timed("inputs", name, Forward(frozen, at.tokens()), gate=gate, flops=flops)
-
-
-def test_filter_inputs(timed, frozen, at, device):
-    sides = [sst.input_moments(frozen, "safety", rank=sketched(device)) for _ in range(2)]
-    for seed, moments in enumerate(sides):
-        with moments:
-            Forward(frozen, at.tokens(seed))()
-
-    def closed(reads):
-        """The reads grow shorter, and none is lost."""
-        assert all(0 < A.norm() < sides[0].reads[name].norm() for name, A in reads.items())
-
-    timed("inputs", "filter_inputs, sketch", lambda: sst.filter_inputs(*sides, MU), gate=closed, rounds=3)

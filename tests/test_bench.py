@@ -62,11 +62,6 @@ class TestShapes:
         square = 6 * batch * length**2 * shape.hidden * shape.layers  # eager attention computes the masked half too
         first = 2 * batch * length * 3 * (64 * 64 + 4 * 64)  # q, k, v of the first layer: their input needs no gradient
         assert counter.get_total_flops() == shape.step_flops(batch, length, 4) + square - first
-        forward = passes.Forward(model, step.batch)
-        with FlopCounterMode(display=False) as counter:
-            forward()
-        logits = 2 * batch * shape.hidden * shape.vocabulary  # of the last token of each sequence
-        assert counter.get_total_flops() == shape.forward_flops(batch, length, 4) + square / 3 + logits
 
 
 class TestClock:
@@ -212,8 +207,8 @@ class TestInputPass:
     def test_arithmetic_of_the_state_is_that_of_the_pass(self, columns, targets):
         where = {"rank": 2, "targets": targets, "length": 16, "device": "cpu", "dtype": torch.float32}
         model = workload.build_model(TINY, **where)
-        with sst.input_moments(model, "safety", rank=columns) as moments:
-            passes.Forward(model, workload.token_batch(TINY, 2, 16, "cpu"))()
+        with torch.no_grad(), sst.input_moments(model, "safety", rank=columns) as moments:
+            model(**workload.token_batch(TINY, 2, 16, "cpu"))
         assert moments.nbytes == TINY.input_bytes(columns, targets)
 
     def test_contestants_take_turns_inside_their_contexts(self):
