@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpointing=options.checkpointing, **where,
     )  # fmt: skip
     spent: dict[str, Any] = {}
+    others = merging.Merges(shape, record, **where)
 
     def read() -> tuple[float, float]:
         record("gate", "evidence against one backward per sample", error=gates.evidence_gate(device))
@@ -59,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
                 record_whole(
                     record, scope, -(-options.samples // options.batch), *spent["evidence"], total, **at.columns
                 )
-        merging.factored_merges(shape, record, **where)
-        merging.peft_merges(shape, record, methods=("dare_linear", "dare_linear_svd"), **where)
+        others.factored()
+        others.peft("dare_linear", "dare_linear_svd")
 
     def peers() -> None:
-        merging.dense_merges(shape, record, **where)
-        merging.kfac_pencils(shape, record, **where)
-        merging.peft_merges(shape, record, methods=("svd", "ties_svd"), **where)
+        others.dense()
+        others.kfac()
+        others.peft("svd", "ties_svd")
 
     stages: dict[str, Callable[[], Any]] = {
         "passes": lambda: passes.fisher_passes(at, record, ceilings), "evidence": read,
