@@ -14,7 +14,18 @@ import jinja2
 
 from bench.common import ROOT
 from bench.results import (
-    FOLDER, Results, Row, fullest, is_gpu, milliseconds, percent, size, sources, table, times, value,
+    FOLDER,
+    Results,
+    Row,
+    fullest,
+    is_gpu,
+    milliseconds,
+    percent,
+    size,
+    sources,
+    table,
+    times,
+    value,
 )  # fmt: skip
 from bench.shapes import INPUT_RANK, SHAPES
 
