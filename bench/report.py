@@ -134,7 +134,7 @@ TARGETS = (
     Target(f"{STREAMED}: memory above plain", 1024 * MIB, size, partial(_memory, STREAMED)),
     *(Target(f"{name} over plain", bound, times, partial(_evidence, name), by_arithmetic=share, miss=miss)
       for name, (bound, share, miss) in READINGS.items()),
-    Target("subspace() with 4 held-out folds over its floor", 3.0, times, _folds, miss="FOLDS"),
+    Target("subspace() with 4 held-out folds over its floor", 3.0, times, _folds, miss="each fold has coordinates of its own to change into: products and copies, then five eigenproblems"),
     Target("GEVP + filter + export, all 224 modules, core space", 1000.0, milliseconds, _ours),
     Target("the same and the solve of the input filter", 1000.0, milliseconds,
            lambda find: total(_ours(find), value(find("decision", "filter(mu)")))),
@@ -194,6 +194,12 @@ def verdict(share: float | None, bound: float) -> str:
     return times(share) + ("" if share is None else ", met" if share <= bound else ", missed")
 
 
+def _within_a_second(row: Row, _rows: list[Row]) -> str:
+    ms = float(row["ms"])
+    judged = row["variant"] != "condense()" and row["basis"] == "measured"  # condensing is no decision
+    return milliseconds(ms) + (", met" if ms <= SECOND else ", missed") * judged
+
+
 def _strict(row: Row, rows: list[Row]) -> str:
     """A reading over the plain step whose logits are computed at labels alone, on the same batch."""
     bound, side = READINGS[row["variant"]][0], "benign" if "benign" in row["variant"] else "harm"
@@ -236,7 +242,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable[[list[Row]], list[Row]],
     }),
     "decisions": (("llm", "evidence"), partial(_of, "decision"), lambda _: True, {
         "decision": lambda r, _: r["variant"], "model": lambda r, _: r["model"], "rows": lambda r, _: r["note"].split(" rows")[0],
-        "time": TIME, "IQR": IQR, "evidence": cell(size, "state_bytes"), "basis": lambda r, _: r["basis"],
+        "time": _within_a_second, "IQR": IQR, "evidence": cell(size, "state_bytes"), "basis": lambda r, _: r["basis"],
     }),
     "solves": ("llm", partial(_timed, ("gevp", "filter", "export")), lambda _: True, {
         "scope, what": lambda r, _: r["variant"], "time": TIME, "IQR": IQR, "floor": FLOOR,
@@ -284,7 +290,11 @@ def _gates(results: Results) -> dict[str, Any]:
               for s in ("gate", "gevp")}  # fmt: skip
     found = {(r["device"], r["variant"]): r["note"] for r in results.all(stage="ceiling")}
     lines = [f"- {device}: {variant}, {note}" for (device, variant), note in sorted(found.items())]
-    return {"errors": errors, "ceilings": "\n".join(lines) or "Not measured yet."}
+    return {
+        "errors": errors,
+        "ceilings": "\n".join(lines) or "Not measured yet.",
+        "large_evidence": size(LARGE.evidence_bytes(16, 768)),
+    }
 
 
 def render(results: Results) -> str:

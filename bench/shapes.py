@@ -100,6 +100,10 @@ class Shape:
         """Operations of one reading over those of a training step on the same batch."""
         return self.reading_flops(columns, draws, rank, batch, length) / self.step_flops(batch, length, rank)
 
+    def evidence_bytes(self, rank: int, rows: int) -> int:
+        """float32 gradients [rank, d_in] of every module that an evidence keeps, for so many rows."""
+        return 4 * rows * rank * sum(q for _, q in self.modules().values())
+
     def row_bytes(self, rank: int, samples: int) -> int:
         """float32 rows of both core Fishers, `samples` sequences each."""
         return 2 * 4 * samples * rank**2 * len(self.modules())
