@@ -41,10 +41,12 @@ class Reading:
 
     def __init__(self, model: Any, batch: Batch, side: Literal["gain", "cost"], **options: Any):
         self.model, self.batch, self.side, self.options = model, batch, side, options
+        self.reading: Any = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         rows = len(self.batch["labels"]) * self.options.get("draws", 1)
+        self.reading = None
         free(self.batch["labels"].device.type)  # the evidence of the round before, which is a cycle
         evidence = sst.Evidence.of(self.model.requires_grad_(False), "safety")
         with evidence.accumulate(self.side, sequences=rows) as self.reading:
