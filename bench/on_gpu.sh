@@ -3,8 +3,8 @@
 # come. A stage that fails does not stop the next.
 #
 #   bash bench/on_gpu.sh [STAGE...]      stages: build smoke tests llm ops gevp sanitizer ncu bench
-# llm holds the Fisher passes, the input pass with its filter, the merges and the whole (stages of `python -m bench.llm --help`).
-#   LLM_ARGS="--stages passes inputs merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+# llm holds the Fisher passes, the readings, the merges and the whole (stages of `python -m bench.llm --help`).
+#   LLM_ARGS="--stages passes evidence merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
 #   SST_COMMIT=abc1234                   where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -53,7 +53,7 @@ for name in "${STAGES[@]}"; do
     llm) stage llm "${LLM_LIMIT:-360}" python3 -m bench.llm --out "$OUT/llm.csv" ${LLM_ARGS:-} ;;
     sanitizer)
         for tool in memcheck racecheck; do
-            for part in ops inputs gevp; do
+            for part in ops reading gevp; do
                 PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool-$part" "${SANITIZER_LIMIT:-60}" compute-sanitizer --tool "$tool" \
                     --error-exitcode 7 --print-limit 20 python3 -m bench.capture "$part" --small --capture
             done
@@ -77,5 +77,5 @@ for name in "${STAGES[@]}"; do
 done
 
 echo "===== errors in the log =====" && grep -nE "Error|error:|Traceback|ERROR SUMMARY|RACECHECK" "$LOG" | tail -n 20 | cut -c1-200
-echo "===== rows =====" && grep -E " (pass|inputs|gevp|filter|export|merge|end to end) .* ms=" "$LOG" | cut -c1-200
+echo "===== rows =====" && grep -E " (pass|evidence|decision|gevp|filter|export|merge|end to end) .* ms=" "$LOG" | cut -c1-200
 echo "===== summary =====" && cat "$SUMMARY"
