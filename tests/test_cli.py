@@ -14,6 +14,7 @@ import tempfile
 import pytest
 import torch
 from rich.progress import Task
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sst_merge import cli, report
@@ -283,3 +284,27 @@ def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch, ela
     assert re.fullmatch(rf"{longest} ━+ 100% +{rate} prompts/s 0:0[01]:00 left 0:00:00\s*", capsys.readouterr().err)
     assert list(Reporter(quiet=True).track([1], longest)) == [1]
     assert capsys.readouterr().err == ""
+
+
+def test_the_weight_of_first_words_is_chosen_afterwards_where_they_were_kept_apart(world, tmp_path):
+    common = [*inputs(world), "--holdout", 0, "--kl-budget", 0.05]
+    adapters = [
+        "--safety",
+        world / "safety",
+        "--task",
+        world / "task",
+        "-q",
+        "--kl-budget",
+        0.05,
+        "--opening-weight",
+        6,
+    ]
+    call("collect", *inputs(world), "--holdout", 0, "--opening-apart", "-o", tmp_path / "apart")
+    call("collect", *inputs(world), "--holdout", 0, "-o", tmp_path / "weighted")
+    call("merge", *common, "--opening-weight", 6, "-o", tmp_path / "anew")
+    call("merge", *adapters, "--evidence", tmp_path / "apart", "-o", tmp_path / "afterwards")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("anew", "afterwards"))
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).norm()) <= 1e-4 * float(tensor.norm()), name
+    with pytest.raises(MergeError, match=r"opening_weight: 6 is asked for, .* count 3\.0; take that, or collect again"):
+        call("merge", *adapters, "--evidence", tmp_path / "weighted", "-o", tmp_path / "no")

@@ -308,7 +308,7 @@ def test_plan_counts_what_the_run_counts(merged, world):
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
     terms = load_adapter(world / "safety").terms.values()
     assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * t.A.shape[1] for t in terms)
-    assert made.memory["gradients at most"] == 4 * sum(t.rank * t.A.shape[1] for t in terms) * (2 * 10 + 2 * 12)
+    assert made.memory["gradients at most"] == 4 * sum(t.rank * t.A.shape[1] for t in terms) * (10 + 2 * 12)
     sketched = Recipe.load(world / "recipe.yml", structure="lowrank", output=world / "planned")
     apart = plan(sketched).passes
     assert apart["inputs, harm"][0] == apart["Fisher, harm"][0] == made.passes["reading, harm"][0]

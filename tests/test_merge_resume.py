@@ -230,7 +230,7 @@ def test_two_ranks_save_what_one_process_saves(launcher, root, tmp_path):
     for start, name in (([sys.executable], "one"), (launcher, "two")):
         call = [*map(str, [*start, *program, "-o", tmp_path / name])]
         subprocess.run(call, check=True, env=environment, capture_output=True, timeout=300)
-    one, two = (sst.Evidence.load(tmp_path / name).gain.rows["rest"] for name in ("one", "two"))
+    one, two = (sst.Evidence.load(tmp_path / name).gain.rows["loss"] for name in ("one", "two"))
     assert one.counts == two.counts
     assert one.groups != two.groups  # each rank's part stands by itself
     order = [two.groups.index(g) for g in one.groups]

@@ -79,6 +79,10 @@ class Recipe(BaseModel):
     opening_weight: float = Field(
         3.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
     )
+    opening_apart: bool = Field(
+        False,
+        description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
+    )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
     benign_labels: Literal["model", "data"] = Field(
         "model", description="sampled from the model, or the data's answers"
@@ -196,6 +200,7 @@ class Recipe(BaseModel):
         """What the reading of the data depends on."""
         return Collection(
             self.opening_tokens,
+            None if self.opening_apart else self.opening_weight,
             self.benign_labels,
             self.label_draws,
             self.tokens_per_batch,

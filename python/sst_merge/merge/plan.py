@@ -71,7 +71,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     if (
         recipe.evidence is None and recipe.from_evidence
     ):  # one forward pass, and a backward pass for each loss and label draw
-        losses = 2 if recipe.opening_tokens else 1
+        losses = 2 if recipe.opening_tokens and recipe.opening_apart else 1
         passes = {
             "reading, harm": stage("harm", 1, 2 + 2 * losses),
             "reading, benign": stage("benign", 1, 2 + 2 * recipe.label_draws),
@@ -90,7 +90,10 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     memory = _memory(recipe, config, parameters, adapters)
     memory |= fisher_memory(recipe, safety, data) if recipe.evidence is None else {}
     if "reading, harm" in passes:
-        rows = len(data["harm"]) * (2 if recipe.opening_tokens else 1) + len(data["benign"]) * recipe.label_draws
+        rows = (
+            len(data["harm"]) * (2 if recipe.opening_tokens and recipe.opening_apart else 1)
+            + len(data["benign"]) * recipe.label_draws
+        )
         memory["gradients at most"] = 4 * rows * sum(term.rank * term.A.shape[1] for term in safety.terms.values())
     if recipe.input_filter and recipe.evidence is None:
         widths = [term.A.shape[1] for term in safety.terms.values()]

@@ -100,7 +100,7 @@ class Source:
         spec = replace(spec, benign_point="reference")
         if len(spec.harm_points) > 1:
             return self._once(("gain", spec), along_the_path)
-        if spec.from_evidence and self.gradients:
+        if spec.from_evidence and self.gradients and self._holds(spec.opening_weight):
             return self._filtered(spec.input_filter, spec.opening_weight).gain
         (point,) = spec.harm_points
         opening = None if spec.opening_weight == 1 else (self.spec.opening_tokens, spec.opening_weight)
@@ -110,7 +110,7 @@ class Source:
     def cost(self, spec: Fishers) -> sst.Fisher:
         """F_benign: the model's own answers, or the data's, at the reference."""
         if replace(spec, harm_points=("reference",)).from_evidence and self.gradients:
-            return self._filtered(spec.input_filter, spec.opening_weight).cost
+            return self._filtered(spec.input_filter, None).cost
         key = replace(spec, harm_points=("reference",), opening_weight=1.0)
         options: dict[str, Any] = {"name": "benign", "labels": self.spec.labels, "draws": self.spec.draws}
         return self._once(("cost", key), lambda: self._pass("benign", spec, point=spec.benign_point, **options))
@@ -146,30 +146,43 @@ class Source:
         """Σ_t x_t xᵀ_t [d_in, d_in] float64 of every adapted module's input, over the tokens of one side's data."""
         return self._once(("gram", side), lambda: self._grams(self._data(side), side))
 
+    def _holds(self, opening_weight: float) -> bool:
+        """Whether the evidence has refusals whose first words count this much. MergeError where it has not, and nothing can be read."""
+        evidence = self.decisions
+        kept = evidence.about.get("opening_weight")
+        if OPENING in evidence.gain.rows or kept == str(float(opening_weight)):
+            return True
+        if self.harm is None:
+            raise MergeError(
+                f"opening_weight: {opening_weight:g} is asked for, and the evidence holds refusals whose first tokens count {kept}; take that, or "
+                "collect again with --opening-apart, which leaves the choice open"
+            )
+        return False
+
     def _collect(self) -> sst.Evidence:
         return collect(self.session, self._data("harm"), self._data("benign"), self.spec, self.continuity)
 
     def _filtered(self, input_filter: float, opening_weight: float | None) -> sst.Filtered:
-        """`Evidence.filter`; without a weight for whoever wants what is read alone."""
+        """`Evidence.filter`; without a weight for whoever wants what is read, or F_benign, alone."""
         evidence = self.decisions
-        if opening_weight is None:
-            found = next((f for (kind, *of), f in self._filters() if of[0] == input_filter), None)
-            if found is not None:
-                return found
-            opening_weight = 1.0
+        apart = OPENING in evidence.gain.rows
+        if apart and opening_weight is None:
+            opening_weight = next((w for _, f, w in self._filters if f == input_filter), 1.0)
 
         def make() -> sst.Filtered:
             start = time.monotonic()
-            losses = {OPENING: opening_weight, REST: 1.0} if OPENING in evidence.gain.rows else None
             with headlined("the inputs cannot be filtered"):
-                found = evidence.filter(input_filter, losses=losses)
+                found = evidence.filter(
+                    input_filter, losses={OPENING: opening_weight or 0.0, REST: 1.0} if apart else None
+                )
             self.session.seconds["filter"] = time.monotonic() - start
             return found
 
-        return self._once(("filtered", input_filter, opening_weight), make)
+        return self._once(("filtered", input_filter, opening_weight if apart else None), make)
 
-    def _filters(self) -> list[tuple[Any, Any]]:
-        return [(key, value) for key, value in self._kept.items() if isinstance(key, tuple) and key[0] == "filtered"]
+    @property
+    def _filters(self) -> list[tuple[str, float, float]]:
+        return [key for key in self._kept if isinstance(key, tuple) and key[0] == "filtered"]
 
     def _pass(self, side: str, spec: Fishers, **options: Any) -> sst.Fisher:
         self.session.use(self.patch(spec.input_filter))

@@ -45,7 +45,7 @@ def collect(
     """
     start = time.monotonic()
     activate(session)
-    losses = 2 if spec.opening_tokens else 1
+    losses = 2 if spec.opening_tokens and spec.opening_weight is None else 1
     evidence = _empty(session, harm, benign, spec, losses, continuity)
     sides: tuple[tuple[Any, str, Dataset, int], ...] = (
         ("gain", "harm", harm, losses),
@@ -83,6 +83,7 @@ def facts_of(session: Session, spec: Collection) -> dict[str, str]:
         "model": model_digest(session.model),
         "task": session.task.sha256 if session.task is not None else "",
         "template": digest(str(getattr(session.tokenizer, "chat_template", None))),
+        "opening_weight": str(spec.opening_weight if spec.opening_tokens else 1.0),
         "reading": repr(sorted(spec.facts().items())),
     }
 
@@ -130,9 +131,14 @@ def _read(reading: Any, side: str, spec: Collection, batch: Batch, generator: to
     if side == "cost":
         reading.backward(inputs, labels=spec.labels, draws=spec.draws, generator=generator, groups=batch.rows)
         return
-    rest = sst.opening_weights(inputs["labels"], tokens=spec.opening_tokens, weight=0.0)
-    losses = {OPENING: 1 - rest, REST: rest} if spec.opening_tokens else {REST: rest}
-    reading.backward(inputs, weights=losses, groups=batch.rows)
+    labels, count, weight = inputs["labels"], spec.opening_tokens, spec.opening_weight
+    weights: Any = None
+    if count and weight is None:
+        rest = sst.opening_weights(labels, tokens=count, weight=0.0)
+        weights = {OPENING: 1 - rest, REST: rest}
+    elif count and weight is not None and weight != 1:
+        weights = sst.opening_weights(labels, tokens=count, weight=weight)
+    reading.backward(inputs, weights=weights, groups=batch.rows)
 
 
 def _empty(
