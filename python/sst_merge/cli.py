@@ -96,7 +96,7 @@ def collect(
     given: dict[str, Any],
     config: Config = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Keep gradients over all inputs: a hundred times the size.")
+        bool, typer.Option("--exact", help="Keep gradients over all inputs: tens of times the size.")
     ] = False,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,

@@ -324,7 +324,8 @@ class Evidence:
                 raise ValueError(f"the {name} side holds no sequences: accumulate it first")
 
     def condense(self, mus: Sequence[float] = MUS) -> Evidence:
-        """The same evidence in a `Basis` of the filters at `mus`: some hundredth of the size, and decisions in milliseconds.
+        """The same evidence in a `Basis` of the filters at `mus`: d_in / m times smaller (22 at 135M and r = 4, 40 at 7B and
+        r = 16), and decisions in fractions of a second.
 
         Exact at these μ (to rounding), and between them up to what `Basis` says; `read_loss` tells. Itself where there is a basis.
         """

@@ -59,7 +59,7 @@ class Source:
             with headlined("the evidence cannot be condensed"):
                 found = self.evidence.condense()
             self.session.seconds["condense"] = time.monotonic() - start
-            self._kept.pop("evidence", None)  # a hundred times the size, and no decision needs it
+            self._kept.pop("evidence", None)  # tens of times the size, and no decision needs it
             return found
 
         return self._once("decisions", condense)
