@@ -40,8 +40,8 @@ for name in "${STAGES[@]}"; do
         stage build 240 python3 setup.py build_ext --inplace
         python3 -c "from sst_kernels import _native; _native.cpu(); _native.cuda(); print('both modules load')" 2>&1 | tail -n 2 | tee -a "$SUMMARY"
         ;;
-    smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does
-        stage smoke 120 python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
+    smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does (SMOKE_LIMIT=400 on a CPU)
+        stage smoke "${SMOKE_LIMIT:-120}" python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
         ;;
     tests)
         stage tests "${TESTS_LIMIT:-240}" python3 -m pytest -q -p no:cacheprovider -m gpu --timeout 120 -n "${TESTS_JOBS:-4}" \

@@ -224,7 +224,8 @@ def _by_time(rows: list[Row]) -> list[Row]:
     return sorted(_timed(("merge", "end to end"), rows), key=lambda r: (r["stage"] != "merge", value(r)))
 
 
-TIME, IQR, FLOOR = cell(milliseconds, "ms"), cell(milliseconds, "iqr_ms"), cell(milliseconds, "floor_ms")
+TIME, FLOOR = cell(milliseconds, "ms"), cell(milliseconds, "floor_ms")
+IQR: Cell = lambda r, _: "–" if r["runs"] == "1" else milliseconds(value(r, "iqr_ms"))  # noqa: E731
 # Name: the files, which of their rows of one machine are shown, which of those have a line, and the columns.
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable[[list[Row]], list[Row]], Callable[[Row], bool], dict[str, Cell]]] = {
     "passes": ("llm", partial(_timed, ("pass",)), lambda _: True, {
