@@ -5,6 +5,7 @@
 #   bash bench/on_gpu.sh [STAGE...]      stages: build smoke tests llm ops gevp sanitizer ncu bench
 # llm holds the Fisher passes, the readings, the merges and the whole (stages of `python -m bench.llm --help`).
 #   LLM_ARGS="--stages passes evidence merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+#   SMOKE_LIMIT=400                      where the smoke stage is rehearsed on a CPU
 #   SST_COMMIT=abc1234                   where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +41,7 @@ for name in "${STAGES[@]}"; do
         stage build 240 python3 setup.py build_ext --inplace
         python3 -c "from sst_kernels import _native; _native.cpu(); _native.cuda(); print('both modules load')" 2>&1 | tail -n 2 | tee -a "$SUMMARY"
         ;;
-    smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does (SMOKE_LIMIT=400 on a CPU)
+    smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does
         stage smoke "${SMOKE_LIMIT:-120}" python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
         ;;
     tests)
