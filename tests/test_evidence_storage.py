@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -530,3 +532,23 @@ def test_rows_that_may_be_held_in_part_are_not_gone_on_with(monkeypatch):
             reading.backward(batch, weights={"a": ones, "b": ones})
         reading.abandon()
     assert evidence.gain.counts.sequences == 0
+
+
+def test_what_nobody_holds_any_more_is_freed_at_once():
+    """Gradients of hundreds of prompts are gigabytes: they must not wait for the garbage collector."""
+    model = tiny_lora(adapters=("task", "safety"))
+    gc.disable()
+    try:
+        evidence = sst.Evidence.of(model, "safety")
+        for side, seed in (("gain", 1), ("cost", 2)):
+            with evidence.accumulate(side) as reading:
+                for i in range(3):
+                    reading.backward(tiny_batch(4, seed=10 * seed + i))
+        del reading
+        condensed = evidence.condense()
+        kept = [weakref.ref(x) for x in (evidence, evidence.gain, evidence.gain.moments, evidence.cost)]
+        del evidence
+        assert [ref() for ref in kept] == [None] * len(kept)
+        assert condensed.filter(3.0).gain.counts.sequences == 12
+    finally:
+        gc.enable()

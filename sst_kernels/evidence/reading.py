@@ -46,7 +46,7 @@ class Reading(Hooks):
         **settings: Any,
     ):
         self._side, self._basis, self._take_in = side, basis, complete
-        super().__init__(model, sites, self._tap, **settings)
+        super().__init__(model, sites, **settings)
         self._schedule: list[str] = [DEFAULT]
         self._copies = HostCopies()
         self._known: list[tuple[int, set[str]]] = []  # samples to come whose inputs these modules' moments hold already

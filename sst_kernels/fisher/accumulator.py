@@ -40,7 +40,7 @@ class Accumulator(Hooks):
     ):
         self._fisher, self._cores, self._branch = fisher, cores, branch
         self._factor = fisher.meta["space"] == "factor"
-        super().__init__(model, sites, self._tap, **settings)
+        super().__init__(model, sites, **settings)
         self._skipped: list[tuple[int, int]] = []
         self._copies = HostCopies()
         self._entering: int | None = None  # the batch whose rows are being added

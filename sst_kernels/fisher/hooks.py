@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +35,6 @@ class Hooks(ABC):
 
     Args:
         model: the model without wrappers; sites: its modules that are read.
-        taps: makes the tap of a module.
         reduction, grad_scale, nonfinite, group: see `fisher_accumulate`.
     """
 
@@ -43,7 +42,6 @@ class Hooks(ABC):
         self,
         model: nn.Module,
         sites: list[LoraSite],
-        taps: Callable[[LoraSite], Tap],
         *,
         reduction: str,
         grad_scale: float | None,
@@ -52,7 +50,6 @@ class Hooks(ABC):
     ):
         self.model, self.sites = model, sites
         self.progress: dict[str, Any] = {}
-        self._make_tap = taps
         self._reduction, self._grad_scale, self._nonfinite, self._group = reduction, grad_scale, nonfinite, group
         self._hooks = ExitStack()
         self._waiting: list[Pass] = []
@@ -65,6 +62,10 @@ class Hooks(ABC):
     @abstractmethod
     def save_checkpoint(self, path: str | os.PathLike, progress: Mapping[str, Any] | None = None) -> None:
         """Write everything that another pass needs to go on; `progress` (JSON-able) comes back as `.progress`."""
+
+    @abstractmethod
+    def _tap(self, site: LoraSite) -> Tap:
+        """What reads a module."""
 
     @abstractmethod
     def _take(self, current: Pass, site: LoraSite, signal: Signal) -> None:
@@ -90,7 +91,7 @@ class Hooks(ABC):
             after = self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
             hooks.callback(after.remove)
             for site in self.sites:
-                hooks.enter_context(self._make_tap(site))
+                hooks.enter_context(self._tap(site))
             self._hooks = hooks.pop_all()
         return self
 
