@@ -155,3 +155,20 @@ def test_a_failing_measurement_costs_no_merge(world, tmp_path, monkeypatch, caps
     assert report["budget"] is None
     assert "not measured" in spent(report)
     assert "could not be measured, so its prediction stands" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_strength_from_evidence_is_measured_on_the_rows_held_out_of_it(world, tmp_path, capsys):
+    first = pipeline.merge(recipe(world, tmp_path / "first", kl_budget=0.3), reporter=QUIET)
+    given = {"evidence": tmp_path / "first/evidence.safetensors", "kl_budget": 0.02}
+    later = pipeline.merge(recipe(world, tmp_path / "later", **given), reporter=QUIET)
+    anew = pipeline.merge(recipe(world, tmp_path / "anew", kl_budget=0.02), reporter=QUIET)
+    assert later["budget"] == anew["budget"]
+    assert later["budget"]["rows"] == first["budget"]["rows"] == 4
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("later", "anew"))
+    assert one == two
+    for change in ({"holdout": 0.25}, {"limit": 12}, {"benign_data": world / "other.jsonl"}):
+        other = pipeline.merge(recipe(world, tmp_path / "other", **given, **change), force=True, reporter=Reporter())
+        assert other["budget"] is None
+        assert "so no row is known to be unseen" in " ".join(capsys.readouterr().err.split())
+    blind = pipeline.merge(recipe(world, tmp_path / "blind", **given, model=None), reporter=QUIET)
+    assert "not measured" in spent(blind)

@@ -226,9 +226,20 @@ class Recipe(BaseModel):
 
     @property
     def files(self) -> dict[str, Path]:
-        """The data files that a run reads: those to fit on unless evidence stands for them, and those to measure on."""
-        fitting = {} if self.evidence is not None else {"harm": self.harm_data, "benign": self.benign_data}
-        given = {**fitting, "eval_harm": self.eval_harm_data, "eval_benign": self.eval_benign_data}
+        """The data files that a run reads: those to fit on, and those to measure on.
+
+        Where evidence stands for the former, the benign one is read with a model at hand: for the rows that were held out of it.
+        """
+        given = {
+            "harm": self.harm_data,
+            "benign": self.benign_data,
+            "eval_harm": self.eval_harm_data,
+            "eval_benign": self.eval_benign_data,
+        }
+        if self.evidence is not None:
+            del given["harm"]
+            if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
+                del given["benign"]
         return {name: path for name, path in given.items() if path is not None}
 
     @property

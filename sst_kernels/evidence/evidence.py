@@ -128,6 +128,7 @@ class Evidence:
         weights: the adapter that was read.
         basis: where rows and moments are kept in (see `Basis`), None for all of d_in.
         about: what the user says of model, template and data; `merge` and `resume` refuse another `about`.
+        notes: what else its maker wants to find again; of merged evidence what both agree in.
     """
 
     def __init__(
@@ -136,8 +137,10 @@ class Evidence:
         sides: tuple[Side, Side],
         meta: dict[str, Any],
         basis: Basis | None,
+        notes: Mapping[str, str] | None = None,
     ):
         self.weights, self.meta, self.basis = weights, meta, basis
+        self.notes = dict(notes or {})
         self.gain, self.cost = sides
         self._open: Callable[[Side, Callable[[Side], None]], Reading] | None = None
         self._last: tuple[Any, Filtered] | None = None
@@ -356,7 +359,7 @@ class Evidence:
                 part.groups = list(fisher.groups)
                 part.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
             sides.append(new)
-        return Evidence(self.weights, (sides[0], sides[1]), meta, basis)
+        return Evidence(self.weights, (sides[0], sides[1]), meta, basis, self.notes)
 
     def merge(self, other: Evidence) -> None:
         """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
@@ -367,6 +370,7 @@ class Evidence:
         self.cost.check_same(other.cost)
         self.gain.merge(other.gain)
         self.cost.merge(other.cost)
+        self.notes = {key: note for key, note in self.notes.items() if other.notes.get(key) == note}
         self._last = None
 
     def save(self, path: str | os.PathLike) -> None:
@@ -374,6 +378,7 @@ class Evidence:
         tensors = {f"weights/{n}/A": a for n, a in self.weights.a.items()}
         tensors |= {f"weights/{n}/B": b for n, b in self.weights.b.items()}
         header: dict[str, Any] = {"kind": "evidence", "meta": self.meta, "scaling": self.weights.scaling, "sides": {}}
+        header["notes"] = self.notes
         header["blocks"] = [[b.name, *b.shape] for b in self.gain.blocks]
         for name, side in (("gain", self.gain), ("cost", self.cost)):
             header["sides"][name], kept = side.pack()
@@ -416,7 +421,7 @@ class Evidence:
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)
-            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis)
+            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, header["notes"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: its header does not describe evidence ({error!r}): collect it again") from error
 

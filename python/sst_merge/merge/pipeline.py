@@ -25,6 +25,7 @@ from ..progress import Reporter
 from ..recipe import Recipe
 from ..report import write_report
 from ..run.checkpoints import continuing
+from ..run.collect import rows_digest
 from ..run.launch import leader
 from ..run.memory import check_pencil
 from ..session import Session, open_session
@@ -109,10 +110,12 @@ def merge(
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
-        if recipe.evidence is None:
+        if recipe.evidence is not None:
+            data = _seen_by_nobody(data, source := open_source(recipe, session, {}), reporter)
+        else:
             check_folds(recipe, data)
             check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
-        source = open_source(recipe, session, data, continuity)
+            source = open_source(recipe, session, data, continuity)
         space = source.subspace(recipe.pencil)
         if not leading:
             return {}
@@ -136,6 +139,19 @@ def merge(
             write_prompts(folder / "prompts.json", evaluations)
         write_report(report, folder)
     return report
+
+
+def _seen_by_nobody(data: Mapping[str, Dataset], source: Source, reporter: Reporter) -> dict[str, Dataset]:
+    """The data without those that evidence stands for; benign rows that were held out of it stay, to measure on."""
+    kept = dict(data)
+    benign = kept.pop("benign", None)
+    if benign is not None and source.evidence.notes.get("benign rows") != rows_digest(benign):
+        kept.pop("eval_benign", None)
+        reporter.warn(
+            f"{benign.path} less its held-out rows is not what the evidence was collected from, so no row is known to be unseen: the budget is "
+            "not measured. Give eval_benign_data, or the benign_data, limit and holdout of the collection"
+        )
+    return kept
 
 
 def _chosen(

@@ -73,6 +73,7 @@ def collect(
                     run(batch, item_seed(spec.seed, number))
                 if keep is not None:
                     keep.save()
+    evidence.notes["benign rows"] = rows_digest(benign)
     session.seconds["reading"] = time.monotonic() - start
     return evidence
 
@@ -86,6 +87,11 @@ def facts_of(session: Session, spec: Collection) -> dict[str, str]:
         "opening_weight": str(spec.opening_weight if spec.opening_tokens else 1.0),
         "reading": repr(sorted(spec.facts().items())),
     }
+
+
+def rows_digest(data: Dataset) -> str:
+    """A hash of tokenised rows: which ones an evidence was collected from."""
+    return digest([(example.tokens, example.prompt_tokens) for example in data.examples])
 
 
 def activate(session: Session) -> None:
