@@ -29,11 +29,11 @@ from ..io.adapters import Adapter
 from ..io.data import Dataset, load_dataset
 from ..io.output import check_output, output_file
 from ..io.paths import expanded
-from ..merge.pipeline import load_data, open_source
+from ..merge.pipeline import load_data, open_source, session_of
 from ..methods import Inputs, Method
 from ..progress import Reporter
 from ..run.collect import model_digest
-from ..session import Session, open_session
+from ..session import Session
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
 from .recipe import ALWAYS, OF_METHODS, Comparison
 
@@ -177,15 +177,7 @@ def _claim(output: Path) -> Path:
 
 
 def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
-    session = open_session(
-        recipe.model,
-        recipe.safety,
-        recipe.task,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        quantization=recipe.quantization,
-        reporter=reporter,
-    )
+    session = session_of(recipe, reporter)
     data = load_data(recipe, session.tokenizer)
     if recipe.eval_safe_data is not None:
         options: dict[str, Any] = {

@@ -37,6 +37,14 @@ from .trust import Budget, Choice, hold_out, within
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
+def session_of(recipe: Recipe, reporter: Reporter) -> Session:
+    """The model and adapters of a recipe."""
+    return open_session(
+        recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization,
+        reporter=reporter,
+    )  # fmt: skip
+
+
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     """The recipe's data files, tokenised. Raises DataError."""
     options: dict[str, Any] = {
@@ -98,15 +106,7 @@ def merge(
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
-        session = open_session(
-            recipe.model,
-            recipe.safety,
-            recipe.task,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            quantization=recipe.quantization,
-            reporter=reporter,
-        )
+        session = session_of(recipe, reporter)
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
@@ -205,15 +205,7 @@ def collect_to_file(
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
     ):
-        session = open_session(
-            recipe.model,
-            recipe.safety,
-            recipe.task,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            quantization=recipe.quantization,
-            reporter=reporter,
-        )
+        session = session_of(recipe, reporter)
         source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
