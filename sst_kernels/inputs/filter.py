@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.lora import digest_of
-from sst_kernels.fisher.structures.moment import Columns, Moment, dense
+from sst_kernels.fisher.structures.moment import Columns, Moment, Triangle, dense
 from sst_kernels.inputs.moments import InputMoments, MomentSums
 
 _LEVEL = (
@@ -58,7 +58,7 @@ def filtered_reads(
         members.setdefault(gain.shared[name], []).append(name)
     out: dict[str, list[Tensor]] = {name: [] for name in reads}
     for leader, names in members.items():
-        of_gain, of_cost = gain[leader], cost[leader]
+        of_gain, of_cost = gain.half(leader), cost.half(leader)
         wide = torch.cat([reads[name].to(of_gain.device, torch.float64) for name in names]).mT
         target = of_gain @ wide
         for mu in mus:
@@ -134,7 +134,7 @@ class Basis(Mapping[str, Tensor]):
         for name, own in reads.items():
             leader = gain.shared[name]
             if last[0] != leader:
-                sides = gain[leader], cost[leader]
+                sides = gain.half(leader), cost.half(leader)
                 last = leader, (*sides, *(_ridge(leader, side, _ROUNDING[0]) for side in sides))
             x_gain, x_cost, r_gain, r_cost = last[1]
             stacked = torch.cat([own.to(x_gain.device, torch.float64), *found[name]])
@@ -201,10 +201,10 @@ def read_loss(
     return lost
 
 
-def _inverse(name: str, gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor]:
+def _inverse(name: str, gain: Moment | Triangle, cost: Moment | Triangle, mu: float) -> Callable[[Tensor], Tensor]:
     """x [d, m] -> (X_g + μ X_c + ε)⁻¹ x: by Cholesky of d×d, or through the columns of two sketches (Woodbury)."""
-    if isinstance(gain, Tensor) or isinstance(cost, Tensor):
-        both = dense(gain) + mu * dense(cost)
+    if not (isinstance(gain, Columns) and isinstance(cost, Columns)):
+        both = torch.add(_lower(gain), _lower(cost), alpha=mu)
         diagonal = both.diagonal().clone()
         for share in _ROUNDING:
             wider = (1 + share) * diagonal
@@ -223,7 +223,12 @@ def _inverse(name: str, gain: Moment, cost: Moment, mu: float) -> Callable[[Tens
     return lambda x: (x - columns @ torch.cholesky_solve(columns.mT @ x, factor)) / rest
 
 
-def _ridge(name: str, moment: Moment, share: float) -> Tensor:
+def _lower(moment: Moment | Triangle) -> Tensor:
+    """[d, d] float64 whose lower triangle is the moment's: Cholesky reads no more."""
+    return moment.lower if isinstance(moment, Triangle) else dense(moment)
+
+
+def _ridge(name: str, moment: Moment | Triangle, share: float) -> Tensor:
     """[d]: what `_inverse` adds to the diagonal of this side's moments."""
     if isinstance(moment, Columns):
         return _level(name, moment.trace(), len(moment.columns)).expand(len(moment.columns))

@@ -19,7 +19,7 @@ from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, 
 from sst_kernels.fisher.loss import named_inputs, read_spans
 from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.passes import flat_tokens
-from sst_kernels.fisher.structures.moment import Moment, SecondMoment
+from sst_kernels.fisher.structures.moment import Columns, Moment, SecondMoment, Triangle
 from sst_kernels.fisher.taps import LayerTap, Signal, eager
 from sst_kernels.memo import Memo
 
@@ -42,6 +42,10 @@ class MomentSums(Mapping[str, Moment]):
 
     def __getitem__(self, name: str) -> Moment:
         return self._sums[self.shared[name]].mean(self.tokens)
+
+    def half(self, name: str) -> Triangle | Columns:
+        """The same for products and Cholesky factors."""
+        return self._sums[self.shared[name]].half(self.tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shared)

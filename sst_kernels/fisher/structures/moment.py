@@ -70,6 +70,28 @@ class Columns:
         return self.columns.device
 
 
+@dataclass(frozen=True)
+class Triangle:
+    """A symmetric matrix by its lower triangle [d, d] float64, zeros above: what Cholesky reads, without a mirrored copy."""
+
+    lower: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """This times x [d, m]."""
+        return self.lower @ x + self.lower.mT @ x - self.lower.diagonal()[:, None] * x
+
+    def dense(self) -> Tensor:
+        """[d, d]."""
+        return symmetric(self.lower)
+
+    def diagonal(self) -> Tensor:
+        return self.lower.diagonal()
+
+    @property
+    def device(self) -> torch.device:
+        return self.lower.device
+
+
 Moment = Tensor | Columns  # a mean of x xᵀ: whole [d, d], float64, or out of its sketch
 
 
@@ -125,6 +147,11 @@ class SecondMoment:
         energy, trace = columns.square().sum().clamp_min(1e-300), self.trace.clamp_min(0)
         rest = (trace - energy).clamp_min(0) / len(columns)
         return Columns(columns * ((trace / energy).clamp_max(1) / count).sqrt(), rest / count)
+
+    def half(self, count: float) -> Triangle | Columns:
+        """`mean` for products and Cholesky factors."""
+        mean = None if self.dense else self.mean(count)
+        return mean if isinstance(mean, Columns) else Triangle(self.sum.tril().double().div_(count))
 
     def factor(self, count: float) -> LowRankFactor:
         """M / count, reconstructed."""
