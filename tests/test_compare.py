@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from sst_merge.compare import compare as comparing
-from sst_merge.compare.compare import compare
+from sst_merge.compare.compare import compare, summarise
 from sst_merge.compare.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
 from sst_merge.compare.recipe import Comparison
 from sst_merge.compare.report import html, markdown
 from sst_merge.errors import MergeError, OutputError, RecipeError
+from sst_merge.io.data import load_dataset
 from sst_merge.merge import source
 from sst_merge.progress import Reporter
 from tests import merge_cases as cases
@@ -88,6 +89,29 @@ def test_the_unpatched_model_is_no_point_of_the_plain_curve(first):
         row["intervals"]["plain_kl"][0] is None or row["intervals"]["plain_kl"][0] >= lowest * (1 - 1e-9)
         for row in first["rows"]
     )
+
+
+def test_at_equal_rate_plain_addition_costs_its_own_kl_over_that_of_the_row(first, world):
+    recipe = Comparison.load(world / "compare.yml")
+    files = sorted((world / "out" / "rows").glob("*.json"))
+    kept = {(r["method"], r["strength"]): r for r in (json.loads(f.read_text())["row"] for f in files)}
+    rows = [kept[row["method"], row["strength"]] for row in first["rows"]]
+    shares = {"no patch": 0, ("plain", 0.2): 2, ("plain", 0.6): 4, ("plain", 1.0): 7, "sst": 4, "ties": 3, "tsv-m": 1}
+    for row in rows:
+        harmful = [p for p in row["prompts"] if p["set"] == "harmful"]
+        refused = shares.get(row["method"], shares.get((row["method"], row["strength"])))
+        for number, prompt in enumerate(harmful):
+            prompt["refused"] = number < refused
+    data = {name: load_dataset(world / f"{name}.jsonl", cases.tokenizer()) for name in ("eval_harm", "eval_benign")}
+    found = {(r["method"], r["strength"]): r for r in summarise(recipe, rows, data)["rows"]}
+    kl = {key: row["benign_kl"] for key, row in found.items()}
+    ratio = {key: row["intervals"]["rate_ratio"][0] for key, row in found.items()}
+    assert ratio["sst", 0.05] == pytest.approx(kl["plain", 0.6] / kl["sst", 0.05], rel=1e-9)
+    between = (kl["plain", 0.2] * kl["plain", 0.6]) ** 0.5  # half way from 2 to 4 of 8, log-linear
+    assert ratio["ties", 0.5] == pytest.approx(between / kl["ties", 0.5], rel=1e-9)
+    assert ratio["tsv-m", 0.5] is None  # plain addition was not measured at so few
+    silent = summarise(recipe.model_copy(update={"generate_tokens": 0}), rows, data)
+    assert all("rate_ratio" not in row["intervals"] for row in silent["rows"])
 
 
 def test_report_files(first, world):

@@ -138,12 +138,16 @@ def summarise(
         for name in {r["method"]: 0 for r in good}
     }
     plain = _curve(good, points, lambda r: r["method"] == "plain")
+    answered = [(_refused(r), benign) for r, (_, benign) in zip(good, points)] if recipe.generate_tokens else None
+    plain_rates = _curve(good, answered, lambda r: r["method"] == "plain") if answered else None
     start = next(r for r in good if r["method"] == "no patch")
     corner = (start["refusal_nll"], max((r["benign_kl"] for r in good if r["method"] == "plain"), default=0.0) or 1.0)
     front = non_dominated(*(np.array([r[k] for r in good]) for k in ("refusal_nll", "benign_kl")))
     described = []
-    for row, point, best in zip(good, points, front.tolist()):
+    for number, (row, point, best) in enumerate(zip(good, points, front.tolist())):
         found = equal_refusal(point, plain, resample)
+        if answered is not None and plain_rates is not None:
+            found["rate_ratio"] = equal_refusal(answered[number], plain_rates, resample)["ratio"]
         numbers = {k: row.get(k) for k in (*NUMBERS, "merge_seconds", "evaluation_seconds", "peak_bytes", "parameters")}
         described.append({"method": row["method"], "strength": row["strength"], "needs": row["needs"], "front": best, **numbers, "intervals": {k: _finite(v) for k, v in found.items()}})  # fmt: skip
     return {
@@ -242,6 +246,12 @@ def _sums(row: Mapping[str, Any], data: Mapping[str, Dataset]) -> tuple[np.ndarr
         mine = sorted((p["line"], p[key]) for p in row["prompts"] if p["set"] == kind)
         out.append(np.array([(value * labels[line], labels[line]) for line, value in mine]))
     return out[0], out[1]
+
+
+def _refused(row: Mapping[str, Any]) -> np.ndarray:
+    """(not refused, 1) of each harmful prompt [N, 2], ordered by line: its mean falls as refusal grows, as the NLL does."""
+    answers = sorted((p["line"], p["refused"]) for p in row["prompts"] if p["set"] == "harmful")
+    return np.array([(1.0 - refused, 1.0) for _, refused in answers])
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], points: list, member: Any) -> tuple[np.ndarray, np.ndarray]:

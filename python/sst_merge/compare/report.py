@@ -11,8 +11,8 @@ from typing import Any
 from ..io.output import output_file
 
 UNITS = (
-    "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratio: benign KL "
-    "of plain addition at the same refusal NLL, over this one; above 1 the method is cheaper. Brackets: 95 % bootstrap over prompts."
+    "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratios: benign KL of "
+    "plain addition at the same refusal NLL, or at the same share refused, over this one; above 1 the method is cheaper. Brackets: 95 % bootstrap over prompts."
 )
 COLUMNS = (
     "method",
@@ -22,7 +22,8 @@ COLUMNS = (
     "benign KL",
     "benign NLL",
     "over-refusal",
-    "ratio at equal refusal",
+    "ratio at equal NLL",
+    "ratio at equal rate",
     "merge s",
     "data",
 )
@@ -43,7 +44,7 @@ def markdown_table(report: Mapping[str, Any]) -> list[str]:
         cells = (
             row["method"] + star, f"{row['strength']:g}", _span(spans["refusal_nll"], 3), _rate(row["refusal_rate"]),
             _span(spans["kl"], 4), _number(row["benign_nll"], 3), _rate(row["over_refusal"]), _span(spans["ratio"], 2),
-            _number(row["merge_seconds"], 2), ", ".join(row["needs"]) or "none",
+            _span(spans.get("rate_ratio", (None,) * 3), 2), _number(row["merge_seconds"], 2), ", ".join(row["needs"]) or "none",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
