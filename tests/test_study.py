@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from sst_merge.compare_plan import Comparison
-from sst_merge.data import load_dataset
 
+from sst_merge.compare.recipe import Comparison
+from sst_merge.io.data import load_dataset
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
 

