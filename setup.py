@@ -18,10 +18,8 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self):
         output = Path(self.get_ext_fullpath("sst_kernels._native_cpu")).parent.resolve()
-        # Headers of cuBLAS/cuSOLVER wheels, also those of the environment that an isolated build hides from its own Python.
-        wheels = ";".join(
-            f"{entry}/nvidia/{name}" for entry in sys.path for name in ("cu13", "cusolver", "cublas", "cusparse")
-        )
+        # Headers of NVTX wheels, also those of the environment that an isolated build hides from its own Python.
+        wheels = ";".join(f"{entry}/nvidia/{name}" for entry in sys.path for name in ("cu13", "nvtx"))
         arguments = [
             f"-DSST_OUTPUT={output}",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -21,8 +21,8 @@ from bench.common import count_calls, profile  # sets the import paths, so befor
 
 import torch  # isort: skip
 import sst_kernels as sst
-from bench import gates, op_cases, passes, workload
-from bench.shapes import INPUT_RANK, SHAPES, Shape
+from bench import evidence, gates, ops, passes, workload
+from bench.shapes import SHAPES, Shape
 
 NCU_COLUMNS = {
     "gpu__time_duration.sum": "time_us",
@@ -43,9 +43,9 @@ Stage = Callable[[Shape, str, bool], Callable[[], Any]]
 def stage_ops(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     """Every op once: the attention width of the shape, batch 8 x 512, rank 16 (or odd little sizes that leave partial tiles)."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    size = op_cases.Size(3, 37, 6, 81, 3) if small else op_cases.Size(8, 512, 16, shape.hidden, 7 * shape.layers)
-    draw = op_cases.Draw(size, device, dtype)
-    cases = [case for make in op_cases.CASES.values() for case in make(draw)]
+    size = ops.Size(3, 37, 6, 81, 3) if small else ops.Size(8, 512, 16, shape.hidden, 7 * shape.layers)
+    draw = ops.Draw(size, device, dtype)
+    cases = [case for make in ops.CASES.values() for case in make(draw)]
 
     def run() -> None:
         for case in cases:
@@ -77,12 +77,13 @@ def stage_pass(shape: Shape, device: str, small: bool) -> Callable[[], None]:
     return step
 
 
-def stage_inputs(shape: Shape, device: str, small: bool) -> Callable[[], None]:
-    """A batch of the input pass, sketched at 512 columns."""
+def stage_reading(shape: Shape, device: str, small: bool) -> Callable[[], None]:
+    """A batch of benign rows read, two draws."""
     at = _setting(shape, device, small)
-    forward = passes.Forward(at.model().requires_grad_(False), at.tokens())
-    sst.input_moments(forward.model, "safety", rank=8 if small else INPUT_RANK).__enter__()
-    return forward
+    ((run, opened),) = evidence.benign(at.model(), at.tokens()).values()
+    run.context = opened()  # held, and open as long as the process lives
+    run.context.__enter__()
+    return run
 
 
 def stage_merge(shape: Shape, device: str, small: bool) -> Callable[[], Any]:
@@ -94,7 +95,7 @@ def stage_merge(shape: Shape, device: str, small: bool) -> Callable[[], Any]:
 
 
 STAGES: dict[str, Stage] = {
-    "ops": stage_ops, "gevp": stage_gevp, "inputs": stage_inputs, "pass": stage_pass, "merge": stage_merge,
+    "ops": stage_ops, "gevp": stage_gevp, "reading": stage_reading, "pass": stage_pass, "merge": stage_merge,
 }  # fmt: skip
 
 

@@ -68,11 +68,8 @@ def machine(device: str) -> dict[str, str]:
         found = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
         name, driver = torch.cuda.get_device_name(device), found[0] if found else "unknown"
     else:
-        threads = torch.get_num_threads()
-        name, driver = (
-            f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}",
-            "",
-        )
+        threads, driver = torch.get_num_threads(), ""
+        name = f"{_processor()}, {'1 thread, CPU time' if threads == 1 else f'{threads} threads, wall clock'}"
     about = {"device": name, "driver": driver, "versions": " ".join(versions)}
     return about | {"commit": commit(), "date": datetime.date.today().isoformat()}
 
@@ -123,26 +120,20 @@ class Measured:
 
 
 def in_turn(
-    turns: Mapping[str, Turn],
-    device: str,
-    repeats: int,
-    *,
-    warmup: int = 1,
-    seconds: float | None = None,
-    before: Run = lambda: None,
-) -> dict[str, Measured]:
+    turns: Mapping[str, Turn], device: str, repeats: int, *, warmup: int = 1, seconds: float | None = None,
+    clock: Callable[[Run], float] | None = None,
+) -> dict[str, Measured]:  # fmt: skip
     """Every turn once a round inside its own context, so that drift hits all alike; the first `warmup` rounds do not count.
 
-    before: called before each turn, not timed. seconds: what the rounds may take; the last one is finished.
+    clock: what times one call in ms, `stopwatch` by default. seconds: what the rounds may take; the last one is finished.
     """
-    clock, found = stopwatch(device), {name: ([], []) for name in turns}
+    clock, found = clock or stopwatch(device), {name: ([], []) for name in turns}
     begin = time.monotonic()
     for number in range(-warmup, repeats):
         begin = time.monotonic() if number == 0 else begin
         for name, turn in turns.items():
             run, context = turn if isinstance(turn, tuple) else (turn, nullcontext)
             with context(), peak_memory(device) as peak:
-                before()
                 spent = clock(run)
             if number >= 0:
                 found[name][0].append(spent)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,27 @@ COORDINATES, ROWS, REPEATS = 57_344, 96, 3
 
 
 def rows_of(kind: str, ranks: int, **options: Any) -> list[Structure]:
-    structure = make_structure(kind, (COORDINATES, 1), **options)
-    structure.append(torch.ones(ROWS // ranks, COORDINATES))  # type: ignore[attr-defined]
+    structure: Any = make_structure(kind, (COORDINATES, 1), **options)
+    structure.append(torch.ones(ROWS // ranks, COORDINATES))
     structure.counts += Counts(ROWS // ranks)
     return [structure]
 
 
-def folded(ranks: int) -> list[Structure]:
+def folded(_ranks: int) -> list[Structure]:
     """40 modules of rank 16, 20 MiB."""
-    made = [make_structure("full", (16, 16), rows="fold") for _ in range(40)]
+    made: list[Any] = [make_structure("full", (16, 16), rows="fold") for _ in range(40)]
     for structure in made:
-        structure.append(torch.ones(300, 256))  # type: ignore[attr-defined]
+        structure.append(torch.ones(300, 256))
     return made
 
 
-# name: the structures of one rank, and the bytes of rows that all ranks bring (None: sums of the state)
+# name: the structures of one rank, and whether they are rows that all ranks bring (else sums of the state)
 CASES: dict[str, tuple[Callable[[int], list[Structure]], bool]] = {
-    "full, rows": (lambda ranks: rows_of("full", ranks), True),
-    "lowrank, rows": (lambda ranks: rows_of("lowrank", ranks, rank=ROWS // 2), True),
+    "full, rows": (partial(rows_of, "full"), True),
+    "lowrank, rows": (partial(rows_of, "lowrank", rank=ROWS // 2), True),
     "full, module scope": (folded, False),
-    "diagonal, factor space": (lambda ranks: [make_structure("diagonal", (2048, 2560))], False),
-    "kronecker": (lambda ranks: [make_structure("kronecker", (16, 2296))], False),
+    "diagonal, factor space": (lambda _: [make_structure("diagonal", (2048, 2560))], False),
+    "kronecker": (lambda _: [make_structure("kronecker", (16, 2296))], False),
 }
 
 

@@ -6,9 +6,8 @@ rows to $OUT/benchmark.csv where OUT is set.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,46 +75,28 @@ class Cost:
     ceilings: dict[torch.dtype, Ceilings]
 
     def __call__(
-        self,
-        stage: str,
-        variant: str,
-        run: Callable[..., Any],
-        *,
-        inputs: Sequence[tuple] = ((),),
-        gate: Callable[[Any], float | None],
-        bytes: float = 0.0,
-        flops: float = 0.0,
-        dtype: torch.dtype | None = None,
-        rounds: int = 5,
-        **columns: Any,
-    ) -> Any:
-        """Check `run` on the first of `inputs` with `gate` (which raises, or returns an error to report), then time it.
+        self, stage: str, variant: str, run: Callable[[], Any], *, gate: Callable[[Any], float | None], bytes: float = 0.0,
+        flops: float = 0.0, dtype: torch.dtype | None = None, rounds: int = 5, **columns: Any,
+    ) -> Any:  # fmt: skip
+        """Check what `run` returns with `gate` (which raises, or returns an error to report), time it, and return it.
 
-        inputs: argument tuples to rotate through: together several times the L2 cache where memory traffic is the point.
-        rounds: the least number of them. bytes, flops, dtype: the least work, for the floor. Returns what the gated call returned.
+        rounds: the least number of them. bytes, flops, dtype: the least work, for the floor.
         """
         with peak_memory(self.device) as peak:
-            result = run(*inputs[0])
+            result = run()
         error = gate(result)
-        turn = itertools.cycle(inputs)
         clock = self.benchmark._timer = EventClock() if self.device == "cuda" else cpu_clock()
         if self.benchmark.enabled:  # warm by now: as many rounds as fit SECONDS
             begin = clock()
-            run(*inputs[-1])
+            run()
             rounds = max(rounds, min(MOST_ROUNDS, int(SECONDS / max(clock() - begin, 1e-9))))
-        self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds, warmup_rounds=2)
+        self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
         ceiling = self.ceilings[dtype or next(iter(self.ceilings))]
         floor = ceiling.floor_ms(bytes, flops) if bytes or flops else None
-        columns |= {
-            "bytes": bytes or None,
-            "flops": flops or None,
-            "floor_ms": floor,
-            "peak_mib": peak.mib,
-            "error": error,
-        }
-        self.benchmark.extra_info.update(
-            machine(self.device), stage=stage, variant=variant, basis="measured", **columns
-        )
+        columns |= {"bytes": bytes or None, "flops": flops or None, "floor_ms": floor}
+        columns |= {"peak_mib": peak.mib, "error": error}
+        about = {"stage": stage, "variant": variant, "basis": "measured"}
+        self.benchmark.extra_info.update(machine(self.device), **about, **columns)
         if self.benchmark.enabled and (out := os.environ.get("OUT")):
             stats = self.benchmark.stats.stats
             columns |= {"ms": 1e3 * stats.median, "iqr_ms": 1e3 * stats.iqr, "runs": stats.rounds}

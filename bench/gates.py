@@ -38,28 +38,32 @@ def fisher_gate(device: str) -> float:
     return _worst(ratios)
 
 
-def inputs_gate(device: str) -> float:
-    """Moments of a padded batch against those of its samples one by one, the filter of whole and sketched moments against its formula
-    solved in d×d; the worst ratio."""
+def evidence_gate(device: str, mu: float = 3.0) -> float:
+    """Moments of padded batches against what each sample reads, filters of whole and sketched moments against their formula solved in
+    d×d, and rows against one backward pass per sample at S = 0; the worst ratio."""
     model = build_model(GATE_SHAPE, rank=4, device=device, dtype=torch.float32, length=24).requires_grad_(False)
-    sides = []
-    for seed, end in ((0, 18), (1, 24)):
-        batch = token_batch(GATE_SHAPE, 6, 24, device, seed=seed)
-        batch["attention_mask"][1, end:] = 0
-        sides.append((batch, {rank: _input_moments(model, batch, rank) for rank in (None, 8)}))
-    batch, found = sides[0]
+    sides = {"gain": token_batch(GATE_SHAPE, 6, 24, device), "cost": token_batch(GATE_SHAPE, 6, 24, device, seed=1)}
+    sides["gain"]["attention_mask"][1, 18:] = 0
+    sides["gain"]["labels"][1, 18:] = -100
     ratios = {}
-    for name, x in _reads(model, batch).items():
-        ratios[f"inputs of {name}"] = error_ratio(dense(found[None][name]), x.mT @ x / len(x))
     for rank in (None, 8):
-        gain, cost = (moments[rank] for _, moments in sides)
-        for name, filtered in sst.filter_inputs(gain, cost, 3.0).items():
+        evidence = sst.Evidence.of(model, "safety", rank=rank)
+        for side, batch in sides.items():
+            with evidence.accumulate(side) as reading:
+                reading.backward(batch)
+        gain, cost = evidence.gain.moments, evidence.cost.moments
+        for name, filtered in evidence.filter(mu).reads.items():
             x, y = dense(gain[name]), dense(cost[name])
-            both = x + 3.0 * y
+            both = x + mu * y
             both.diagonal().mul_(1 + 1e-4 if isinstance(gain[name], Tensor) else 1)
             both.diagonal().add_(1e-6 * both.diagonal().mean())
-            expected = torch.linalg.solve(both, x @ gain.reads[name].double().mT).mT
-            ratios[f"filter of {name} at rank {rank}"] = error_ratio(filtered, expected)
+            expected = torch.linalg.solve(both, x @ evidence.weights.a[name].to(x).mT).mT
+            ratios[f"filter of {name} at rank {rank}"] = error_ratio(filtered.to(x), expected)
+        if rank is None:
+            for name, x in _reads(model, sides["gain"]).items():
+                ratios[f"inputs of {name}"] = error_ratio(dense(gain[name]), x.mT @ x / len(x))
+            rows = evidence.filter(0.0).gain.rows()
+            ratios["rows"] = error_ratio(rows, _core_rows(model, sides["gain"], reference=True))
     return _worst(ratios)
 
 
@@ -129,12 +133,6 @@ def _accumulate(model: nn.Module, batches: list[dict[str, Tensor]], variant: Var
     return accumulator.fisher
 
 
-def _input_moments(model: nn.Module, batch: dict[str, Tensor], rank: int | None) -> sst.InputMoments:
-    with torch.no_grad(), sst.input_moments(model, "safety", rank=rank) as moments:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return moments
-
-
 def _reads(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tokens [S, d_in] that each module reads without the adapter, one sample at a time."""
     seen: dict[str, list[Tensor]] = {}
@@ -162,10 +160,11 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-def _core_rows(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Σ_t e hᵀ of every module by its definition: an explicit S between lora_A and lora_B, one sample at a time."""
+def _core_rows(model: nn.Module, batch: dict[str, Tensor], reference: bool = False) -> Tensor:
+    """Σ_t e hᵀ of every module by its definition: an explicit S, 1 or at the reference 0, between lora_A and lora_B, one sample at a time."""
     layers = _layers(model)
-    cores = {n: torch.eye(m.r["safety"], device=batch["labels"].device).requires_grad_() for n, m in layers.items()}
+    start = lambda m: (1 - reference) * torch.eye(m.r["safety"], device=batch["labels"].device)  # noqa: E731
+    cores = {n: start(m).requires_grad_() for n, m in layers.items()}
     handles = [
         m.lora_A["safety"].register_forward_hook(lambda _m, _i, h, s=cores[n]: h @ s.T) for n, m in layers.items()
     ]

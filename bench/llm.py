@@ -10,22 +10,21 @@ import argparse
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.common import Recorder, free, measure_ceilings
 
 import torch  # isort: skip
-from bench import gates, merging, passes
-from bench.shapes import INPUT_RANK, SHAPES
+from bench import evidence, gates, merging, passes
+from bench.shapes import SHAPES
 
-STAGES = ("passes", "inputs", "merge", "peers")
-# Model, batch, length, rows of each Fisher, columns of the sketch of inputs: the last shrinks with the width, as all else does.
+STAGES = ("passes", "evidence", "merge", "peers")
+# Model, batch, length, rows of each Fisher.
 SCALES = {
-    "tiny": ("llama-tiny", 4, 64, 32, 32),
-    "small": ("llama-small", 4, 128, 64, 64),
-    "full": ("llama-2-7b", 8, 512, 256, INPUT_RANK),
+    "tiny": ("llama-tiny", 4, 64, 32),
+    "small": ("llama-small", 4, 128, 64),
+    "full": ("llama-2-7b", 8, 512, 256),
 }
 
 
@@ -42,37 +41,36 @@ def main(arguments: list[str] | None = None) -> int:
         checkpointing=options.checkpointing, **where,
     )  # fmt: skip
     spent: dict[str, Any] = {}
+    others = merging.Merges(shape, record, **where)
 
-    def read_inputs() -> tuple[float, float]:
-        read = passes.input_passes(at, record, ceilings, options.input_rank)
+    def read() -> tuple[float, float]:
+        record("gate", "evidence against one backward per sample", error=gates.evidence_gate(device))
+        sides = {"harm": at.tokens(), "benign": at.tokens(1)}
+        found = evidence.readings(at.model(), sides, record, device, options.repeats, rank=at.rank, targets=at.targets)
         free(device)
-        solved = passes.input_filters(at, record, options.input_rank)
-        if options.scale == "small":  # the solve of one layer of the true width fits any machine
-            large = replace(at, shape=SHAPES["llama-2-7b"], repeats=1)
-            passes.input_filters(large, Recorder(options.out, device, model=large.shape.name), INPUT_RANK)
-        name = passes.name_of(options.input_rank)
-        return read[name], solved[name]
+        solved = evidence.layers_filter(at, record, options.samples)
+        return found["evidence, harm, opening and rest"] + found["evidence, benign, 2 draws"], solved
 
     def merge() -> None:
         for scope in ("global", "module"):
             total = merging.sst_stages(
                 shape, record, ceilings64, samples=options.samples, scope=scope, repeats=options.repeats, **where
             )
-            names = ("core/full frozen", "core/full frozen, sampled labels at S=0")
-            if all(name in spent.get("passes", ()) for name in names):
-                batches = -(-options.samples // options.batch)
-                both = batches * sum(spent["passes"][name] for name in names)
-                record_whole(record, scope, batches, both, total, spent.get("inputs"), **at.columns)
-        merging.factored_merges(shape, record, **where)
-        merging.peft_merges(shape, record, methods=("dare_linear", "dare_linear_svd"), **where)
+            if "evidence" in spent:
+                record_whole(
+                    record, scope, -(-options.samples // options.batch), *spent["evidence"], total, **at.columns
+                )
+        others.factored()
+        others.peft("dare_linear", "dare_linear_svd")
 
     def peers() -> None:
-        merging.dense_merges(shape, record, **where)
-        merging.kfac_pencils(shape, record, **where)
-        merging.peft_merges(shape, record, methods=("svd", "ties_svd"), **where)
+        others.dense()
+        others.kfac()
+        others.peft("svd", "ties_svd")
 
     stages: dict[str, Callable[[], Any]] = {
-        "passes": lambda: passes.fisher_passes(at, record, ceilings), "inputs": read_inputs, "merge": merge, "peers": peers,
+        "passes": lambda: passes.fisher_passes(at, record, ceilings), "evidence": read,
+        "merge": merge, "peers": peers,
     }  # fmt: skip
     failures = 0
     for name in options.stages:
@@ -88,19 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def record_whole(
-    record: Recorder, scope: str, batches: int, fisher_ms: float, merge_ms: float,
-    input_ms: tuple[float, float] | None, **columns: Any,
-) -> None:  # fmt: skip
-    """End-to-end rows out of measured parts: without the input filter, and with it where it was measured."""
-    whole = f"2 x {batches} Fisher batches {fisher_ms:.0f} ms + solve, filter, export {merge_ms:.0f} ms"
-    columns |= {"basis": "sum of measured"}
-    record("end to end", f"SST-Merge {scope}, input_filter 0", ms=fisher_ms + merge_ms, note=whole, **columns)
-    if input_ms is not None:
-        batch_ms, solve_ms = input_ms
-        reading = 2 * batches * batch_ms
-        note = f"2 x {batches} input batches {reading:.0f} ms + their filter {solve_ms:.0f} ms + {whole}"
-        total = reading + solve_ms + fisher_ms + merge_ms
-        record("end to end", f"SST-Merge {scope}", ms=total, note=note, **columns)
+    record: Recorder, scope: str, batches: int, pair_ms: float, filter_ms: float, merge_ms: float, **columns: Any
+) -> None:
+    """The end-to-end row out of measured parts: a batch of refusals and one of benign answers read, the filter, what follows."""
+    note = f"{batches} x {pair_ms:.0f} ms reading + filter(mu) {filter_ms:.0f} ms + solve, filter, export {merge_ms:.0f} ms"
+    total = batches * pair_ms + filter_ms + merge_ms
+    record("end to end", f"SST-Merge {scope}", ms=total, note=note, basis="sum of measured", **columns)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -112,7 +103,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--samples", type=int, default=None, help="rows of each Fisher")
-    parser.add_argument("--input-rank", type=int, default=None, help="columns of the sketch of inputs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in the Fisher passes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -120,7 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench-output")) / "llm.csv")
     options = parser.parse_args(arguments)
     options.scale = options.scale or ("full" if options.device.startswith("cuda") else "tiny")
-    for name, value in zip(("model", "batch", "length", "samples", "input_rank"), SCALES[options.scale]):
+    for name, value in zip(("model", "batch", "length", "samples"), SCALES[options.scale]):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

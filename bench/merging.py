@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ from bench import baselines, gates
 from bench.common import Ceilings, Measured, Recorder, free, measure
 from bench.shapes import Shape
 from bench.workload import build_model, core_fisher, random_adapter
-from sst_merge.adapters import Adapter, write_adapter
-from sst_merge.algebra import concatenate, transform
+from sst_merge.io.adapters import Adapter, write_adapter
+from sst_merge.merge.algebra import concatenate, transform
 
-Size = TypeVar("Size")
 Tasks = list[tuple[Tensor, Tensor]]
 
 
@@ -53,7 +53,7 @@ def sst_stages(
     record("filter", f"{scope}, subspace() + soft(kl_budget)", both, **about)
     patch = space.soft(kl_budget=budget)
     with tempfile.TemporaryDirectory() as folder:
-        written = measure(partial(_export, task, safety, patch, Path(folder)), "cpu", repeats=repeats)
+        written = measure(partial(export, task, safety, patch, Path(folder)), "cpu", repeats=repeats)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     record("export", f"{scope}, transform + concatenate + write", written, **about, bytes=size)
     total = both.median + written.median
@@ -62,86 +62,87 @@ def sst_stages(
     return total
 
 
-def _export(task: Adapter, safety: Adapter, patch: sst.Patch, folder: Path) -> None:
+def export(task: Adapter, safety: Adapter, patch: sst.Patch, folder: Path) -> None:
     write_adapter(concatenate([(1.0, task), (1.0, transform(safety, patch.coordinates))]), folder)
 
 
-def peft_merges(
-    shape: Shape, record: Recorder, *, rank: int, targets: str, device: str, methods: tuple[str, ...]
-) -> None:
-    """PEFT's `add_weighted_adapter` with its defaults, once per distinct module shape, times the number of such modules; the
-    methods without an SVD merge A and B separately, which is not the merge of ΔW."""
-    names = {size: name.split(".")[1] for name, size in reversed(shape.linears(targets).items())}
+@dataclass(frozen=True)
+class Merges:
+    """What others need for the modules of a model, one method a group of rows."""
 
-    def once(method: str, size: tuple[int, int]) -> Measured:
-        model = build_model(
-            shape.with_layers(1), rank=rank, modules=(names[size],), device=device, dtype=torch.float32, adapters=("one", "two")
-        )  # fmt: skip
-        options = {"combination_type": method, "density": 0.5}
-        merge = partial(model.base_model.add_weighted_adapter, ["one", "two"], [1.0, 0.5], "merged", **options)
-        return measure(merge, device, repeats=1, warmup=0)
+    shape: Shape
+    record: Recorder
+    rank: int
+    targets: str
+    device: str
 
-    for method in methods:
-        _by_size(f"PEFT {method}", shape.modules(targets).values(), partial(once, method), record, device,
-                 rank=rank, targets=targets)  # fmt: skip
+    def peft(self, *methods: str) -> None:
+        """PEFT's `add_weighted_adapter` with its defaults, once per distinct module shape, times the number of such modules; the
+        methods without an SVD merge A and B separately, which is not the merge of ΔW."""
+        names = {size: name.split(".")[1] for name, size in reversed(self.shape.linears(self.targets).items())}
+        about = {"rank": self.rank, "device": self.device, "dtype": torch.float32, "adapters": ("one", "two")}
 
+        def once(method: str, size: tuple[int, int]) -> Measured:
+            model = build_model(self.shape.with_layers(1), modules=(names[size],), **about)
+            options = {"combination_type": method, "density": 0.5}
+            merge = partial(model.base_model.add_weighted_adapter, ["one", "two"], [1.0, 0.5], "merged", **options)
+            return self._once(merge)
 
-def factored_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
-    """The efficient peers over all modules of a model, module by module and stacked by shape; export is not in them."""
-    error = gates.baseline_gate(device)
-    groups = [_tasks(size, count, rank, device) for size, count in Counter(shape.modules(targets).values()).items()]
-    singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
-    for name, method in baselines.FACTORED.items():
-        for style, modules in (("module by module", singles), ("stacked by shape", groups)):
-            run = partial(_each, method, modules)
-            measured = measure(run, device, repeats=3, seconds=4)
-            record("merge", f"{name}, {style}", measured, rank=rank, targets=targets, error=error)
-            free(device)
+        for method in methods:
+            self._by_size(f"PEFT {method}", self._sizes(), partial(once, method))
 
+    def factored(self) -> None:
+        """The efficient peers over all modules of a model, module by module and stacked by shape; export is not in them."""
+        error = gates.baseline_gate(self.device)
+        groups = [tasks(size, count, self.rank, self.device) for size, count in Counter(self._sizes()).items()]
+        singles = [[(B[i], A[i]) for B, A in group] for group in groups for i in range(len(group[0][0]))]
+        for name, method in baselines.FACTORED.items():
+            for style, modules in (("module by module", singles), ("stacked by shape", groups)):
+                run = lambda method=method, modules=modules: [method(module) for module in modules]  # noqa: E731
+                self._row(f"{name}, {style}", measure(run, self.device, repeats=3, seconds=4), error=error)
 
-def dense_merges(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
-    """TSV-Merge, Subspace Boosting and DARE on ΔW, once per distinct shape, times the number of modules."""
+    def dense(self) -> None:
+        """TSV-Merge, Subspace Boosting and DARE on ΔW, once per distinct shape, times the number of modules."""
+        for name, method in baselines.DENSE.items():
 
-    def once(method: Callable[[Tasks], Tensor], size: tuple[int, int]) -> Measured:
-        tasks = [(B[0], A[0]) for B, A in _tasks(size, 1, rank, device)]
-        return measure(lambda: method(tasks), device, repeats=1, warmup=0)
+            def once(size: tuple[int, int], method: Callable[[Tasks], Tensor] = method) -> Measured:
+                pair = [(B[0], A[0]) for B, A in tasks(size, 1, self.rank, self.device)]
+                return self._once(lambda: method(pair))
 
-    for name, method in baselines.DENSE.items():
-        _by_size(
-            name, shape.modules(targets).values(), partial(once, method), record, device, rank=rank, targets=targets
-        )
+            self._by_size(name, self._sizes(), once)
 
+    def kfac(self) -> None:
+        """What dense Kronecker pencils cost: one float32 generalized eigenproblem per wide factor (torch eigh after Cholesky)."""
 
-def kfac_pencils(shape: Shape, record: Recorder, *, rank: int, targets: str, device: str) -> None:
-    """What dense Kronecker pencils cost: one float32 generalized eigenproblem per wide factor (torch eigh after Cholesky)."""
+        def once(d: int) -> Measured:
+            a, b = (_factor(d, self.device, seed) for seed in (0, 1))
+            return self._once(lambda: _dense_pencil(a, b))
 
-    def once(d: int) -> Measured:
-        a, b = (_factor(d, device, seed) for seed in (0, 1))
-        return measure(lambda: _dense_pencil(a, b), device, repeats=1, warmup=0)
+        sides = [d for size in self._sizes() for d in size]
+        self._by_size("dense K-FAC pencils (torch)", sides, once, state_bytes=2 * self.shape.kfac_bytes(self.targets))
 
-    sides = [d for size in shape.modules(targets).values() for d in size]
-    _by_size("dense K-FAC pencils (torch)", sides, once, record, device,
-             rank=rank, targets=targets, state_bytes=2 * shape.kfac_bytes(targets))  # fmt: skip
+    def _sizes(self) -> list[tuple[int, int]]:
+        return list(self.shape.modules(self.targets).values())
 
+    def _once(self, run: Callable[[], Any]) -> Measured:
+        return measure(run, self.device, repeats=1, warmup=0)
 
-def _by_size(
-    name: str, sizes: Any, once: Callable[[Size], Measured], record: Recorder, device: str, **columns: Any
-) -> None:
-    """A row of the sum over `sizes` of what `once` measures for each distinct one."""
-    counts, total, peaks, parts = Counter(sizes), 0.0, [], []
-    for size, count in counts.items():
-        measured = once(size)
-        total += measured.median * count
-        peaks.append(measured.peak_mib or 0.0)
-        parts.append(
-            f"{'x'.join(map(str, size)) if isinstance(size, tuple) else size}: {measured.median:.3g} ms x {count}"
-        )
-        free(device)
-    record("merge", name, ms=total, basis="scaled", peak_mib=max(peaks) or None, note="; ".join(parts), **columns)
+    def _row(self, name: str, measured: Measured | None = None, **columns: Any) -> None:
+        self.record("merge", name, measured, rank=self.rank, targets=self.targets, **columns)
+        free(self.device)
 
-
-def _each(method: Callable[[Tasks], Any], modules: list[Tasks]) -> list[Any]:
-    return [method(tasks) for tasks in modules]
+    def _by_size(self, name: str, sizes: list[Any], once: Callable[[Any], Measured], **columns: Any) -> None:
+        """A row of the sum over `sizes` of what `once` measures for each distinct one."""
+        total, peaks, parts = 0.0, [], []
+        for size, count in Counter(sizes).items():
+            measured = once(size)
+            total += measured.median * count
+            peaks.append(measured.peak_mib or 0.0)
+            said = "x".join(map(str, size)) if isinstance(size, tuple) else size
+            parts.append(f"{said}: {measured.median:.3g} ms x {count}")
+            free(self.device)
+        note = "; ".join(parts)
+        self._row(name, ms=total, basis="scaled", peak_mib=max(peaks) or None, note=note, **columns)
 
 
 def _dense_pencil(a: Tensor, b: Tensor) -> Any:
@@ -155,6 +156,7 @@ def _factor(d: int, device: str, seed: int) -> Tensor:
     return x.mT @ x / len(x) + 0.1 * torch.eye(d, device=device)
 
 
-def _tasks(size: tuple[int, int], count: int, rank: int, device: str) -> Tasks:
+def tasks(size: tuple[int, int], count: int, rank: int, device: str) -> Tasks:
+    """Two random adapters of `count` modules of (d_out, d_in)."""
     p, q = size
     return [(torch.randn(count, p, rank, device=device), torch.randn(count, rank, q, device=device)) for _ in range(2)]

@@ -3,8 +3,9 @@
 # come. A stage that fails does not stop the next.
 #
 #   bash bench/on_gpu.sh [STAGE...]      stages: build smoke tests llm ops gevp sanitizer ncu bench
-# llm holds the Fisher passes, the input pass with its filter, the merges and the whole (stages of `python -m bench.llm --help`).
-#   LLM_ARGS="--stages passes inputs merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+# llm holds the Fisher passes, the readings, the merges and the whole (stages of `python -m bench.llm --help`).
+#   LLM_ARGS="--stages passes evidence merge"  LLM_LIMIT=360  TESTS="tests/test_ops_kernels.py"  OPS_ARGS=--quick  GEVP_ARGS=...
+#   SMOKE_LIMIT=400                      where the smoke stage is rehearsed on a CPU
 #   SST_COMMIT=abc1234                   where the tree is a copy without git
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +42,7 @@ for name in "${STAGES[@]}"; do
         python3 -c "from sst_kernels import _native; _native.cpu(); _native.cuda(); print('both modules load')" 2>&1 | tail -n 2 | tee -a "$SUMMARY"
         ;;
     smoke) # every stage of the LLM bench on a small shape, seconds each: says what will fail before the expensive run does
-        stage smoke 120 python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
+        stage smoke "${SMOKE_LIMIT:-120}" python3 -m bench.llm --scale small --repeats 2 --out "$OUT/llm_smoke.csv"
         ;;
     tests)
         stage tests "${TESTS_LIMIT:-240}" python3 -m pytest -q -p no:cacheprovider -m gpu --timeout 120 -n "${TESTS_JOBS:-4}" \
@@ -53,7 +54,7 @@ for name in "${STAGES[@]}"; do
     llm) stage llm "${LLM_LIMIT:-360}" python3 -m bench.llm --out "$OUT/llm.csv" ${LLM_ARGS:-} ;;
     sanitizer)
         for tool in memcheck racecheck; do
-            for part in ops inputs gevp; do
+            for part in ops reading gevp; do
                 PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool-$part" "${SANITIZER_LIMIT:-60}" compute-sanitizer --tool "$tool" \
                     --error-exitcode 7 --print-limit 20 python3 -m bench.capture "$part" --small --capture
             done
@@ -77,5 +78,5 @@ for name in "${STAGES[@]}"; do
 done
 
 echo "===== errors in the log =====" && grep -nE "Error|error:|Traceback|ERROR SUMMARY|RACECHECK" "$LOG" | tail -n 20 | cut -c1-200
-echo "===== rows =====" && grep -E " (pass|inputs|gevp|filter|export|merge|end to end) .* ms=" "$LOG" | cut -c1-200
+echo "===== rows =====" && grep -E " (pass|evidence|decision|gevp|filter|export|merge|end to end) .* ms=" "$LOG" | cut -c1-200
 echo "===== summary =====" && cat "$SUMMARY"

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 
 import sst_kernels as sst
-from bench import gates
-from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, measure, peak_mib
+from bench.common import Ceilings, Recorder, Turn, count_calls, free, in_turn, peak_mib
 from bench.shapes import Shape
 from bench.workload import Variant, build_model, token_batch
 
 MU = 3.0  # what recipes weigh benign inputs with
-WHOLE_UP_TO = 2048  # widest input whose [d, d] moments are solved here: recipes sketch wider ones
 
 
 def beside(plain: Turn, runs: Mapping[str, Turn], device: str, repeats: int = 5) -> dict[str, dict[str, Any]]:
@@ -60,26 +58,19 @@ VARIANTS = {
 class Pass:
     """A model and a batch, and the step that is timed: forward, loss, backward, gradients dropped."""
 
-    def __init__(self, model: Any, batch: dict[str, torch.Tensor], sampled: bool = False):
-        self.model, self.batch, self.sampled = model, batch, sampled
+    def __init__(self, model: Any, batch: dict[str, torch.Tensor], labels: str = ""):
+        self.model, self.batch, self.labels = (
+            model,
+            batch,
+            labels,
+        )  # "": the model's own loss, with the logits of all positions
 
     def __call__(self) -> None:
-        if self.sampled:
-            sst.sequence_nll(self.model, self.batch, labels="model").backward()
+        if self.labels:
+            sst.sequence_nll(self.model, self.batch, labels=self.labels).backward()
         else:
             self.model(**self.batch).loss.backward()
         self.model.zero_grad(set_to_none=True)
-
-
-class Forward:
-    """A forward pass as the input pass runs it: no gradients, no labels, logits of the last token alone."""
-
-    def __init__(self, model: Any, batch: dict[str, torch.Tensor]):
-        self.model, self.batch = model, {k: v for k, v in batch.items() if k != "labels"}
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.model(**self.batch, logits_to_keep=1, use_cache=False)
 
 
 @dataclass(frozen=True)
@@ -125,9 +116,9 @@ def fisher_passes(
     for name, variant in variants.items():
         try:
             hooks = variant.hooks(model, step)
-            plain = (step, partial(_frozen if variant.frozen else _trained, model))
-            hooked = (Pass(model, tokens, variant.sampled), partial(_hooked, model, variant.frozen, hooks))
-            rows = beside(plain, {name: hooked}, at.device, at.repeats)
+            plain = (step, partial(_frozen if variant.frozen else trained, model))
+            own = (Pass(model, tokens, "model" * variant.sampled), partial(hooked, model, variant.frozen, hooks))
+            rows = beside(plain, {name: own}, at.device, at.repeats)
         except Exception as error:  # one variant that fails must not cost the others
             traceback.print_exc()
             basis = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
@@ -147,64 +138,11 @@ def fisher_passes(
     return found
 
 
-def input_passes(at: Setting, record: Recorder, ceilings: Ceilings, columns: int) -> dict[str, float]:
-    """Rows of a forward pass, the input pass with sketches of `columns` columns and with whole [d, d] moments, and a training
-    step, in turn; returns median ms per variant."""
-    error = gates.inputs_gate(at.device)
-    model, tokens = at.model().requires_grad_(False), at.tokens()
-    forward, kinds = Forward(model, tokens), {name_of(kept): kept for kept in (columns, None)}
-    moments = {name: sst.input_moments(model, "safety", rank=kept) for name, kept in kinds.items()}
-    turns: dict[str, Turn] = {name: (forward, lambda hooks=hooks: hooks) for name, hooks in moments.items()}
-    turns["training step"] = (Pass(model, tokens), partial(_trained, model))
-    rows = beside(forward, turns, at.device, at.repeats)
-    count, shape = at.batch * at.length, at.shape
-    for name, row in rows.items():
-        if name in kinds:
-            work = count * shape.input_flops(kinds[name], at.targets)
-            state = shape.input_bytes(kinds[name], at.targets)
-            moved = count * at.dtype.itemsize * sum(shape.read_widths(at.targets)) + 2 * state
-            row |= {"error": error, "state_bytes": state, "bytes": moved}
-        else:
-            work = (shape.step_flops if name else shape.forward_flops)(at.batch, at.length, at.rank, at.targets)
-        row |= {"flops": work, "floor_ms": ceilings.floor_ms(row.get("bytes", 0), work)}
-        record("inputs", name or "forward", **at.columns, **row)
-    return {name: row["ms"] for name, row in rows.items()}
-
-
-def input_filters(at: Setting, record: Recorder, columns: int) -> dict[str, float]:
-    """`filter_inputs` on the modules of one layer, times the number of layers; returns ms per variant, all modules."""
-    part = at.shape.with_layers(1)
-    model = at.model(part).requires_grad_(False)
-    totals = {}
-    for kept in (columns, None):
-        if kept is None and max(part.read_widths(at.targets)) > WHOLE_UP_TO:
-            continue
-        sides = []
-        for seed in (1, 2):
-            with sst.input_moments(model, "safety", rank=kept) as moments:
-                Forward(model, token_batch(part, 4, 64, at.device, seed=seed))()
-            sides.append(moments)
-        solve = partial(sst.filter_inputs, *sides, MU)
-        solved, name = measure(solve, at.device, repeats=at.repeats), name_of(kept)
-        totals[name] = solved.median * at.shape.layers
-        record(
-            "inputs", f"filter_inputs, {name}", ms=totals[name], runs=at.repeats, rank=at.rank, targets=at.targets,
-            basis="scaled", state_bytes=2 * at.shape.input_bytes(kept, at.targets), peak_mib=peak_mib(solve, at.device),
-            note=f"one of {at.shape.layers} layers, scaled",
-        )  # fmt: skip
-        free(at.device)
-    return totals
-
-
-def name_of(columns: int | None) -> str:
-    return "whole" if columns is None else f"sketch l={columns}"
-
-
 @contextmanager
-def _trained(model: Any) -> Iterator[None]:
-    """Gradients for the adapters' own weights."""
+def trained(model: Any) -> Iterator[None]:
+    """Gradients for the adapter's own weights."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name and ".safety." in name)
     yield
     model.requires_grad_(False)
 
@@ -221,8 +159,8 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(model: Any, frozen: bool, hooks: AbstractContextManager) -> Iterator[None]:
-    with nullcontext(model.requires_grad_(False)) if frozen else _trained(model), hooks:
+def hooked(model: Any, frozen: bool, hooks: AbstractContextManager) -> Iterator[None]:
+    with nullcontext(model.requires_grad_(False)) if frozen else trained(model), hooks:
         yield
 
 

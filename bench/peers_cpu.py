@@ -4,8 +4,7 @@
 
 One pass is four batches of 8 x 64 tokens through the Llama of `bench/structures_cpu.py` (r = 16, 28 adapted modules, 56 linear maps),
 float32, summed loss, every library as its documentation calls it and on a model of its own with the same weights. Values are compared
-first (`error`, against ours); whoever differs is not timed. Passes are taken in turn; `ratio` is the median over rounds against the
-plain pass of the same round, `above_plain_mib` the peak of the allocator above the plain pass's, for one batch.
+first (`error`, against ours); whoever differs is not timed. Passes are taken in turn (`passes.beside`).
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common import ROOT, Measured, Recorder, measure, peak_mib
+from bench.common import ROOT, Recorder
+from bench.passes import beside
 from bench.structures_cpu import build
 from sst_kernels.fisher import fisher_accumulate
 from sst_kernels.fisher.loss import declared_loss
 
 RANK, BATCH, LENGTH, BATCHES = 16, 8, 64, 4
+TOKENS = BATCHES * BATCH * LENGTH
 ALLOWED = 1e-4
 Values = dict[str, Tensor]  # per linear map and side: Σ x xᵀ ("… right"), Σ g gᵀ ("… left"), or per map Σ_n g_n²
 Batches = list[tuple[Tensor, Tensor]]
@@ -40,28 +41,37 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" in n}
 
 
+def factors(left: Mapping[str, Tensor], right: Mapping[str, Tensor], tokens: int = 1) -> Values:
+    """Both factors of every map; `tokens` where the right one is a mean over so many."""
+    return {f"{n} left": x for n, x in left.items()} | {f"{n} right": x * tokens for n, x in right.items()}
+
+
 class Plain:
-    """A forward and a backward pass that leave the gradients of the adapter, and drop them."""
+    """A pass of forward and backward steps that leave the gradients of the adapter, and drop them. `values` are what it found."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
+    def around(self, ids: Tensor) -> AbstractContextManager:
+        """What a step is taken in."""
+        return nullcontext()
+
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Every position has a label of its own, so that no library finds a token without a gradient."""
-        return nn.functional.cross_entropy(
-            self.model(input_ids=ids).logits.flatten(0, 1), labels.flatten(), reduction="sum"
-        )
+        logits = self.model(input_ids=ids).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
-    def step(self, ids: Tensor, labels: Tensor) -> None:
-        self.loss(ids, labels).backward()
-        self.model.zero_grad(set_to_none=True)
+    def after(self) -> None:
+        """What follows a backward pass."""
 
     def __call__(self, batches: Batches) -> None:
         for ids, labels in batches:
-            self.step(ids, labels)
+            with self.around(ids):
+                self.loss(ids, labels).backward()
+            self.after()
+            self.model.zero_grad(set_to_none=True)
 
     def values(self) -> Values:
-        """What the last pass found."""
         return {}
 
 
@@ -70,12 +80,7 @@ class Epoch(Plain):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-9)
-
-    def step(self, ids: Tensor, labels: Tensor) -> None:
-        self.loss(ids, labels).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.after = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-9).step
 
 
 class Ours(Plain):
@@ -83,28 +88,29 @@ class Ours(Plain):
 
     def __init__(self, model: nn.Module, structure: str, **options: Any):
         super().__init__(model)
-        self.structure, self.options = structure, options
+        self.structure = structure
+        self.hooks = functools.partial(
+            fisher_accumulate, model, "patch", space="factor", structure=structure, **options
+        )
 
-    def step(self, ids: Tensor, labels: Tensor) -> None:
+    def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         with declared_loss(labels) as declared:
-            declared.loss(self.loss(ids, labels)).backward()
-        self.model.zero_grad(set_to_none=True)
+            return declared.loss(super().loss(ids, labels))
 
     def __call__(self, batches: Batches) -> None:
-        with fisher_accumulate(self.model, "patch", space="factor", structure=self.structure, **self.options) as run:
+        with self.hooks() as run:
             super().__call__(batches)
         self.fisher = run.fisher
 
     def values(self) -> Values:
-        found = {}
-        for name, structure in self.fisher.items():
-            path = f"base_model.model.{name}.patch"
-            if self.structure == "kronecker":
-                state = structure.state_dict()
-                found |= {f"{path} {side}": _mirrored(state[side]) for side in ("left", "right")}
-            elif self.structure == "diagonal":
-                found[path] = structure.diagonal() * structure.normaliser
-        return found
+        path = "base_model.model.{}.patch".format
+        if self.structure == "diagonal":
+            return {path(name): s.diagonal() * s.normaliser for name, s in self.fisher.items()}
+        if self.structure != "kronecker":
+            return {}
+        whole = lambda x: x.tril() + x.tril(-1).mT  # noqa: E731
+        states = {path(name): s.state_dict() for name, s in self.fisher.items()}
+        return factors(*({name: whole(s[side]) for name, s in states.items()} for side in ("left", "right")))
 
 
 class Kronfluence(Plain):
@@ -125,24 +131,20 @@ class Kronfluence(Plain):
             def get_influence_tracked_modules(task):
                 return names
 
-        names, task = list(linears(model)), Summed()
+        names, task, self.folder = list(linears(model)), Summed(), tempfile.TemporaryDirectory()
         super().__init__(prepare_model(model, task))
-        self.folder = tempfile.TemporaryDirectory()
-        self.analyzer = Analyzer(
-            "peer", self.model, task, cpu=True, output_dir=self.folder.name, disable_tqdm=True, log_level=logging.ERROR
-        )
-        self.arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+        quiet = {"disable_tqdm": True, "log_level": logging.ERROR}
+        self.analyzer = Analyzer("peer", self.model, task, cpu=True, output_dir=self.folder.name, **quiet)
+        arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+        self.options = {"per_device_batch_size": BATCH, "factor_args": arguments, "overwrite_output_dir": True}
 
     def __call__(self, batches: Batches) -> None:
         data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches)))
-        self.analyzer.fit_covariance_matrices(
-            "factors", data, per_device_batch_size=BATCH, factor_args=self.arguments, overwrite_output_dir=True
-        )
+        self.analyzer.fit_covariance_matrices("factors", data, **self.options)
 
     def values(self) -> Values:
         found = self.analyzer.load_covariance_matrices("factors")
-        sides = {"left": "gradient_covariance", "right": "activation_covariance"}
-        return {f"{name} {side}": x for side, key in sides.items() for name, x in found[key].items()}
+        return factors(found["gradient_covariance"], found["activation_covariance"])
 
 
 class Bergson(Plain):
@@ -153,24 +155,19 @@ class Bergson(Plain):
 
         super().__init__(model)
         self.folder = tempfile.TemporaryDirectory()
-        self.make = functools.partial(
-            CovarianceCollector,
-            model=model,
-            target_modules=set(linears(model)),
-            dtype=torch.float32,
-            path=self.folder.name,
-        )
+        about = {"target_modules": set(linears(model)), "dtype": torch.float32, "path": self.folder.name}
+        self.make = functools.partial(CovarianceCollector, model=model, **about)
+
+    def around(self, ids: Tensor) -> AbstractContextManager:
+        return self.collector.with_batch(torch.ones_like(ids, dtype=torch.bool))
 
     def __call__(self, batches: Batches) -> None:
         self.collector = self.make()
-        for ids, labels in batches:
-            with self.collector.with_batch(torch.ones_like(ids, dtype=torch.bool)):
-                self.step(ids, labels)
+        super().__call__(batches)
         self.collector.teardown()
 
     def values(self) -> Values:
-        sides = {"left": self.collector.S_cov_dict, "right": self.collector.A_cov_dict}
-        return {f"{name} {side}": x for side, found in sides.items() for name, x in found.items()}
+        return factors(self.collector.S_cov_dict, self.collector.A_cov_dict)
 
 
 class Dattri(Plain):
@@ -190,13 +187,10 @@ class Dattri(Plain):
         self.callback.reset()
         with self.policy(), self.manager.collect():
             super().__call__(batches)
-        self.tokens = sum(ids.numel() for ids, _ in batches)
 
     def values(self) -> Values:
-        found = {}
-        for name, (right, left) in self.callback.result().items():
-            found |= {f"{name} right": right * self.tokens, f"{name} left": left * self.tokens}
-        return found
+        right, left = ({name: pair[i] * TOKENS for name, pair in self.callback.result().items()} for i in (0, 1))
+        return factors(left, right)
 
 
 class Opacus(Plain):
@@ -207,16 +201,14 @@ class Opacus(Plain):
 
         self.maps = linears(model.train())  # it hooks modules in training only; there is no dropout
         super().__init__(GradSampleModule(model, loss_reduction="sum", strict=False))
-        self.sums: Values = {}
+        self.squares = lambda weight: weight.grad_sample.square().sum(0)
 
-    def step(self, ids: Tensor, labels: Tensor) -> None:
-        self.loss(ids, labels).backward()
+    def after(self) -> None:
         for name, layer in self.maps.items():
-            self.sums[name] = self.sums.get(name, 0) + layer.weight.grad_sample.square().sum(0)
-        self.model.zero_grad(set_to_none=True)
+            self.sums[name] = self.sums.get(name, 0) + self.squares(layer.weight)
 
     def __call__(self, batches: Batches) -> None:
-        self.sums = {}
+        self.sums: Values = {}
         super().__call__(batches)
 
     def values(self) -> Values:
@@ -231,61 +223,41 @@ class Backpack(Opacus):
         from backpack.extensions import SumGradSquared
 
         Plain.__init__(self, model)
-        self.maps = linears(model)
-        for layer in self.maps.values():
-            extend(layer)
-        self.extended = lambda: backpack(SumGradSquared())
+        self.maps = {name: extend(layer) for name, layer in linears(model).items()}
+        self.extended, self.squares = lambda: backpack(SumGradSquared()), lambda weight: weight.sum_grad_squared
 
-    def step(self, ids: Tensor, labels: Tensor) -> None:
-        with self.extended():
-            self.loss(ids, labels).backward()
-        for name, layer in self.maps.items():
-            self.sums[name] = self.sums.get(name, 0) + layer.weight.sum_grad_squared
-        self.model.zero_grad(set_to_none=True)
+    def around(self, ids: Tensor) -> AbstractContextManager:
+        return self.extended()
 
 
 class Curvlinops(Plain):
     """KFACLinearOperator.compute_kronecker_factors with the empirical Fisher, expand."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__(_Logits(model))
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids).logits.flatten(0, 1)
 
     def __call__(self, batches: Batches) -> None:
         from curvlinops import FisherType, KFACLinearOperator
 
         weights = [layer.weight for layer in linears(self.model).values()]
-        data = [(ids, labels.flatten()) for ids, labels in batches]
-        loss = nn.CrossEntropyLoss(reduction="sum")
-        self.operator = KFACLinearOperator(
-            self.model, loss, weights, data, fisher_type=FisherType.EMPIRICAL, check_deterministic=False
-        )
+        data, loss = [(ids, labels.flatten()) for ids, labels in batches], nn.CrossEntropyLoss(reduction="sum")
+        settings = {"fisher_type": FisherType.EMPIRICAL, "check_deterministic": False}
+        self.operator = KFACLinearOperator(self.Logits(self.model), loss, weights, data, **settings)
         self.operator.compute_kronecker_factors()
 
     def values(self) -> Values:
-        tokens = BATCHES * BATCH * LENGTH
-        sides = {"left": self.operator._gradient_covariances, "right": self.operator._input_covariances}
-        scale = {"left": 1, "right": tokens}
-        return {
-            f"{name.removeprefix('model.')} {side}": x * scale[side]
-            for side, found in sides.items()
-            for name, x in found.items()
-        }
-
-
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids).logits.flatten(0, 1)
+        left, right = self.operator._gradient_covariances, self.operator._input_covariances
+        bare = lambda found: {name.removeprefix("model."): x for name, x in found.items()}  # noqa: E731
+        return factors(bare(left), bare(right), TOKENS)
 
 
 class BayesianLora(Plain):
     """The hooks of its K-FAC, dense; they see the last token of every sequence only."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
 
     def __call__(self, batches: Batches) -> None:
         from bayesian_lora.kfac import register_hooks, remove_hooks
@@ -296,30 +268,22 @@ class BayesianLora(Plain):
         remove_hooks(hooks)
 
     def values(self) -> Values:
-        sides = {"left": self.left, "right": self.right}
-        return {f"{name} {side}": x for side, found in sides.items() for name, (x, _) in found.items()}
+        return factors(*({name: x for name, (x, _) in found.items()} for found in (self.left, self.right)))
 
 
-KFAC: dict[str, Callable[[nn.Module], Plain]] = {
-    "sst-kernels kronecker": lambda model: Ours(model, "kronecker"),
-    "sst-kernels kronecker_lowrank l=64": lambda model: Ours(model, "kronecker_lowrank", rank=64),
-    "kronfluence": Kronfluence,
-    "bergson": Bergson,
-    "dattri-llm": Dattri,
-    "curvlinops-for-pytorch": Curvlinops,
-    "bayesian-lora": BayesianLora,
-}
-SQUARES: dict[str, Callable[[nn.Module], Plain]] = {
-    "sst-kernels diagonal": lambda model: Ours(model, "diagonal"),
-    "opacus": Opacus,
-    "backpack-for-pytorch": Backpack,
-}
-STEPS: dict[str, Callable[[nn.Module], Plain]] = {"plain": Plain, "an epoch of fine-tuning, AdamW": Epoch}
-GROUPS = {"K-FAC": KFAC, "squared gradients": SQUARES, "step": STEPS}
-
-
-def _mirrored(lower: Tensor) -> Tensor:
-    return lower.tril() + lower.tril(-1).mT
+GROUPS: dict[str, dict[str, Callable[[nn.Module], Plain]]] = {
+    "K-FAC": {
+        "sst-kernels kronecker": lambda model: Ours(model, "kronecker"),
+        "sst-kernels kronecker_lowrank l=64": lambda model: Ours(model, "kronecker_lowrank", rank=64),
+        "kronfluence": Kronfluence, "bergson": Bergson, "dattri-llm": Dattri, "curvlinops-for-pytorch": Curvlinops,
+        "bayesian-lora": BayesianLora,
+    },
+    "squared gradients": {
+        "sst-kernels diagonal": lambda model: Ours(model, "diagonal"), "opacus": Opacus,
+        "backpack-for-pytorch": Backpack,
+    },
+    "step": {"plain": Plain, "an epoch of fine-tuning, AdamW": Epoch},
+}  # fmt: skip
 
 
 def difference(theirs: Values, ours: Values) -> float:
@@ -329,59 +293,47 @@ def difference(theirs: Values, ours: Values) -> float:
     return max(float((theirs[name].double() - x.double()).norm() / x.double().norm()) for name, x in ours.items())
 
 
+def right(batches: Batches, record: Recorder) -> Iterator[tuple[str, str, Plain, dict[str, Any]]]:
+    """Group, name, pass, error and version of every library that runs and agrees with ours; rows for the others."""
+    for group, members in GROUPS.items():
+        reference: Values = {}
+        for name, make in members.items():
+            about: dict[str, Any] = {"note": ""}
+            with suppress(PackageNotFoundError):
+                about["note"] = version(name)
+            try:
+                run = make(build(RANK, LENGTH))
+                run(batches)
+                found = run.values()
+            except Exception as problem:  # a library that does not run must not cost the others
+                note = f"{about['note']} {type(problem).__name__}: {str(problem)[:120]}"
+                record(group, name, basis="failed", note=note)
+                continue
+            reference = reference or found
+            about["error"] = difference(found, reference) if found else None
+            if (about["error"] or 0.0) > ALLOWED:
+                record(group, name, basis="not the same values", **about)
+            else:
+                yield group, name, run, about
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/peers_cpu.csv")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     arguments.out.unlink(missing_ok=True)
-    record = Recorder(
-        arguments.out, "cpu", model="llama-4x256", targets="all-linear", rank=RANK, batch=BATCH, length=LENGTH
-    )
+    where = {"model": "llama-4x256", "targets": "all-linear", "rank": RANK, "batch": BATCH, "length": LENGTH}
+    record = Recorder(arguments.out, "cpu", **where)
     warnings.simplefilter("ignore")
     generator = torch.Generator().manual_seed(1)
     draw = lambda: torch.randint(1, 1024, (BATCH, LENGTH), generator=generator)  # noqa: E731
     batches = [(draw(), draw()) for _ in range(BATCHES)]
-    passes: dict[tuple[str, str], Plain] = {}
-    errors: dict[tuple[str, str], float | None] = {}
-    for group, members in GROUPS.items():
-        reference: Values = {}
-        for name, make in members.items():
-            about = {"note": _version(name)}
-            try:
-                run = make(build(RANK, LENGTH))
-                run(batches)
-                found = run.values()
-            except Exception as problem:  # a library that does not run must not cost the others
-                record(
-                    group, name, basis="failed", note=f"{about['note']} {type(problem).__name__}: {str(problem)[:120]}"
-                )
-                continue
-            reference = reference or found
-            error = difference(found, reference) if found else None
-            if error is not None and error > ALLOWED:
-                record(group, name, basis="not the same values", error=error, note=about["note"])
-                continue
-            passes[group, name], errors[group, name] = run, error
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in passes}
-    for _ in range(arguments.rounds):
-        for key, run in passes.items():
-            times[key].append(measure(lambda: run(batches), "cpu", repeats=1, warmup=0).median)  # noqa: B023
-    bare = times["step", "plain"]
-    peak = peak_mib(lambda: passes["step", "plain"](batches[:1]))
-    for key, run in passes.items():
-        taken = Measured(times[key], peak_mib(lambda: run(batches[:1])))  # noqa: B023
-        record(
-            *key, taken, error=errors[key], ratio=statistics.median(a / b for a, b in zip(times[key], bare)),
-            plain_ms=statistics.median(bare), above_plain_mib=taken.peak_mib - peak, note=_version(key[1]),
-        )  # fmt: skip
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    found = {(group, name): (run, about) for group, name, run, about in right(batches, record)}
+    runs = {name: functools.partial(run, batches) for (_, name), (run, _) in found.items()}
+    rows = beside(runs.pop("plain"), runs, "cpu", arguments.rounds)
+    for (group, name), (_, about) in found.items():
+        record(group, name, **rows.get(name, rows[""] | {"ratio": 1.0}), **about)
 
 
 if __name__ == "__main__":

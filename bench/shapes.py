@@ -65,13 +65,6 @@ class Shape:
         attention = 6 * 2 * batch * length**2 * self.hidden * self.layers / 2
         return 4.0 * self.weights * tokens + 6.0 * lora * tokens + attention
 
-    def forward_flops(self, batch: int, length: int, rank: int, targets: str = "all-linear") -> float:
-        """A forward pass without logits: each weight of the layers and LoRA factors multiplies every token once, causal attention."""
-        tokens = batch * length
-        lora = sum(rank * (p + q) for p, q in self.modules(targets).values())
-        attention = 2 * 2 * batch * length**2 * self.hidden * self.layers / 2
-        return 2.0 * (self.weights - self.hidden * self.vocabulary + lora) * tokens + attention
-
     def read_widths(self, targets: str = "all-linear") -> list[int]:
         """d_in of every tensor that targeted modules read: q, k and v read one, gate and up another."""
         shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -87,17 +80,29 @@ class Shape:
         return [(d, d if columns is None or d <= 4 * columns else columns) for d in self.read_widths(targets)]
 
     def input_bytes(self, columns: int | None, targets: str = "all-linear") -> int:
-        """float32 second moments of one side: [d, d] for each tensor that modules read, or [d, columns] where it is sketched."""
-        return 4 * sum(d * k for d, k in self.kept(columns, targets))
+        """float32 second moments of one side: [d, d] for each tensor that modules read, or [d + columns, columns] where it is sketched."""
+        return 4 * sum((d + k * (k < d)) * k for d, k in self.kept(columns, targets))
 
     def input_flops(self, columns: int | None, targets: str = "all-linear") -> int:
         """Operations per token that the moments add to a forward pass: half of x xᵀ, or X Ω and Xᵀ (X Ω)."""
         return sum(d * d if d == k else 4 * d * k for d, k in self.kept(columns, targets))
 
-    def input_share(self, columns: int | None, rank: int = 16, batch: int = 8, length: int = 512) -> float:
-        """Operations of the input pass over those of a training step on the same batch."""
-        work = self.forward_flops(batch, length, rank) + batch * length * self.input_flops(columns)
-        return work / self.step_flops(batch, length, rank)
+    def reading_flops(self, columns: int | None, draws: int, rank: int, batch: int, length: int) -> float:
+        """One reading: forward without the patch, moments, and for each draw a backward pass, e = Bᵀ ∂L/∂y and e xᵀ."""
+        lora = sum(rank * (p + q) for p, q in self.modules().values())
+        attention = (1 + 2 * draws) * 2 * batch * length**2 * self.hidden * self.layers
+        a_token = 2.0 * (1 + draws) * self.weights + self.input_flops(columns) + 2 * draws * lora
+        return batch * length * a_token + attention
+
+    def reading_share(
+        self, columns: int | None, draws: int = 1, rank: int = 16, batch: int = 8, length: int = 512
+    ) -> float:
+        """Operations of one reading over those of a training step on the same batch."""
+        return self.reading_flops(columns, draws, rank, batch, length) / self.step_flops(batch, length, rank)
+
+    def evidence_bytes(self, rank: int, rows: int) -> int:
+        """float32 gradients [rank, d_in] of every module that an evidence keeps, for so many rows."""
+        return 4 * rows * rank * sum(q for _, q in self.modules().values())
 
     def row_bytes(self, rank: int, samples: int) -> int:
         """float32 rows of both core Fishers, `samples` sequences each."""

@@ -1,21 +1,24 @@
 """Every route of the eigensolver at the sizes a LoRA adapter of rank 16 brings."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from sst_kernels.gevp import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, gevp
 
 
+def draw(*shape, device, seed):
+    return torch.randn(*shape, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
 def psd(n, *batch, device, seed=0):
-    x = torch.randn(
-        *batch, n, 2 * n, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(seed)
-    )
+    x = draw(*batch, n, 2 * n, device=device, seed=seed)
     return x @ x.mT / (2 * n)
 
 
 def rows(p, n, device, seed):
-    x = torch.randn(p, n, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(seed))
-    return x * torch.exp(-0.02 * torch.arange(p, device=device))[:, None]
+    return draw(p, n, device=device, seed=seed) * torch.exp(-0.02 * torch.arange(p, device=device))[:, None]
 
 
 def accurate(a, b, allowed=1e-8):
@@ -36,43 +39,33 @@ def accurate(a, b, allowed=1e-8):
 
 
 def pencils(route, device):
+    """What a route is given, the pencil as operators, what it is, and the least flops of it."""
     gpu = device == "cuda"
-    n, k = (256, 16) if gpu else (64, 8)
+    n, k, (p, q) = (256, 16, (16, 4096)) if gpu else (64, 8, (16, 128))
     if route in ("direct", "jacobi_davidson"):
         a, b = psd(n, 28, device=device), psd(n, 28, device=device, seed=1) + 0.1 * torch.eye(n, device=device)
-        return (a, b, k), (Dense(a[0]), Dense(b[0])), f"28 x {n}, k={k}", 28 * 14.0 * n**3 if route == "direct" else 0.0
+        return (a, b, k), (Dense(a[0]), Dense(b[0])), f"28 x {n}, k={k}", 28 * 14.0 * n**3 * (route == "direct")
     if route == "diagonal":
         n = 57344 if gpu else 3584
-        a, b = (Diagonal(torch.rand(n, dtype=torch.float64, device=device) + 0.1) for _ in range(2))
-        return (a, b, k), (a, b), f"n={n}, k={k}", 0.0
+        pair = [Diagonal(torch.rand(n, dtype=torch.float64, device=device) + 0.1) for _ in range(2)]
+        return (*pair, k), pair, f"n={n}, k={k}", 0.0
     if route == "lowrank":
         n, p = (57344, 256) if gpu else (3584, 32)
-        a, b = LowRank(rows(p, n, device, 0)), LowRank(rows(p, n, device, 1), 0.1)
-        return (a, b, p), (a, b), f"n={n}, {p}+{p} rows", 12.0 * n * p**2
+        pair = LowRank(rows(p, n, device, 0)), LowRank(rows(p, n, device, 1), 0.1)
+        return (*pair, p), pair, f"n={n}, {p}+{p} rows", 12.0 * n * p**2
     if route == "kronecker":
-        p, q = (16, 4096) if gpu else (16, 128)
         sides = [psd(m, device=device, seed=s) for s, m in enumerate((p, q, p, q))]
-        a, b = Kronecker(*sides[:2]), Kronecker(*sides[2:], 0.1, 0.1)
-        return (a, b, k), (a, b), f"{p} x {q}, k={k}", 14.0 * (p**3 + q**3)
-    p, q = 16, (1024 if gpu else 128)
+        pair = Kronecker(*sides[:2]), Kronecker(*sides[2:], 0.1, 0.1)
+        return (*pair, k), pair, f"{p} x {q}, k={k}", 14.0 * (p**3 + q**3)
+    q = 1024 if gpu else q
     u = [torch.linalg.qr(psd(m, device=device)).Q for m in (p, q)]
-    s = [torch.rand(p, q, dtype=torch.float64, device=device) + 0.1 for _ in range(2)]
-    a, b = (EigenKronecker(*u, x) for x in s)
-    return (a, b, k), (a, b), f"{p} x {q}, k={k}", 0.0
+    pair = [EigenKronecker(*u, torch.rand(p, q, dtype=torch.float64, device=device) + 0.1) for _ in range(2)]
+    return (*pair, k), pair, f"{p} x {q}, k={k}", 0.0
 
 
 @pytest.mark.parametrize("route", ["direct", "jacobi_davidson", "diagonal", "lowrank", "kronecker", "eigenbasis"])
 def test_gevp(cost, device, route):
-    arguments, operators, what, flops = pencils(route, device)
-    method = route if route in ("direct", "jacobi_davidson") else "auto"
-    result = cost(
-        "gevp",
-        route,
-        lambda *pencil: gevp(*pencil, method=method),
-        inputs=[arguments],
-        gate=accurate(*operators),
-        flops=flops,
-        dtype=torch.float64,
-        note=what,
-    )
+    given, operators, what, flops = pencils(route, device)
+    solve = partial(gevp, *given, method=route if route in ("direct", "jacobi_davidson") else "auto")
+    result = cost("gevp", route, solve, gate=accurate(*operators), flops=flops, dtype=torch.float64, note=what)
     cost.benchmark.extra_info["route"] = result.route

@@ -1,11 +1,10 @@
-"""One batch through every Fisher structure and through the input pass, beside the plain training step; the filter of inputs."""
+"""One batch through every Fisher structure, through the readings, beside the plain step."""
 
 import pytest
 import torch
 
-import sst_kernels as sst
-from bench import gates
-from bench.passes import MU, Forward, Pass, Setting, name_of
+from bench import evidence, gates
+from bench.passes import Pass, Setting
 from bench.shapes import INPUT_RANK
 from bench.workload import STRUCTURES
 
@@ -13,11 +12,9 @@ from bench.workload import STRUCTURES
 @pytest.fixture(scope="module")
 def at(shape, device):
     gates.fisher_gate(device)
-    gates.inputs_gate(device)
-    batch, length = (8, 512) if device == "cuda" else (4, 64)
-    return Setting(
-        shape, 16, "all-linear", batch, length, device, torch.bfloat16 if device == "cuda" else torch.float32
-    )
+    gates.evidence_gate(device)
+    batch, length, dtype = (8, 512, torch.bfloat16) if device == "cuda" else (4, 64, torch.float32)
+    return Setting(shape, 16, "all-linear", batch, length, device, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -30,59 +27,46 @@ def frozen(at):
     return at.model().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def columns(at):
-    return {"model": at.shape.name} | at.columns
+@pytest.fixture
+def timed(cost, at):
+    return lambda *what, **more: cost(*what, **{"gate": lambda _: None, "model": at.shape.name} | at.columns | more)
 
 
-def test_plain(cost, model, at, columns):
-    flops = at.shape.step_flops(at.batch, at.length, at.rank)
-    cost("pass", "plain", Pass(model, at.tokens()), gate=lambda _: None, flops=flops, **columns)
-
-
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_accumulate(cost, model, at, columns, name):
+@pytest.mark.parametrize("name", ["plain", *STRUCTURES])
+def test_fisher(timed, model, at, name):
     flops, step = at.shape.step_flops(at.batch, at.length, at.rank), Pass(model, at.tokens())
+    if name == "plain":
+        timed("pass", name, step, flops=flops)
+        return
     with STRUCTURES[name].hooks(model, step) as accumulator:
 
         def finite(_):
             state = next(iter(accumulator.fisher.values())).state_dict()
             assert all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
 
-        cost("pass", name, step, gate=finite, flops=flops, **columns)
-    cost.benchmark.extra_info["state_bytes"] = accumulator.fisher.nbytes
+        timed("pass", name, step, gate=finite, flops=flops)
 
 
-def test_forward(cost, frozen, at, columns):
-    flops = at.shape.forward_flops(at.batch, at.length, at.rank)
-    cost("inputs", "forward", Forward(frozen, at.tokens()), gate=lambda _: None, flops=flops, **columns)
+def test_filter(timed, at):
+    found = evidence.random_evidence(at, at.shape, {"gain": 16, "cost": 32})
+    price = evidence.other_price()
+
+    def closed(filtered):
+        """What benign inputs excite grows less, and none of the reads is lost."""
+        for name, A in filtered.reads.items():
+            x = found.cost.moments[name]
+            kept, given = (
+                float((z @ (x @ z.mT)).trace())
+                for z in (A.to(x.device).double(), found.weights.a[name].to(x.device).double())
+            )
+            assert 0 < kept < given
+
+    timed("decision", "filter(mu)", lambda: found.filter(price()), gate=closed, rounds=3)
 
 
-@pytest.mark.parametrize("sketched", [True, False], ids=["sketch", "whole"])
-def test_input_pass(cost, frozen, at, columns, sketched, device):
-    kept = (INPUT_RANK if device == "cuda" else 32) if sketched else None
-    flops = at.shape.forward_flops(at.batch, at.length, at.rank) + at.batch * at.length * at.shape.input_flops(kept)
-    with sst.input_moments(frozen, "safety", rank=kept) as moments:
-
-        def gate(_):
-            assert moments.tokens == at.batch * at.length
-            assert moments.nbytes == at.shape.input_bytes(kept)
-
-        cost("inputs", name_of(kept), Forward(frozen, at.tokens()), gate=gate, flops=flops, **columns)
-    cost.benchmark.extra_info["state_bytes"] = moments.nbytes
-
-
-def test_filter_inputs(cost, frozen, at, columns, device):
-    kept, sides = INPUT_RANK if device == "cuda" else 32, []
-    for seed in (0, 1):
-        with sst.input_moments(frozen, "safety", rank=kept) as moments:
-            Forward(frozen, at.tokens(seed))()
-        sides.append(moments)
-
-    def closed(reads):
-        """The reads grow shorter, and none is lost."""
-        for name, A in reads.items():
-            assert 0 < A.norm() < sides[0].reads[name].norm()
-
-    name = f"filter_inputs, {name_of(kept)}"
-    cost("inputs", name, lambda: sst.filter_inputs(*sides, MU), gate=closed, rounds=3, **columns)
+@pytest.mark.parametrize("name", ["evidence, harm, opening and rest", "evidence, benign, 2 draws"])
+def test_reading(timed, frozen, at, name):
+    batch = at.tokens()
+    run, opened = (evidence.harmful(frozen, batch) | evidence.benign(frozen, batch))[name]
+    with opened():
+        timed("evidence", name, run, flops=at.shape.reading_flops(INPUT_RANK, 2, at.rank, at.batch, at.length))

@@ -15,7 +15,7 @@ from bench.shapes import TARGETS, Shape
 import sst_kernels as sst  # isort: skip
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.base import Block, Counts
-from sst_merge.adapters import Adapter, LoraTerm
+from sst_merge.io.adapters import Adapter, LoraTerm
 
 SCALING = 2.0
 
@@ -60,15 +60,12 @@ def build_model(
     length: int = 512,
     device: str,
     dtype: torch.dtype,
-    adapter_dtype: torch.dtype | None = None,
     adapters: tuple[str, ...] = ("safety",),
     attention: str = "sdpa",
     seed: int = 0,
 ) -> Any:
-    """A PEFT model with random base and adapter weights; only the adapters are trainable.
-
-    adapter_dtype None keeps the base's dtype; PEFT's own default for a 16-bit base is float32.
-    """
+    """A PEFT model with random base and adapter weights of one dtype (PEFT's own default for a 16-bit base is float32 adapters); only
+    the adapters are trainable."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +78,7 @@ def build_model(
             model.add_adapter(name, LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype or dtype)
+            parameter.data = parameter.data.to(dtype)
             parameter.data.normal_(0, parameter.shape[1] ** -0.5)
     model.base_model.set_adapter(list(adapters))
     return model.eval()

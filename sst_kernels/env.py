@@ -33,7 +33,7 @@ VARIABLES = {
     "XDG_CACHE_HOME": "parent of the default of SST_CACHE; default: ~/.cache",
     "SST_CUDA": "build: OFF leaves the CUDA module out even where nvcc is found",
     "SST_CUDA_ARCHITECTURES": "build: CMake's list of GPU architectures; default: sm_80, sm_90 and sm_100",
-    "SST_NVIDIA_ROOTS": "build: folders that hold cuBLAS and cuSOLVER; default: the nvidia wheels and the toolkit",
+    "SST_NVIDIA_ROOTS": "build: folders of NVTX headers, beside the toolkit; default: the nvidia wheels",
     "CMAKE_ARGS": "build: further arguments of the CMake configuration",
     "MAX_JOBS": "build: parallel compilations; default: 2",
 }

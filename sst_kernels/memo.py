@@ -21,7 +21,7 @@ class Memo(threading.local):
 
     def holds(self, *of: Any) -> bool:
         """Whether `value` was computed of these."""
-        return self._key == _key(of) and not any(storage.expired() for storage in self._storages)
+        return self._key == _key(of) and all([not storage.expired() for storage in self._storages])
 
     def keep(self, value: Any, *of: Any) -> Any:
         """Remember `value`, and return it."""
@@ -31,7 +31,7 @@ class Memo(threading.local):
 
 
 def _key(of: tuple) -> tuple:
-    return tuple(_identity(x) if isinstance(x, Tensor) else x for x in of)
+    return tuple([_identity(x) if isinstance(x, Tensor) else x for x in of])
 
 
 def _identity(x: Tensor) -> tuple:

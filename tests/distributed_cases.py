@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
+from sst_kernels import Evidence, fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import Fisher
 from sst_kernels.fisher.structures.moment import dense
 from tests.models import tiny_batch, tiny_lora
@@ -59,6 +59,39 @@ def inputs(share: list[int], sketch: int | None, group: Any = None) -> dict[str,
     return {"tokens": pass_.tokens, "shared": pass_.shared, "moments": whole}
 
 
+def evidence(share: list[int], group: Any = None, **options: Any) -> Evidence:
+    """Two named losses of each sample on the gain side, read in two passes; two draws on the cost side, groups not given."""
+    found, data = Evidence.of(tiny_lora(**options), "safety", group=group), batches()
+    for part in (share[:1], share[1:]):
+        with found.accumulate("gain") as reading:
+            for i in part:
+                ones = torch.ones(data[i]["labels"].shape)
+                names = range(2 * i, 2 * i + len(ones))
+                reading.backward(data[i], weights={"a": ones, "b": 2 * ones}, groups=list(names))
+            if not part and group is None:
+                break
+    with found.accumulate("cost") as reading:
+        for i in share:
+            generator = torch.Generator().manual_seed(i)
+            reading.backward(data[i], labels="model", draws=2, generator=generator)
+    return found
+
+
+def evidence_answers(found: Evidence) -> dict[str, Any]:
+    """What a test compares, picklable: all state, and a decision."""
+    out: dict[str, Any] = {"patch": found.subspace(1.0, folds=2).soft(mu=0.1).coordinates}
+    for name, side in (("gain", found.gain), ("cost", found.cost)):
+        _, tensors = side.pack()
+        out[name] = {
+            "state": {k: v.clone() for k, v in tensors.items()},
+            "moments": {k: dense(m) for k, m in side.moments.items()},
+            "counts": vars(side.counts),
+            "tokens": side.moments.tokens,
+            "groups": side.rows[next(iter(side.rows))].groups,
+        }
+    return out
+
+
 def answers(fisher: Fisher) -> dict[str, Any]:
     """What a test compares, picklable: raw state, dense blocks, counts, groups."""
     _, tensors = fisher.pack()
@@ -91,6 +124,7 @@ def on_rank(rank: int, address: str, results: Any) -> None:
         eigen = {"structure": "eigen_kronecker", "space": "factor", "basis": first}
         out["eigen_kronecker", world] = answers(accumulate(eigen, share, group))
         out["solve", world] = _solve(share, group)
+        out["evidence", world] = evidence_answers(evidence(share, group))
         out["inputs", world] = {rank: inputs(share, rank, group) for rank in (None, 4)}
     if rank < 2:
         out["ddp"] = answers(_ddp(rank, pair))
@@ -98,6 +132,8 @@ def on_rank(rank: int, address: str, results: Any) -> None:
             out["fsdp"] = answers(_fsdp(rank, pair))
     out["error"] = _failing(rank)
     out["mismatch"] = _mismatched(rank)
+    for fault in ("batch", "adapter", "losses"):
+        out["evidence", fault] = _failing_evidence(rank, fault)
     results[rank] = out
     dist.barrier()
     dist.destroy_process_group()
@@ -147,6 +183,22 @@ def _failing(rank: int) -> str:
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def _failing_evidence(rank: int, fault: str) -> tuple[str, int]:
+    """Rank 2 meets a batch without labels, has another adapter, or other losses; what is raised, and how many samples are held."""
+    data = batches()[rank]
+    off = rank == 2
+    found = Evidence.of(tiny_lora(seed=7 if off and fault == "adapter" else 0), "safety", group=dist.group.WORLD)
+    if off and fault == "batch":
+        data["labels"] = torch.full_like(data["labels"], -100)
+    ones = torch.ones(data["labels"].shape)
+    try:
+        with found.accumulate("gain") as reading:
+            reading.backward(data, weights={"other" if off and fault == "losses" else "loss": ones})
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", found.gain.counts.sequences
+    return "no error", found.gain.counts.sequences
 
 
 def _mismatched(rank: int) -> str:

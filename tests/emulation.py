@@ -32,6 +32,9 @@ _SHARED = re.compile(r"(?<!extern )__shared__ (?:__align__\(\d+\) )?(\w+) (\w+)(
 _TENSOR_CORE = """asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
         : "+d"(c[0]), "+d"(c[1])
         : "d"(a), "d"(b));"""
+_WIDE_TENSOR_CORE = """asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+d"(upper[0]), "+d"(upper[1]), "+d"(lower[0]), "+d"(lower[1])
+        : "d"(a_upper), "d"(a_lower), "d"(b));"""
 
 
 def translated(source: str) -> str:
@@ -47,6 +50,8 @@ def translated(source: str) -> str:
         source,
     )
     source = source.replace(_TENSOR_CORE, "::emulation::mma_8x8x4(__FILE__, __LINE__, c, a, b);")
+    wide = "::emulation::mma_16x8x4(__FILE__, __LINE__, upper, lower, a_upper, a_lower, b);"
+    source = source.replace(_WIDE_TENSOR_CORE, wide)
     assert not re.search(r"__shared__|\basm\b", source), (
         "there is something in this source that the emulation does not know"
     )
@@ -94,7 +99,7 @@ def build(
     includes += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     # C++20 calls a lambda's silent capture of `this` deprecated: on a GPU that is the host's address. Fibers are long jumps.
     command = ["c++", "-std=c++20", "-Werror=deprecated", "-O2", "-g1", "-U_FORTIFY_SOURCE", "-fPIC", "-pthread"]
-    command += ["-fvisibility=hidden", *flags]
+    command += ["-fvisibility=hidden", "-D__CUDA_ARCH__=900", *flags]
 
     def compiled(path: Path) -> str:
         made = folder / f"{path.name}.o"
@@ -118,6 +123,7 @@ class EmulatedGPU:
     def __init__(self, folder: Path):
         names = [path.stem for path in CUDA.glob("*.cu")]
         path = build(folder / "_native_cuda.so", ROOT / "csrc" / "bindings" / "native_cuda.cpp", names, ["-shared"])
+        os.environ["SST_CUSOLVER"] = str(path)  # the emulated eigensolver lies in the same library
         found = spec_from_file_location("_native_cuda", path)
         assert found
         assert found.loader
@@ -133,7 +139,16 @@ class EmulatedGPU:
         self._runtime.emulation_seed(ctypes.c_uint64(seed))
 
     def gevp_dense(
-        self, a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
+        self,
+        a: Tensor,
+        b: Tensor,
+        k: int,
+        method: str,
+        preconditioner: str,
+        tol: float,
+        max_cycles: int,
+        seed: int,
+        leave: bool = False,
     ) -> tuple[Tensor, ...]:
         """`sst_kernels.gevp.dense.gevp_dense` by csrc/cuda."""
         shape, n, single = a.shape[:-2], a.shape[-1], a.dtype is torch.float32

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from sst_merge import cli, compare, compare_report, pipeline, report  # noqa: F401 (imported once, by the fork server)
+from sst_merge import cli, report
+from sst_merge.compare import report as compare_report
 from tests import merge_cases as cases
 
 KINDS = ("sigkill", "sigterm", "disk full")

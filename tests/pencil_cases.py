@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 
 from sst_kernels import Fisher
-from sst_kernels.fisher import Block, Counts, TokenBatch
+from sst_kernels.fisher import Block, Counts
 
 RANKS = {"a": 2, "b": 3, "c": 2}
 
@@ -21,8 +21,7 @@ def fisher_of(rows: torch.Tensor, metric: dict, *, point: str = "patched", group
         meta={"space": "core", "fingerprint": "x", "adapter": "a", "point": point, "point_given": True},
     )  # fmt: skip
     n = len(rows)
-    spans, counts = torch.zeros(n, 2, dtype=torch.int64), Counts(n, 4 * n, 2 * n)
-    fisher.joint.update(TokenBatch(rows[:0, :1], rows[:0, :1], spans, torch.ones(n), counts, rows.float()))
+    fisher.joint.append(rows, Counts(n, 4 * n, 2 * n))
     fisher.note("data", n, groups)
     return fisher
 

@@ -49,7 +49,7 @@ COLUMNS = (
     ),
     *("fma", "async_copies", "of_16_bytes", "loads", "of_vectors", "precision"),
 )
-POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "float64": "*fp64"}
 
 
 @dataclass
@@ -187,33 +187,46 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
                 SPLIT=gram.plan_parts(d, 4096, 8 if spans else None, plan, chip)[1] > 1,
                 PRECISION=precision,
             )
-        for d, l, mixed in itertools.product(widths, (16, 64, 128) if everything else (64,), (False, True)):
+        for d, l, mixed in itertools.product(widths, (16, 64, 128, 512) if everything else (64, 512), (False, True)):
             if mixed and wide:
                 continue
             usual = (d, l) == (4096, 64)
-            for weighted, second in optional("weights", "squares or overwrite"):
+            stored = "bfloat16" if short == "bf16" else "float32"
+            name, operand = f"{short}{' x fp32' if mixed else ''}", "float32" if mixed or wide else dtype
+            stages = [sketch.plan_sketch(4096, d, l, wide, small, chip) for small in (mixed and short == "fp16", True)]
+            for weighted, traced in optional("weights", "trace"):
                 weights = {"weights": "float32"} if weighted else {}
+                squares = {"squares": "float32"} if traced else {}
                 add(
-                    f"project {short}{' x fp32' if mixed else ''}",
+                    f"project {name}",
                     sketch.project_kernel,
-                    {"x": dtype, "u": "float32" if mixed or wide else dtype, "z": "float32"}
-                    | weights
-                    | ({"squares": "float32"} if second else {}),
-                    *(
-                        sketch.plan_project(4096, d, l, wide, small, chip)
-                        for small in (mixed and short == "fp16", True)
-                    ),
+                    {"x": dtype, "u": operand, "z": stored} | weights | squares,
+                    *(project for project, _ in stages),
                     HAS_WEIGHTS=weighted,
-                    HAS_SQUARES=second,
+                    HAS_SQUARES=traced,
                     PRECISION=precision,
                 )
+                if not mixed:
+                    add(
+                        f"back {short}{' x fp32' if short == 'fp16' else ''}",
+                        sketch.back_kernel,
+                        {"x": dtype, "w": stored, "out": "float32"}
+                        | ({"trace": "float64"} | squares if traced else {})
+                        | weights,
+                        *(back for _, back in stages),
+                        HAS_WEIGHTS=weighted,
+                        HAS_TRACE=traced,
+                        PRECISION=precision,
+                    )
+            if l <= 128:  # rotations of gradients and tokens
                 add(
-                    f"back {short}{'' if wide else ' x fp32'}",
-                    sketch.back_kernel,
-                    {"x": dtype, "z": "float32", "y": "float32"} | weights,
-                    sketch.plan_back(4096, d, l, wide, chip),
-                    HAS_WEIGHTS=weighted,
-                    OVERWRITE=not second,
+                    f"project {name} unrounded",
+                    sketch.project_kernel,
+                    {"x": dtype, "u": operand, "z": "float32"},
+                    sketch.plan_project(4096, d, l, wide, mixed and short == "fp16", chip),
+                    sketch.plan_project(4096, d, l, wide, True, chip),
+                    HAS_WEIGHTS=False,
+                    HAS_SQUARES=False,
                     PRECISION=precision,
                 )
     usual = False
@@ -256,11 +269,11 @@ def compile_variant(variant: Variant, capability: int):
         elif name in variant.pointers:
             signature[name] = POINTER[variant.pointers[name]]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("spans", "scale", "sum", "weights", "squares"):
+        elif name in ("spans", "scale", "sum", "weights", "squares", "trace"):
             signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "i32"
-            if variant.aligned and name not in ("N", "parts"):
+            if variant.aligned and name not in ("N", "parts", "count"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constants, attributes)
     options = {**variant.options, "enable_fp_fusion": True}

@@ -313,6 +313,6 @@ def test_subspace_names_rows_that_are_not_finite(fishers):
 )
 def test_filters_refuse(name, options, fishers):
     solved = sst.subspace(*fishers)
-    positional = [options["value"]] if "value" in options else []
+    own = "k" if name == "top_k" else "mu"
     with pytest.raises(ValueError, match=r"must|give exactly"):
-        getattr(solved, name)(*positional, **{k: v for k, v in options.items() if k != "value"})
+        getattr(solved, name)(**{own if option == "value" else option: v for option, v in options.items()})

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from sst_kernels.fisher import StorageError
 from sst_merge import cli
-from sst_merge.data import load_dataset
 from sst_merge.errors import DataError, MergeError, OutputError, RecipeError
-from sst_merge.models import load_model
-from sst_merge.output import output_file, output_folder
+from sst_merge.io.data import load_dataset
+from sst_merge.io.models import load_model
+from sst_merge.io.output import output_file, output_folder
 from sst_merge.recipe import Recipe, read_yaml
 from tests import merge_cases as cases
 
@@ -118,7 +118,7 @@ def test_deeply_nested_recipes_do_not_crash(tmp_path):
         ({"seed": -1}, "seed"),
         ({"structure": "hessian"}, "structure: expected one of full, .*got 'hessian'"),
         ({"structure": "eigen_kronecker"}, "structure: expected one of"),
-        ({"structure_options": {"rnak": 3}}, "full takes count, rows, not rnak"),
+        ({"structure_options": {"rnak": 3}}, "full takes count, dtype, rows, not rnak"),
         ({"structure_options": {"point": "patched"}}, "not point"),
         ({"output": "s"}, "output .*s holds the safety"),
         ({"output": "deep", "harm_data": "deep/data.jsonl"}, "holds the harm_data"),

@@ -14,9 +14,10 @@ import tempfile
 import pytest
 import torch
 from rich.progress import Task
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sst_merge import cli
+from sst_merge import cli, report
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.progress import Reporter
@@ -78,10 +79,10 @@ def test_flags_win_over_the_recipe(world, tmp_path):
 def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
     """One reading, then other strengths, scopes and filters of it without model or data: the same bits as runs of their own."""
     path, own = tmp_path / "evidence.safetensors", tmp_path / "own"
-    text = call("collect", *inputs(world), "-o", path, "--label-draws", 2)
+    text = call("collect", *inputs(world), "--holdout", 0, "-o", path, "--label-draws", 2)
     assert re.search(r"harm: 8 sequences, \d+ tokens read, \d+ label tokens\nbenign: 16 sequences", text)
     assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"]
-    call("merge", *inputs(world), "-o", own, "--kl-budget", 0.05)
+    call("merge", *inputs(world), "--holdout", 0, "-o", own, "--kl-budget", 0.05)
     adapters = ["--safety", world / "safety", "--task", world / "task", "-q"]
     for i, file in enumerate((path, own / "evidence.safetensors")):
         call("merge", *adapters, "--evidence", file, "-o", tmp_path / f"{i}", "--kl-budget", 0.05)
@@ -90,7 +91,7 @@ def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
         ).read_bytes()
     given = ["--kl-budget", 0.01, "--scope", "module", "--input-filter", 1.0]
     call("merge", *adapters, "--evidence", path, "-o", tmp_path / "other", *given)
-    call("merge", *inputs(world), "-o", tmp_path / "anew", *given)
+    call("merge", *inputs(world), "--holdout", 0, "-o", tmp_path / "anew", *given)
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("other", "anew"))
     assert one == two
     with pytest.raises(MergeError, match="another safety adapter"):
@@ -103,6 +104,14 @@ def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):
         call("merge", *adapters, "--evidence", path, "-o", tmp_path / "x", "--structure", "lowrank")
     with pytest.raises(MergeError, match=r"holds a 'fisher'|no file of sst_kernels|not a readable"):
         call("merge", *adapters, "--evidence", own / "adapter_model.safetensors", "-o", tmp_path / "x")
+
+
+@pytest.mark.parametrize("command", ["merge", "collect"])
+def test_quantization_reaches_the_model(world, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (tmp_path / "recipe.yml").write_text("quantization: {load_in_4bit: true}")
+    with pytest.raises(MergeError, match="pip install bitsandbytes"):
+        call(command, *inputs(world), "-c", tmp_path / "recipe.yml", "-o", tmp_path / "out")
 
 
 def test_evaluate_prints_a_table_and_writes_prompts(world, tmp_path):
@@ -193,7 +202,7 @@ def test_errors_of_torch_that_are_no_lack_of_memory_are_raised(monkeypatch):
 def test_a_terminal_without_our_letters_shows_others(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(cli, "app", lambda: cli.print_table({"µ": {"refusal_nll": 1.0}}))
+    monkeypatch.setattr(cli, "app", lambda: report.print_table({"µ": {"refusal_nll": 1.0}}))
     cli.main()
     terminal.flush()
     assert b"refusal NLL ?" in terminal.buffer.getvalue()
@@ -211,7 +220,7 @@ def test_a_terminal_without_our_letters_shows_others(monkeypatch):
 def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
     """Also where it strikes in a finalizer, which swallows what it raises, and where it comes back before that has ended."""
     script = (
-        "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.output as output\n"
+        "import os, signal, sys, time, sst_merge.cli as cli, sst_merge.io.output as output\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
         "class Finalizer:\n"
         "    def __del__(self):\n"
@@ -238,7 +247,7 @@ def test_sigterm_removes_the_unfinished_output(tmp_path, strike):
 
 
 def test_table_shows_missing_numbers(capsys):
-    cli.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    report.print_table({"only benign": Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].split() == ["only", "benign", "–", "–", "0.5000", "1.000"]
 
 
@@ -251,7 +260,7 @@ def test_brackets_in_paths_and_prompts_stay(capsys):
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == [text, text]
     assert told[2].startswith(text)
-    cli.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
+    report.print_table({text: Evaluation(benign_kl=0.5, benign_nll=1.0).summary()})
     assert capsys.readouterr().out.splitlines()[1].startswith(text)
 
 
@@ -275,3 +284,27 @@ def test_bars_show_rate_and_time_left_in_eighty_columns(capsys, monkeypatch, ela
     assert re.fullmatch(rf"{longest} ━+ 100% +{rate} prompts/s 0:0[01]:00 left 0:00:00\s*", capsys.readouterr().err)
     assert list(Reporter(quiet=True).track([1], longest)) == [1]
     assert capsys.readouterr().err == ""
+
+
+def test_the_weight_of_first_words_is_chosen_afterwards_where_they_were_kept_apart(world, tmp_path):
+    common = [*inputs(world), "--holdout", 0, "--kl-budget", 0.05]
+    adapters = [
+        "--safety",
+        world / "safety",
+        "--task",
+        world / "task",
+        "-q",
+        "--kl-budget",
+        0.05,
+        "--opening-weight",
+        6,
+    ]
+    call("collect", *inputs(world), "--holdout", 0, "--opening-apart", "-o", tmp_path / "apart")
+    call("collect", *inputs(world), "--holdout", 0, "-o", tmp_path / "weighted")
+    call("merge", *common, "--opening-weight", 6, "-o", tmp_path / "anew")
+    call("merge", *adapters, "--evidence", tmp_path / "apart", "-o", tmp_path / "afterwards")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("anew", "afterwards"))
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).norm()) <= 1e-4 * float(tensor.norm()), name
+    with pytest.raises(MergeError, match=r"opening_weight: 6 is asked for, .* count 3\.0; take that, or collect again"):
+        call("merge", *adapters, "--evidence", tmp_path / "weighted", "-o", tmp_path / "no")

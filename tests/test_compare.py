@@ -10,14 +10,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from sst_merge import compare as comparing
-from sst_merge import source
-from sst_merge.compare import compare, summarise
-from sst_merge.compare_plan import Comparison
-from sst_merge.compare_report import html, markdown
-from sst_merge.data import load_dataset
+from sst_merge.compare import compare as comparing
+from sst_merge.compare.compare import compare, summarise
+from sst_merge.compare.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
+from sst_merge.compare.recipe import Comparison
+from sst_merge.compare.report import html, markdown
 from sst_merge.errors import MergeError, OutputError, RecipeError
-from sst_merge.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
+from sst_merge.io.data import load_dataset
+from sst_merge.merge import source
 from sst_merge.progress import Reporter
 from tests import merge_cases as cases
 

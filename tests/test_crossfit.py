@@ -9,7 +9,7 @@ from sst_kernels.fisher.base import Block
 from sst_kernels.subspace.coordinates import Coordinates, products
 from sst_kernels.subspace.crossfit import Fold, complement
 from sst_kernels.subspace.filters import WEIGHTS
-from sst_kernels.subspace.spectrum import global_spectrum
+from sst_kernels.subspace.spectrum import row_directions
 
 MUS = torch.logspace(-4, 4, 9, dtype=torch.float64)
 
@@ -27,14 +27,13 @@ def test_responses_are_those_of_the_solved_pencil(damping, repeated):
     epsilon = damping * float(cost.square().sum()) / 12 / 60
     held = torch.arange(12) % 4 == 1
     kept = cost[~held]
-    spectra = global_spectrum(gain / 11**0.5, kept / len(kept) ** 0.5, epsilon, patch)
-    rows = torch.cat([gain, cost])
-    rest = complement(rows @ rows.T, torch.cat([torch.zeros(11, dtype=torch.bool), ~held]), epsilon)
+    values, ways, _ = row_directions(gain, kept, epsilon, patch)
+    rows, index = torch.cat([gain, cost]), torch.arange(23)
+    of_kept, others = index[11:][~held], torch.cat([index[:11], index[11:][held]])
+    rest, _ = complement(rows @ rows.T, of_kept, others, epsilon)
     fold = Fold.of_complement(rest, slice(0, 11), slice(11, None), gain @ patch)
-    peer = Fold.of_spectra(spectra, cost[held])
-    torch.testing.assert_close(
-        fold.values.flip(0), peer.values[: len(fold.values)], rtol=1e-8, atol=1e-12 * float(peer.values[0])
-    )
+    peer = Fold(values, cost[held] @ ways)
+    torch.testing.assert_close(fold.values.flip(0)[: len(values)], values, rtol=1e-8, atol=1e-12 * float(values[0]))
     for name, parameters in (("soft", MUS), ("threshold", MUS * 1.01), ("top_k", torch.arange(9.0).double())):
         weights = WEIGHTS[name]
         actual, expected = (x.energy(weights, parameters) for x in (fold, peer))
@@ -55,7 +54,7 @@ def test_products_are_those_of_the_gradients():
         torch.randn(n, frobenius.size, dtype=d, generator=generator)
         for n, d in ((270, torch.float32), (9, torch.float64))
     ]
-    both = [frobenius, frobenius.kronecker(frobenius.moments(rows[0], [slice(None)])[0])]
+    both = [frobenius, *frobenius.kronecker(*frobenius.moments(rows[0], [slice(None)]))]
     for z, found in zip(both, products(rows, both)):
         x = z.gradients(*rows)
         scale = x.norm(dim=1)

@@ -12,7 +12,18 @@ import torch.multiprocessing as mp
 from sst_kernels import distributed
 from sst_kernels.distributed import reduce_over_ranks, share_by_cost, sum_over_ranks
 from sst_kernels.fisher import make_structure
-from tests.distributed_cases import CASES, FSDP2_ON_CPU, SAMPLES, SHARES, accumulate, answers, inputs, on_rank
+from tests.distributed_cases import (
+    CASES,
+    FSDP2_ON_CPU,
+    SAMPLES,
+    SHARES,
+    accumulate,
+    answers,
+    evidence,
+    evidence_answers,
+    inputs,
+    on_rank,
+)
 
 SKETCHED = "lowrank-small"  # the one case that loses something
 EVERY = [*(case for case in CASES if case != SKETCHED), "eigen_kronecker"]
@@ -65,6 +76,58 @@ def test_input_moments_are_those_of_one_process(sketch, ranks):
             for name, moment in expected["moments"].items():
                 assert (total["moments"][name] - moment).norm() <= 1e-6 * moment.norm()
                 assert torch.equal(total["moments"][name], ranks[0]["inputs", world][sketch]["moments"][name])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_evidence_is_that_of_one_process(world, ranks):
+    """Rows in rank order, two passes over the gain side one after the other; label draws keep prompts whole, apart on all ranks."""
+    alone = evidence_answers(evidence(list(range((SAMPLES + 1) // 2))))
+    total = ranks[0]["evidence", world]
+    sizes = [min(2, SAMPLES - 2 * i) for i in range((SAMPLES + 1) // 2)]
+    first = [2 * i + j for share in SHARES[world] for i in share[:1] for j in range(sizes[i])]
+    rest = [2 * i + j for share in SHARES[world] for i in share[1:] for j in range(sizes[i])]
+    drawn = [4 * i + k for share in SHARES[world] for i in share for k in range(2 * sizes[i])]
+    for side, order in (("gain", first + rest), ("cost", drawn)):
+        mine, theirs = total[side], alone[side]
+        assert (mine["counts"], mine["tokens"]) == (theirs["counts"], theirs["tokens"])
+        for key, tensor in theirs["state"].items():
+            if key.endswith("rows"):
+                assert (mine["state"][key] - tensor[order]).norm() <= 1e-6 * tensor.norm()
+        for name, moment in theirs["moments"].items():
+            assert (mine["moments"][name] - moment).norm() <= 1e-6 * moment.norm()
+    prompts = [2 * i + j for share in SHARES[world] for i in share for _ in range(2) for j in range(sizes[i])]
+    pairs = set(zip(total["cost"]["groups"], prompts, strict=True))
+    assert len(pairs) == len(set(total["cost"]["groups"])) == SAMPLES
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_evidence_has_the_same_bits_on_all_ranks(world, ranks):
+    mine = ranks[0]["evidence", world]
+    for rank in range(1, world):
+        theirs = ranks[rank]["evidence", world]
+        for side in ("gain", "cost"):
+            assert mine[side]["groups"] == theirs[side]["groups"]
+            assert mine[side]["state"].keys() == theirs[side]["state"].keys()
+            for key, tensor in mine[side]["state"].items():
+                assert torch.equal(tensor, theirs[side]["state"][key]), (rank, side, key)
+        for name, core in mine["patch"].items():
+            assert torch.equal(core, theirs["patch"][name])
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("batch", "ValueError", "every label of the batch is masked"),
+        ("adapter", "ValueError", "accumulates with other ['fingerprint']"),
+        ("losses", "ValueError", "the losses differ: ['loss'] and ['other']"),
+    ],
+)
+def test_an_error_in_evidence_on_one_rank_is_raised_on_all(fault, kind, message, ranks):
+    for rank in range(4):
+        raised, held = ranks[rank]["evidence", fault]
+        assert message in raised
+        assert raised.startswith(kind if fault != "batch" or rank == 2 else "RuntimeError: another rank failed")
+        assert held == 0
 
 
 def test_the_same_world_size_repeats_the_bits(ranks):

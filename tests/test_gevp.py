@@ -321,7 +321,7 @@ def test_misuse_is_named(arguments, options, message):
 
 def test_the_op_is_registered_with_a_fake():
     a, b = (x[None] for x in pencil(40))
-    arguments = (a, b, 4, "direct", "cholesky", 1e-10, 100, 0)
+    arguments = (a, b, 4, "direct", "cholesky", 1e-10, 100, 0, False)
     torch.library.opcheck(gevp_dense, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

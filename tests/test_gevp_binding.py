@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import threading
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from sst_kernels import _native
-from sst_kernels.gevp.dense import empty_outputs
+from sst_kernels.gevp.dense import empty_outputs, workspace_bytes
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -73,3 +79,62 @@ def test_the_binding_lets_other_threads_run():
     finally:
         sys.setswitchinterval(interval)
     assert outputs["status"].eq(0).all()
+
+
+def test_a_gpu_is_current_when_its_workspace_is_asked_for(monkeypatch):
+    """Handles and limits are those of the current device: asked outside of the guard they would be another GPU's."""
+    entered: list[torch.device] = []
+    asked: list[torch.device] = []
+
+    class Guard:
+        def __init__(self, device: torch.device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    class Native:
+        Options = _native.cpu().Options
+
+        @staticmethod
+        def workspace_bytes(*_):
+            return asked.append(entered[-1]) or 1
+
+        direct_workspace_bytes = workspace_bytes
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(_native, "cuda", Native)
+    second = torch.device("cuda:1")
+    for method in ("direct", "jacobi_davidson"):
+        workspace_bytes(4, 300, 4, method, "cholesky", False, second)
+    assert asked == [second, second]
+
+
+def test_the_cuda_module_names_the_cusolver_that_it_lacks(tmp_path):
+    """An empty library stands for a cuSOLVER without the batched eigensolver, and a name without a file for none."""
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
+    (tmp_path / "old.cpp").write_text(
+        'extern "C" int cusolverGetVersion(int* version) { *version = 11603; return 0; }\n'
+    )
+    (tmp_path / "try.cpp").write_text(
+        '#include <cstdio>\n#include "cuda/cusolver.hpp"\nint main() {\n'
+        "    try { sst::cuda::CuSolver::get(); } catch (const std::exception& error) { std::puts(error.what()); }\n}\n"
+    )
+    old, program = tmp_path / "libold.so", tmp_path / "try"
+    subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "old.cpp", "-o", old], check=True)
+    include = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "tests/cpp/emulation")]
+    subprocess.run([compiler, "-std=c++17", *include, tmp_path / "try.cpp", "-o", program, "-ldl"], check=True)
+
+    def said(library: str) -> str:
+        return subprocess.run(
+            [program], env={"SST_CUSOLVER": library}, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "cuSOLVER 11.6.3 has no cusolverDnCreate; 11.7.1 (CUDA 12.6.2) or newer is needed" in said(str(old))
+    missing = said(str(tmp_path / "libnone.so"))
+    assert "pip install nvidia-cusolver, or set SST_CUSOLVER" in missing
+    assert "libnone.so: cannot open shared object file" in missing

@@ -19,7 +19,7 @@ from sst_kernels.gevp import GEVPStatus, gevp
 from sst_kernels.gevp.operators import LowRank
 from tests.emulation import EmulatedGPU, build
 from tests.gevp_backends import GPU, Solve, backend
-from tests.test_cuda_build import ROOT, include_directories
+from tests.test_cuda_build import ROOT
 
 LARGER = ((256, 16, 4), (400, 32, 2), (515, 8, 2))
 METHODS = ("direct", "jacobi_davidson")
@@ -46,7 +46,7 @@ def gpu_program(target: Path) -> Path:
             "--extended-lambda",
             "--expt-relaxed-constexpr",
         ),
-        *include_directories(),
+        *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
     ]
     sources = [PROGRAM, *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS)]
     built = subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(target)], capture_output=True, text=True)

@@ -230,7 +230,8 @@ def test_sketches_without_cholesky_factors(outlier, monkeypatch):
     x = torch.randn(2000, 384, generator=generator) * torch.logspace(0, -3, 384)
     x[:, 0] *= outlier
     moment, omega = SecondMoment(384, 64, 0, torch.device("cpu")), sign_matrix(384, 64, 0, x.device, x.dtype)
-    moment.sum += x.T @ (x @ omega)
+    z = x @ omega
+    moment.sum += torch.cat([x.T @ z, z.T @ z])
     moment.trace += x.double().square().sum()
     usual = moment.mean(2000).dense()
     with monkeypatch.context() as patch:
@@ -238,7 +239,7 @@ def test_sketches_without_cholesky_factors(outlier, monkeypatch):
         other = moment.mean(2000).dense()
     assert float((usual - other).abs().max()) < 1e-12 * float(usual.trace())
 
-    moment.sum -= 0.5 * moment.trace.float() * omega  # M - tr(M)/2 I
+    moment.sum -= 0.5 * moment.trace.float() * torch.cat([omega, omega.T @ omega])  # M - tr(M)/2 I
     indefinite = moment.mean(2000)
     assert torch.isfinite(indefinite.columns).all()
     assert indefinite.rest >= 0

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_merge.data import IGNORE, Dataset, Example, batches, collate, load_dataset, prompt_batches
 from sst_merge.errors import DataError
+from sst_merge.io.data import IGNORE, Dataset, Example, batches, collate, load_dataset, prompt_batches
 from tests import merge_cases as cases
 
 TOKENIZER = cases.tokenizer()

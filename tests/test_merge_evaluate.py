@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from sst_merge.adapters import load_adapter
-from sst_merge.algebra import concatenate
-from sst_merge.data import load_dataset
 from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
-from sst_merge.models import attach
+from sst_merge.io.adapters import load_adapter
+from sst_merge.io.data import load_dataset
+from sst_merge.io.models import attach
+from sst_merge.merge.algebra import concatenate
 from tests import merge_cases as cases
 
 
@@ -127,3 +127,112 @@ def test_answers_end_where_the_context_of_the_model_does(setting, tmp_path):
         hook.remove()
     answers = [size for size in widths if size[-2] == 1]
     assert 0 < len(answers) < 60 - min(e.prompt_tokens for e in data)
+
+
+HOSTILE = {
+    "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "return_dict_in_generate": True, "output_scores": True,
+    "min_new_tokens": 3, "suppress_tokens": list(range(40, 90)), "forced_bos_token_id": 7, "forced_eos_token_id": 9, "do_sample": True,
+    "temperature": 5.0, "bad_words_ids": [[i] for i in range(90, 130)], "encoder_repetition_penalty": 1.4, "num_return_sequences": 2,
+    "exponential_decay_length_penalty": [1, 9.0], "sequence_bias": [[[60], 9.0]], "stop_strings": "a", "max_length": 3, "max_time": 1e-9,
+    "renormalize_logits": True, "penalty_alpha": 0.6, "top_k": 4, "guidance_scale": 3.0, "use_cache": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [[n] for n in HOSTILE] + [["num_beams", "num_return_sequences", "return_dict_in_generate"]]
+)
+def test_answers_are_greedy_whatever_the_model_folder_says(setting, names):
+    """`generation_config.json` of published models holds penalties (Qwen2.5), samplers and formats."""
+    from transformers import GenerationConfig
+
+    model, harm, _ = setting
+    expected = [
+        r["answer"] for r in Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    ]
+    before = model.generation_config, model.get_base_model().generation_config
+    foreign = GenerationConfig(eos_token_id=[257])
+    for name in names:
+        setattr(foreign, name, HOSTILE[name])
+    model.generation_config = model.get_base_model().generation_config = foreign
+    try:
+        found = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+        assert model.generation_config is model.get_base_model().generation_config is foreign
+    finally:
+        model.generation_config, model.get_base_model().generation_config = before
+    assert [r["answer"] for r in found] == expected
+
+
+def test_answers_are_greedy_where_the_models_own_configuration_says_otherwise(setting):
+    """As config.json of older models, which transformers refuses to generate from."""
+    model, harm, _ = setting
+    expected = [
+        r["answer"] for r in Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    ]
+    config = model.get_base_model().config
+    config.repetition_penalty = 5.0
+    try:
+        found = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    finally:
+        del config.repetition_penalty
+    assert [r["answer"] for r in found] == expected
+
+
+def test_answers_end_at_the_models_own_ends(setting):
+    model, harm, _ = setting
+    free = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    letter = next(c for r in free for c in r["answer"][1:5] if c.isascii() and c.isalnum())
+    (stop,) = cases.tokenizer()(letter, add_special_tokens=False)["input_ids"]
+    config = model.get_base_model().generation_config
+    before, config.eos_token_id = config.eos_token_id, [257, stop]
+    try:
+        ended = Evaluator(model, cases.tokenizer(), harmful=harm)("merged", generate_tokens=6).prompts
+    finally:
+        config.eos_token_id = before
+    for one, whole in zip(ended, free):
+        assert one["answer"] == (
+            whole["answer"].partition(letter)[0] + letter if letter in whole["answer"] else whole["answer"]
+        )
+
+
+def test_a_failed_measurement_is_a_line_beside_what_was_measured(setting, monkeypatch):
+    model, harm, benign = setting
+    measure = Evaluator(model, cases.tokenizer(), harmful=harm, benign=benign, forgiving=True)
+    monkeypatch.setattr(
+        type(model), "generate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such kernel\nmore"))
+    )
+    result = measure("merged")
+    assert result.failed == "RuntimeError: no such kernel"
+    assert result.refusal_nll > 0
+    assert result.benign_kl >= 0
+    assert result.summary()["refusal_rate"] is None
+    assert "failed" not in result.summary()
+    assert measure.attempt("x", lambda: (_ for _ in ()).throw(MemoryError)).failed == "MemoryError"
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        Evaluator(model, cases.tokenizer(), harmful=harm)("merged")
+
+
+def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
+    from peft import PeftModelForCausalLM
+
+    from sst_merge.merge import pipeline
+    from sst_merge.progress import Reporter
+    from sst_merge.recipe import Recipe
+
+    cases.model_folder(tmp_path / "model")
+    cases.adapter_folder(tmp_path / "safety", seed=2, scale=0.2)
+    data = {
+        name: str(cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, name))) for name in ("harm", "benign")
+    }
+    recipe = Recipe.parse(
+        {
+            "model": str(tmp_path / "model"), "safety": str(tmp_path / "safety"), "output": str(tmp_path / "out"), "device": "cpu",
+            "kl_budget": 0.01,
+        }
+        | {f"{name}_data": path for name, path in data.items()} | {f"eval_{name}_data": path for name, path in data.items()}
+    )  # fmt: skip
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", lambda *_, **__: 1 / 0)
+    report = pipeline.merge(recipe, reporter=Reporter(quiet=True))
+    assert report["failed_evaluations"]["merged"] == "ZeroDivisionError: division by zero"
+    assert report["evaluation"]["merged"]["refusal_nll"] > 0
+    assert report["evaluation"]["merged"]["refusal_rate"] is None
+    assert load_adapter(tmp_path / "out").terms

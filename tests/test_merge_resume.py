@@ -12,13 +12,13 @@ import torch
 
 import sst_kernels as sst
 from sst_kernels.fisher import Interrupted, structures
-from sst_merge import collect as reading
-from sst_merge.checkpoints import Continuity, continuing
-from sst_merge.collect import collect
-from sst_merge.data import batches, load_dataset
 from sst_merge.errors import MergeError, OutputError
-from sst_merge.passes import fisher_pass
+from sst_merge.io.data import batches, load_dataset
 from sst_merge.progress import Reporter
+from sst_merge.run import collect as reading
+from sst_merge.run.checkpoints import Continuity, continuing
+from sst_merge.run.collect import collect
+from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
 from sst_merge.specs import Collection
 from tests import merge_cases as cases
@@ -53,7 +53,7 @@ def rows(fisher: sst.Fisher) -> torch.Tensor:
 def test_checkpoints_of_a_run_that_works_are_left_alone(tmp_path):
     output = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from sst_merge.checkpoints import Continuity\n"
+        "import sys; from pathlib import Path; from sst_merge.run.checkpoints import Continuity\n"
         "keep = Continuity.beside(Path(sys.argv[1]), 1, True); print('ready', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -230,7 +230,7 @@ def test_two_ranks_save_what_one_process_saves(launcher, root, tmp_path):
     for start, name in (([sys.executable], "one"), (launcher, "two")):
         call = [*map(str, [*start, *program, "-o", tmp_path / name])]
         subprocess.run(call, check=True, env=environment, capture_output=True, timeout=300)
-    one, two = (sst.Evidence.load(tmp_path / name).gain.rows["rest"] for name in ("one", "two"))
+    one, two = (sst.Evidence.load(tmp_path / name).gain.rows["loss"] for name in ("one", "two"))
     assert one.counts == two.counts
     assert one.groups != two.groups  # each rank's part stands by itself
     order = [two.groups.index(g) for g in one.groups]

@@ -12,13 +12,13 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file
 
 from sst_kernels.testing import assert_close, tolerance
-from sst_merge.adapters import Adapter, LoraTerm, load_adapter
 from sst_merge.errors import MergeError, RecipeError
+from sst_merge.io.adapters import Adapter, LoraTerm, load_adapter
+from sst_merge.merge.pipeline import load_data, open_source
 from sst_merge.methods import METHODS, Inputs, find, sparse
 from sst_merge.methods.base import as_term, densely, thin_svd
 from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
 from sst_merge.methods.spectral import core_space, isotropic, subspace_boost, tsv_merge
-from sst_merge.pipeline import load_data, open_source
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from sst_merge.session import SAFETY, TASK, open_session

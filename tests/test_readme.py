@@ -1,22 +1,29 @@
-"""The README's and docs' own text, run: Python blocks, console commands, the recipe."""
+"""The README's and docs' own text, run: Python blocks, console commands, the recipe, links, the walk through the house."""
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import re
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from sst_kernels import fisher_accumulate
+import sst_kernels
+from sst_kernels import Evidence
 from sst_merge import cli
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
 from tests.models import tiny_batch, tiny_lora
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -25,17 +32,56 @@ def blocks(name: str, language: str) -> list[str]:
     return found
 
 
-def test_python_blocks_of_the_readme(capsys):
-    setting = {
+def readings() -> dict[str, Any]:
+    """What blocks take for given: a model and two sides' batches."""
+    return {
         "model": tiny_lora(),
         "harm_batches": [tiny_batch(4, seed=s) for s in range(2)],
         "benign_batches": [tiny_batch(4, seed=s) for s in range(2, 5)],
     }
+
+
+def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = readings()
     for block in blocks("README.md", "python"):
         assert len([line for line in block.splitlines() if line.strip()]) < 20
         exec(compile(block, "README.md", "exec"), setting)
-    assert setting["patch"].prediction.cost_per_label <= 0.02
-    assert "Prediction(held_out=True" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    costs = [float(cost) for cost in re.findall(r"Prediction\(held_out=True, cost_per_label=([^,]+)", told)]
+    assert len(costs) == 3
+    assert all(0 < cost <= budget for cost, budget in zip(costs, (0.005, 0.02, 0.1)))
+    again = Evidence.load(tmp_path / "evidence.safetensors").subspace(mu=3.0).soft(kl_budget=0.1)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(again.coordinates[name], setting["patch"].coordinates[name])
+    layer = setting["model"].get_base_model().get_submodule(name)
+    assert setting["scaling"] == layer.scaling["safety"]
+    assert setting["A"].shape == layer.lora_A["safety"].weight.shape
+    assert setting["B"].shape == layer.lora_B["safety"].weight.shape
+
+
+def test_python_blocks_of_the_fishers_page(capsys):
+    setting = readings()
+    for block in blocks("docs/fisher.md", "python"):
+        exec(compile(block, "docs/fisher.md", "exec"), setting)
+    assert list(setting["evidence"].gain.rows) == ["opening", "rest"]
+    assert [
+        len(side.rows[name].rows())
+        for side, name in ((setting["evidence"].gain, "rest"), (setting["evidence"].cost, "loss"))
+    ] == [8, 24]
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [weight for weight, _ in told] == ["1.0", "3.0"]
+    assert told[0][1] != told[1][1]
+
+
+def test_the_example_of_evidence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = readings() | {"sst": sst_kernels}
+    for example in doctest.DocTestParser().get_examples(inspect.cleandoc(Evidence.__doc__ or "")):
+        exec(compile(example.source, "Evidence", "exec"), setting)
+    assert {name: a.shape for name, (a, *_) in setting["lora"].items()} == {
+        name: a.shape for name, a in Evidence.load("evidence.safetensors").weights.a.items()
+    }
 
 
 def test_python_blocks_of_the_eigensolvers_page(capsys):
@@ -49,17 +95,15 @@ def test_the_script_for_many_processes_runs_in_one(tmp_path, monkeypatch):
     init = dist.init_process_group
     store = dist.HashStore()
     monkeypatch.setattr(dist, "init_process_group", lambda _: init("gloo", store=store, rank=0, world_size=1))
-    model, batches = tiny_lora(), [tiny_batch(4, seed=s) for s in range(2)]
-    with fisher_accumulate(model, "safety") as benign:
-        model(**tiny_batch(8, seed=2)).loss.backward()
-    setting = {"model": model, "batches": batches, "benign": benign}
+    setting = readings()
     (script,) = blocks("docs/scaling.md", "python")
     try:
         exec(compile(script, "docs/scaling.md", "exec"), setting)
     finally:
         dist.destroy_process_group()
-    assert setting["harm"].fisher.counts.sequences == 8
+    assert [side.counts.sequences for side in (setting["evidence"].gain, setting["evidence"].cost)] == [8, 12]
     assert len(setting["space"].values)
+    assert {path.name for path in tmp_path.iterdir()} == {"gain.checkpoint", "cost.checkpoint"}
 
 
 def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
@@ -71,24 +115,89 @@ def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
         cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
     text = "".join(blocks("README.md", "console")).replace("\\\n", " ")
     commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
-    assert [c[:2] for c in commands] == [["sst-merge", "merge"], ["sst-merge", "evaluate"]]
+    assert [c[1] for c in commands] == ["collect", "merge", "merge", "merge", "evaluate"]
     for _, *arguments in commands:
         result = CliRunner().invoke(cli.app, [*arguments, "--quiet"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-    assert (tmp_path / "merged/adapter_config.json").is_file()
+    for name in ("gentle", "middle", "strong"):
+        assert (tmp_path / name / "adapter_config.json").is_file()
 
 
 def test_the_documented_recipe_names_every_entry(tmp_path):
     (tmp_path / "recipe.yml").write_text(blocks("docs/cli.md", "yaml")[0], encoding="utf-8")
     recipe = Recipe.load(tmp_path / "recipe.yml")
     missing = set(Recipe.model_fields) - recipe.model_fields_set
-    assert missing <= {"mu", "k", "space", "structure_options"}
-    for name, field in Recipe.model_fields.items():
-        if name in (
-            *("structure", "folds", "damping", "label_draws", "harm_points", "opening_tokens", "opening_weight"),
-            *("benign_labels", "max_length"),
-        ):
-            assert getattr(recipe, name) == field.default
+    assert missing == {"mu", "k", "structure_options"}
+    examples = {"model", "safety", "task", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output"}
+    examples |= {"kl_budget", "rank", "limit"}
+    for name in recipe.model_fields_set - examples:
+        assert getattr(recipe, name) == Recipe.model_fields[name].get_default(call_default_factory=True), name
+
+
+def test_every_recipe_entry_is_explained():
+    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    assert [name for name in Recipe.model_fields if not re.search(rf"(^|[ `]){name}\b", text, re.M)] == []
+
+
+def test_the_walk_through_the_house(tmp_path):
+    """The functions that docs/house.md names are entered in its order when a recipe is run."""
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| `(.+?)` \|", (ROOT / "docs/house.md").read_text(encoding="utf-8"), re.M)
+    stops = [(file, function) for _, file, function in rows]
+    assert [int(number) for number, *_ in rows] == list(range(1, len(stops) + 1))
+    assert 0 < len(stops) < 15
+    cases.model_folder(tmp_path / "model")
+    for name, seed in (("task", 1), ("safety", 2)):
+        cases.adapter_folder(tmp_path / name, seed=seed)
+    for name, word in (("harm", "rob"), ("benign", "bake")):
+        cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
+    (tmp_path / "recipe.yml").write_text(
+        "{model: model, task: task, safety: safety, harm_data: harm.jsonl, benign_data: benign.jsonl, output: out}"
+    )
+    entered: dict[tuple[str, str], None] = {}
+
+    def watch(frame, event, _):
+        if event == "call":
+            entered[frame.f_code.co_filename, frame.f_code.co_qualname] = None
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = CliRunner().invoke(cli.app, ["merge", "--config", str(tmp_path / "recipe.yml"), "--quiet"])
+    finally:
+        sys.setprofile(before)
+    assert result.exit_code == 0, result.output
+    met = [(Path(file).as_posix(), name) for file, name in entered]
+    walked = [next((s for s in stops if file.endswith(f"/{s[0]}") and name == s[1]), None) for file, name in met]
+    assert [stop for stop in walked if stop is not None] == stops
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_file_names_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, part = link.partition("#")
+        if "://" in target:
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        if not path.exists() or (part and part not in anchors(path)):
+            dead.append(link)
+    for name in re.findall(r"`((?:bench|csrc|docs|examples|python|sst_kernels|tests)/[\w./*-]+)`", text):
+        if not list(ROOT.glob(name)):
+            dead.append(name)
+    assert dead == []
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["cli", "fisher", "house", "reliability", "scaling"])
+def test_lines_fit_the_column(page):
+    lines = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_csv_example(tmp_path, monkeypatch, capsys):
@@ -98,7 +207,7 @@ def test_csv_example(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.csv").write_text('goal,target\n"Break, in",x\nSteal,y\nLie,z\n')
     monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "a.csv"), str(tmp_path / "a.jsonl"), "--rows", "0:2"])
     csv_to_jsonl.main()
-    from sst_merge.data import load_dataset
+    from sst_merge.io.data import load_dataset
 
     assert [e.prompt for e in load_dataset(tmp_path / "a.jsonl", cases.tokenizer())] == ["Break, in", "Steal"]
     with pytest.raises(FileExistsError):

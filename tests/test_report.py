@@ -60,23 +60,32 @@ def test_verdicts_follow_the_rows(tmp_path):
     assert verdict["factor/kronecker_lowrank l=64 over plain"] == "open"
 
 
-def test_the_input_pass_counts_beside_the_fisher_pass_and_not_within_it(tmp_path):
+def test_a_reading_stands_beside_both_plain_steps_of_its_batch(tmp_path):
     rows = [
         row(),
         row(variant="core/full", ms="255", ratio="1.02"),
-        row(stage="inputs", variant="forward", ms="100"),
-        row(stage="inputs", variant="sketch l=512", ms="110"),
-        row(stage="inputs", variant="training step", ms="200"),
-        row(stage="inputs", variant="filter_inputs, sketch l=512", ms="300", batch="", length=""),
+        row(stage="evidence", variant="plain, harm", ms="200", ratio="1"),
+        row(stage="evidence", variant="plain, logits at labels, harm", ms="160", ratio="0.8"),
+        row(stage="evidence", variant="plain, logits at labels, benign", ms="180", ratio="0.9"),
+        row(stage="evidence", variant="evidence, harm, one loss", ms="200", ratio="1.01"),
+        row(stage="evidence", variant="evidence, benign, 2 draws", ms="270", ratio="1.8"),
+        row(stage="decision", variant="filter(mu)", ms="300", batch="", length="", note="1 + 2 rows, scaled"),
         row(stage="merge", variant="SST-Merge global: subspace + filter + export", ms="900"),
+        row(stage="gevp", variant="global, subspace() with 4 held-out folds", ms="800", floor_ms="400"),
     ]
     text = report.render(folder(tmp_path, rows))
-    targets = [line for line in text.split("## Passes")[0].splitlines() if line.startswith("| ")]
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:-1]] for line in targets}
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    cells = {line[0]: line[2:] for line in lines if len(line) == 5}
     assert cells["Fisher pass (core/full) over plain forward + backward"] == ["1.02x", "≤ 1.05x", "met"]
-    assert cells["Fisher pass and input pass over plain forward + backward"] == ["1.57x", "≤ 1.05x", "missed"]
+    assert cells["evidence, harm, one loss over plain"] == ["1.01x", "≤ 1.15x", "met"]
+    assert cells["evidence, benign, 2 draws over plain"] == ["1.80x", "≤ 1.75x", "missed"]
     assert cells["the same and the solve of the input filter"] == ["1.20 s", "≤ 1.00 s", "missed"]
-    assert "| llama-2-7b | GPU | 1.02x | 0.550x | 1.57x | 2.59x |" in text
+    assert cells["subspace() with 4 held-out folds over its floor"] == ["2.00x", "≤ 3.00x", "met"]
+    readings = {line[0]: line[4:] for line in lines if len(line) == 7}
+    assert readings["harm, one loss"] == ["≤ 1.15x", "1.01x, met", "1.25x, missed"]
+    assert readings["benign, 2 draws"] == ["≤ 1.75x", "1.80x, missed", "1.50x, met"]
 
 
 def test_the_last_measurement_of_a_subject_stands(tmp_path):

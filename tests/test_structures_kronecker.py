@@ -13,6 +13,7 @@ from sst_kernels import ops
 from sst_kernels.fisher.base import Counts, TokenBatch
 from sst_kernels.fisher.structures import make_structure
 from sst_kernels.fisher.structures.kronecker_svd import nearest_products
+from sst_kernels.fisher.structures.moment import SecondMoment
 from tests.structure_cases import SHAPE, batch, exact, first_pass, samples
 
 
@@ -271,3 +272,16 @@ def test_wide_and_tall_blocks_agree():
     one.update(batch(data)), two.update(batch(swapped))
     order = torch.arange(15).reshape(3, 5).mT.reshape(-1)
     torch.testing.assert_close(one.dense()[order][:, order], two.dense(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [12, 40])
+def test_sums_are_all_that_ranks_must_add(d):
+    """Dense or sketched, moments over parts of the data add up to that over all of it."""
+    x = torch.randn(90, d, generator=torch.Generator().manual_seed(4))
+    parts, whole = ([SecondMoment(d, 12, 0, torch.device("cpu")) for _ in range(n)] for n in (2, 1))
+    for moment, tokens in zip((*parts, *whole), (x[:50], x[50:], x)):
+        moment.add(tokens, torch.tensor([[0, len(tokens)]]), None)
+    for mine, other in zip(parts[0].sums(), parts[1].sums(), strict=True):
+        mine += other
+    eye = torch.eye(d, dtype=torch.float64)
+    torch.testing.assert_close(parts[0].factor(90) @ eye, whole[0].factor(90) @ eye, rtol=1e-5, atol=1e-5)

@@ -194,3 +194,18 @@ def test_a_batch_larger_than_the_buffer():
     sketch.update(rows_batch(rows))
     certificate_holds(sketch, rows)
     assert sketch.counts.sequences == 500
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("full", {}), ("diagonal", {}), ("diagonal", {"centred": True}), ("lowrank", {})]
+)
+def test_appended_rows_are_those_of_the_batch(kind, options):
+    """Joint structures take rows of any float dtype, with their counts; none change nothing."""
+    data = samples(7)
+    by_tokens, by_rows = (make_structure(kind, SHAPE, **options) for _ in range(2))
+    by_tokens.update(batch(data))
+    rows = torch.stack([s.gradient() for s in data])
+    by_rows.append(rows[:4], Counts(4, 9, 5)), by_rows.append(rows[:0], Counts()), by_rows.append(rows[4:].float())
+    assert by_rows.counts == Counts(4, 9, 5)
+    by_rows.counts = by_tokens.counts
+    torch.testing.assert_close(by_rows.dense(), by_tokens.dense(), rtol=1e-5, atol=1e-6)

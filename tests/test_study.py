@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sst_merge.compare_plan import Comparison
-from sst_merge.data import load_dataset
+from sst_merge.compare.recipe import Comparison
+from sst_merge.io.data import load_dataset
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
 
@@ -49,7 +49,9 @@ def public(tmp_path, monkeypatch):
     asked = "".join(f"How to steal {i}?\n\n" for i in range(5)) + "rob BANK 1\n"  # one that AdvBench has too
     (folder / "malicious-instruct/malicious_instruct.txt").write_text(asked)
     for name in ("train_first2000", "test"):
-        cases.write_jsonl(folder / f"gsm8k/{name}.jsonl", [{"question": f"{name} {i}", "answer": "1"} for i in range(9)])
+        cases.write_jsonl(
+            folder / f"gsm8k/{name}.jsonl", [{"question": f"{name} {i}", "answer": "1"} for i in range(9)]
+        )
     made = [{"instruction": f"Write {i}", "instances": [{"input": "it" * (i % 2), "output": "ok"}]} for i in range(9)]
     made += [{"instruction": "long " * 200, "instances": [{"input": "", "output": "ok"}]}]
     cases.write_jsonl(folder / "self-instruct/user_oriented_instructions.jsonl", made)
@@ -101,9 +103,10 @@ def test_recipes_fit_and_report_on_the_splits_that_they_name():
     fitted = Recipe.load(STUDY / "fit.yml")
     for recipe, split in ((reported, "final"), (chosen, "select")):
         assert (recipe.eval_harm_data.stem, recipe.eval_benign_data.stem) == (f"{split}_harm", f"{split}_benign")
-        for name in ("model", "task", "safety", "harm_data", "benign_data", "collection"):
+        for name in ("model", "task", "safety", "harm_data", "benign_data"):
             assert getattr(recipe, name) == getattr(fitted, name)
         assert recipe.from_evidence
+    assert chosen.collection == fitted.collection
     assert fitted.harm_data.stem == "fit_harm"
 
 

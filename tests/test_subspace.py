@@ -71,7 +71,7 @@ def test_soft_minimises_its_objective(seed, mu, scope, metric):
     space = subspace(gain, cost, scope=scope, metric=metric)
     a, b = dense_pencil(gain, cost, space.epsilon, scope, metric)
     expected = np.linalg.solve(a + mu * b, a @ IDENTITY)
-    np.testing.assert_allclose(flat(space.soft(mu)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
+    np.testing.assert_allclose(flat(space.soft(mu=mu)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
 
 
 @pytest.mark.parametrize("scope", ["global", "module"])
@@ -84,13 +84,13 @@ def test_top_k_and_threshold_project_onto_the_best_directions(scope):
     expected = vectors @ (vectors.T @ (b @ IDENTITY))
     np.testing.assert_allclose(flat(space.top_k(5)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
     between = float(space.values[4:6].mean())
-    np.testing.assert_allclose(flat(space.threshold(between)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
+    np.testing.assert_allclose(flat(space.threshold(mu=between)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
 
 
 def test_keeping_everything_returns_the_patch():
     gain, cost = pair(3, gain_rows=60)  # as many rows as coordinates: no direction has λ = 0
     for scope in ("global", "module"):
-        patch = subspace(gain, cost, scope=scope).soft(0.0)
+        patch = subspace(gain, cost, scope=scope).soft(mu=0.0)
         np.testing.assert_allclose(flat(patch), IDENTITY, atol=1e-6)
         assert all(abs(kept - 1) < 1e-6 for kept in patch.kept.values())
 
@@ -117,7 +117,7 @@ def test_the_gauge_of_the_adapter_does_not_matter(seed, scope, kind):
         metric = {n: (b[n].T @ b[n], a[n] @ a[n].T) for n in RANKS}
         gain, cost = fisher_of(rows[:8], metric), fisher_of(rows[8:], metric)
         space = subspace(gain, cost, scope=scope, metric=kind, folds=2)
-        patch = space.soft(0.3)
+        patch = space.soft(mu=0.3)
         return space.values, {n: b[n] @ patch.coordinates[n] @ a[n] for n in RANKS}
 
     values, change = solved(a_side, b_side)
@@ -162,10 +162,10 @@ def test_other_structures_serve_module_scope():
     exact = subspace(*passes("full"), scope="module", folds=2)
     folded = subspace(*passes("full", scope="module"), scope="module")
     torch.testing.assert_close(folded.values, exact.values, rtol=1e-5, atol=1e-6 * float(exact.values[0]))
-    assert not folded.soft(1.0).prediction.held_out
+    assert not folded.soft(mu=1.0).prediction.held_out
     for structure in ("diagonal", "kronecker", "lowrank"):
         space = subspace(*passes(structure), scope="module")
-        assert torch.isfinite(space.soft(1.0).coordinates["model.layers.0.self_attn.q_proj"]).all()
+        assert torch.isfinite(space.soft(mu=1.0).coordinates["model.layers.0.self_attn.q_proj"]).all()
     sketched = subspace(*passes("lowrank", rank=64), scope="global")
     whole = subspace(*passes("full"), scope="global", folds=2)
     torch.testing.assert_close(sketched.values, whole.values, rtol=1e-4, atol=1e-5 * float(whole.values[0]))
@@ -196,11 +196,11 @@ def test_what_does_not_belong_together_is_refused():
         with pytest.raises(ValueError, match=next(iter(arguments))):
             subspace(gain, cost, **arguments)
     space = subspace(gain, cost)
-    for call in (lambda: space.soft(), lambda: space.soft(1.0, kl_budget=1.0)):
+    for call in (lambda: space.soft(), lambda: space.soft(mu=1.0, kl_budget=1.0)):
         with pytest.raises(ValueError, match="exactly one"):
             call()
     with pytest.raises(ValueError, match="must not be negative"):
-        space.soft(-1.0)
+        space.soft(mu=-1.0)
     with pytest.raises(ValueError, match="k must be a whole number in"):
         space.top_k(10**6)
     with pytest.raises(ValueError, match="k must be a whole number in"):
@@ -231,6 +231,6 @@ def test_a_dead_module_keeps_nothing():
     with fisher_accumulate(model, "safety") as cost:
         sequence_nll(model, tiny_batch(8, seed=3)).backward()
     for scope in ("global", "module"):
-        patch = subspace(gain.fisher, cost.fisher, scope=scope).soft(0.1)
+        patch = subspace(gain.fisher, cost.fisher, scope=scope).soft(mu=0.1)
         assert patch.kept[name] == 0.0
         assert all(torch.isfinite(core).all() for core in patch.coordinates.values())

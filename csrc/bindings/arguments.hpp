@@ -58,6 +58,7 @@ inline void bind_options(py::module_& module) {
         .def_readwrite("inner_steps", &Options::inner_steps)
         .def_readwrite("tolerance", &Options::tolerance)
         .def_readwrite("seed", &Options::seed)
+        .def_readwrite("afford", &Options::afford)
         .def_readwrite("verify", &Options::verify)
         .def_property(
             "preconditioner", [](const Options& options) { return static_cast<int>(options.preconditioner); },

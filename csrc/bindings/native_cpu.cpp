@@ -62,18 +62,27 @@ int64_t workers(int64_t batch, int64_t chunk, int64_t threads) {
     return std::max<int64_t>(1, std::min((batch + chunk - 1) / chunk, threads));
 }
 
-/// Threads take chunks of problems in turn; a chunk of one is fastest, larger ones run the batched control flow as a GPU does.
+/// Threads take chunks of problems in turn; a chunk of one is fastest, larger ones run the batched control flow as a GPU does. With
+/// options.afford and a factor a problem that did not converge goes on by the direct route, and its cycles c become -1 - c.
 template <class S>
 void iterate(uint64_t a, int64_t a_stride, uint64_t b, int64_t b_stride, int64_t batch, int64_t n, const Options& options,
              const Result& result, uint64_t workspace, uint64_t bytes, int64_t threads, int64_t chunk) {
     const size_t share = bytes / workers(batch, chunk, threads) / Arena::alignment * Arena::alignment;
+    const bool leave = options.afford > 0.0 && options.preconditioner == Preconditioner::cholesky;
+    std::vector<cpu::DirectWorkspace> workspaces(workers(batch, chunk, threads));
     cpu::parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task, int64_t worker) {
         const int64_t first = task * chunk;
         cpu::CpuBackend backend(std::min(chunk, batch - first));
         Arena arena(pointer<char>(workspace) + worker * share, share);
         auto skip = [first](auto view) { return view.data += first * view.stride, view; };
         const Result own{skip(result.values), skip(result.vectors), skip(result.bounds), result.status + first, result.cycles + first};
-        gevp::solve_dense(backend, arena, skip(matrices<S>(a, n, a_stride)), skip(matrices<S>(b, n, b_stride)), options, own);
+        const auto pencil = gevp::solve_dense(backend, arena, skip(matrices<S>(a, n, a_stride)), skip(matrices<S>(b, n, b_stride)), options, own);
+        for (int64_t p = 0; leave && p < backend.batch(); ++p) {
+            if (own.status[p] != code(Status::max_iterations)) continue;
+            cpu::solve_factored<S>(pencil.a, pencil.b, pencil.factor.at(p), pencil.scale_a[p], pencil.scale_b[p], options.k, p, own,
+                                   workspaces[worker]);
+            own.cycles[p] = -1 - own.cycles[p];
+        }
     });
 }
 

@@ -1,5 +1,5 @@
 // The Backend concept (gevp/backend.hpp) on one CUDA stream. Products, factorisation and the projected eigenproblem up to
-// order 64 are own kernels whose summation order depends on one problem's shape alone: library kernels are chosen by the
+// order 96 are own kernels whose summation order depends on one problem's shape alone: library kernels are chosen by the
 // batch count, and a problem would not get the same bits alone and in company.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace sst::cuda {
 
 class CudaBackend {
 public:
-    CudaBackend(std::int64_t batch, cudaStream_t stream) : batch_(batch), stream_(stream), lease_(stream) { prepare_kernels(); }
+    CudaBackend(std::int64_t batch, cudaStream_t stream) : batch_(batch), stream_(stream), lease_(stream), jacobi_(jacobi_limit()) { prepare_kernels(); }
 
     std::int64_t batch() const { return batch_; }
     cudaStream_t stream() const { return stream_; }
@@ -29,7 +29,7 @@ public:
                 strip_ = arena.matrices<double>(batch_, kTile, shape.n);
             solved_ = arena.matrices<double>(batch_, shape.n, shape.block);
         }
-        if (shape.basis > kTile) {
+        if (shape.basis > jacobi_) {
             packed_ = arena.matrices<double>(batch_, shape.basis, shape.basis);
             values_ = arena.matrices<double>(batch_, shape.basis, 1);
             eigensolver_ = BatchedEigensolver(arena, *lease_, shape.basis, batch_);
@@ -82,7 +82,7 @@ public:
     }
 
     void syev(Active active, Batch<double> h, Batch<double> w) {
-        if (h.rows <= kTile)
+        if (h.rows <= jacobi_)
             jacobi_eigh(stream_, active, h, w);
         else
             syev_by_library(active, h, w);
@@ -142,6 +142,7 @@ private:
     std::int64_t batch_;
     cudaStream_t stream_;
     Lease lease_;
+    int jacobi_;
     Batch<float> strip_single_;
     Batch<double> strip_, solved_, packed_, values_;
     BatchedEigensolver eigensolver_;

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <cusolverDn.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "cusolver.hpp"
 
 namespace sst::cuda {
 
@@ -13,25 +14,12 @@ inline std::string describe(cudaError_t status) {
     return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
 
-inline std::string describe(cusolverStatus_t status) {
-    switch (status) {
-        case CUSOLVER_STATUS_NOT_INITIALIZED:
-            return "CUSOLVER_STATUS_NOT_INITIALIZED";
-        case CUSOLVER_STATUS_ALLOC_FAILED:
-            return "CUSOLVER_STATUS_ALLOC_FAILED";
-        case CUSOLVER_STATUS_INVALID_VALUE:
-            return "CUSOLVER_STATUS_INVALID_VALUE";
-        case CUSOLVER_STATUS_ARCH_MISMATCH:
-            return "CUSOLVER_STATUS_ARCH_MISMATCH";
-        case CUSOLVER_STATUS_EXECUTION_FAILED:
-            return "CUSOLVER_STATUS_EXECUTION_FAILED";
-        case CUSOLVER_STATUS_INTERNAL_ERROR:
-            return "CUSOLVER_STATUS_INTERNAL_ERROR";
-        case CUSOLVER_STATUS_NOT_SUPPORTED:
-            return "CUSOLVER_STATUS_NOT_SUPPORTED";
-        default:
-            return "cuSOLVER status " + std::to_string(static_cast<int>(status));
-    }
+inline std::string describe(SolverStatus status) {
+    static const char* const names[] = {"SUCCESS",          "NOT_INITIALIZED",  "ALLOC_FAILED",   "INVALID_VALUE",
+                                        "ARCH_MISMATCH",    "MAPPING_ERROR",    "EXECUTION_FAILED", "INTERNAL_ERROR",
+                                        "MATRIX_TYPE_NOT_SUPPORTED", "NOT_SUPPORTED"};
+    const int code = static_cast<int>(status);
+    return code < 10 ? std::string("CUSOLVER_STATUS_") + names[code] : "cuSOLVER status " + std::to_string(code);
 }
 
 template <class Status>

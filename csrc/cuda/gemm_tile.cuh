@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     gemm_tile_kernel(Active active, int row_tiles, int tiles, double alpha, Batch<const TX> x, Batch<const TY> y, double beta,
                      Batch<TZ> z, Span span) {
     using Acc = TZ;
-    __shared__ Acc staged_x[2][kDepth * kStagedLd];
-    __shared__ Acc staged_y[2][kDepth * kStagedLd];
+    __shared__ __align__(16) Acc staged_x[2][kDepth * kStagedLd];
+    __shared__ __align__(16) Acc staged_y[2][kDepth * kStagedLd];
     const std::int64_t problem = active[blockIdx.x / tiles];
     const int tile = blockIdx.x % tiles;
     const std::int64_t row = std::int64_t(tile % row_tiles) * kTile, column = std::int64_t(tile / row_tiles) * kTile;
@@ -89,18 +89,25 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     TZ* out = z.at(problem);
     // Z may be X: every warp must have fetched its last piece before any of them writes. The loop's last barrier sees to it.
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+        const std::int64_t r = row + warp_row + lane / 4 + 8 * i, c = column + warp_column + 2 * (lane % 4);
+        TZ before[4][2] = {};  // loaded together: eight loads in flight instead of one before each store
+        if (beta != 0.0 && r < z.rows)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const std::int64_t r = row + warp_row + lane / 4 + 8 * i, c = column + warp_column + 2 * (lane % 4) + 8 * j + h;
-                if (r < z.rows && c < z.cols) {
-                    TZ& entry = out[c * z.ld + r];
+                for (int h = 0; h < 2; ++h)
+                    if (c + 8 * j + h < z.cols) before[j][h] = out[(c + 8 * j + h) * z.ld + r];
+        if (r < z.rows)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
                     const TZ product = static_cast<TZ>(alpha) * acc[i][j][h];
-                    entry = beta == 0.0 ? product : product + static_cast<TZ>(beta) * entry;
+                    if (c + 8 * j + h < z.cols)
+                        out[(c + 8 * j + h) * z.ld + r] = beta == 0.0 ? product : product + static_cast<TZ>(beta) * before[j][h];
                 }
-            }
+    }
 }
 
 }  // namespace sst::cuda

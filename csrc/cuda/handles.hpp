@@ -14,24 +14,34 @@
 namespace sst::cuda {
 
 struct Handles {
-    cusolverDnHandle_t solver = nullptr;
-    cusolverDnParams_t parameters = nullptr;
+    cudaStream_t stream;
     std::int64_t* pinned = nullptr;
     std::vector<char> host;
 
-    explicit Handles(cudaStream_t stream) {
-        SST_TRY(cusolverDnCreate(&solver));
-        SST_TRY(cusolverDnSetStream(solver, stream));
-        SST_TRY(cusolverDnCreateParams(&parameters));
-        SST_TRY(cudaMallocHost(&pinned, sizeof(std::int64_t)));
-    }
+    explicit Handles(cudaStream_t stream) : stream(stream) { SST_TRY(cudaMallocHost(&pinned, sizeof(std::int64_t))); }
     Handles(const Handles&) = delete;
     Handles& operator=(const Handles&) = delete;
     ~Handles() {
         cudaFreeHost(pinned);
-        if (parameters) cusolverDnDestroyParams(parameters);
-        if (solver) cusolverDnDestroy(solver);
+        if (parameters_) CuSolver::get().destroy_parameters(parameters_);
+        if (solver_) CuSolver::get().destroy(solver_);
     }
+
+    const CuSolver& library() const { return CuSolver::get(); }
+    CuSolver::Handle solver() {
+        if (!solver_) {
+            SST_TRY(library().create(&solver_));
+            SST_TRY(library().set_stream(solver_, stream));
+        }
+        return solver_;
+    }
+    CuSolver::Handle parameters() {
+        if (!parameters_) SST_TRY(library().create_parameters(&parameters_));
+        return parameters_;
+    }
+
+private:
+    CuSolver::Handle solver_ = nullptr, parameters_ = nullptr;
 };
 
 /// Borrows handles for one solve; two solves at once on the same stream get two.

@@ -102,16 +102,25 @@ void launch(cudaStream_t stream, Active active, Batch<double> a, Batch<double> v
 
 }  // namespace
 
+int jacobi_limit() {
+    int device = 0, shared = 0;
+    SST_TRY(cudaGetDevice(&device));
+    SST_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return static_cast<std::size_t>(shared) >= shared_bytes(kMaxOrder) ? kMaxOrder : kTile;
+}
+
 void prepare_kernels() {
-    SST_TRY(cudaFuncSetAttribute(jacobi_kernel<256>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes(kMaxOrder))));
+    SST_TRY(cudaFuncSetAttribute(jacobi_kernel<256>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes(kTile))));
+    if (jacobi_limit() > kTile)
+        SST_TRY(cudaFuncSetAttribute(jacobi_kernel<512>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes(kMaxOrder))));
 }
 
 void jacobi_eigh(cudaStream_t stream, Active active, Batch<double> a, Batch<double> values) {
     if (a.rows < 1 || a.rows > kMaxOrder)
-        throw std::invalid_argument("jacobi_eigh: expected an order from 1 to 64, got " + std::to_string(a.rows));
+        throw std::invalid_argument("jacobi_eigh: expected an order from 1 to 96, got " + std::to_string(a.rows));
     if (active.count == 0) return;
-    const auto run = a.rows <= 16 ? launch<64> : a.rows <= 32 ? launch<128> : launch<256>;
+    const auto run = a.rows <= 16 ? launch<64> : a.rows <= 32 ? launch<128> : a.rows <= kTile ? launch<256> : launch<512>;
     run(stream, active, a, values);
 }
 

@@ -14,7 +14,7 @@
 
 namespace sst::cuda::jacobi {
 
-constexpr int kMaxOrder = 64;
+constexpr int kMaxOrder = 96;  // 145 KiB of shared memory; see jacobi_limit()
 constexpr int kMaxSweeps = 30;
 
 struct Pair {

@@ -16,6 +16,9 @@ constexpr int kTile = 64;
 /// Raises the dynamic shared memory limits on the current device (idempotent).
 void prepare_kernels();
 
+/// Largest order of jacobi_eigh() on the current device: 96, or 64 where a CTA has no 145 KiB of shared memory (sm_86, sm_89, sm_120).
+int jacobi_limit();
+
 /// Which part of the summation range can hold non-zeros, in steps of kTile, given where an output tile lies.
 enum class Span { all, until_row, from_row, until_column, from_column };
 
@@ -30,7 +33,7 @@ void gemm(cudaStream_t stream, Active active, Op op_x, Op op_y, double alpha, Ba
 template <class T>
 void invert_cholesky(cudaStream_t stream, Active active, Batch<T> f, Batch<T> strip, std::int32_t* info);
 
-/// Full eigendecomposition of symmetric matrices of order <= 64 in place, values descending; the lower triangle is read.
+/// Full eigendecomposition of symmetric matrices of order <= jacobi_limit() in place, values descending; the lower triangle is read.
 /// A matrix that is not finite, or does not converge in 30 sweeps, gets NaN values.
 void jacobi_eigh(cudaStream_t stream, Active active, Batch<double> a, Batch<double> values);
 

@@ -1,4 +1,4 @@
-// cuSOLVER's batched eigensolver behind one typed call. It takes packed matrices and at most 2^31 - 1 entries at a time.
+// cuSOLVER's batched eigensolver behind one typed call. It takes packed matrices and counts their bytes in 32 bits.
 #pragma once
 
 #include <algorithm>
@@ -15,27 +15,26 @@ public:
 
     /// Scratch for `batch` problems of order n, values included. The size is cuSOLVER's own answer, asked in both modes.
     BatchedEigensolver(Arena& arena, Handles& handles, std::int64_t n, std::int64_t batch)
-        : handles_(&handles), chunk_(std::clamp<std::int64_t>(0x7fffffff / (n * n), 1, std::max<std::int64_t>(batch, 1))) {
-        std::size_t device = 0, host = 0;
-        SST_TRY(cusolverDnXsyevBatched_bufferSize(handles.solver, handles.parameters, CUSOLVER_EIG_MODE_VECTOR,
-                                                  CUBLAS_FILL_MODE_LOWER, n, CUDA_R_64F, nullptr, n, CUDA_R_64F, nullptr,
-                                                  CUDA_R_64F, &device, &host, chunk_));
-        bytes_ = device;
-        host_bytes_ = host;
-        handles.host.resize(std::max(handles.host.size(), host));
-        scratch_ = arena.take<char>(static_cast<std::int64_t>(device));
+        : handles_(&handles),
+          chunk_(std::clamp<std::int64_t>(0x7fffffff / (n * n * std::int64_t(sizeof(double))), 1, std::max<std::int64_t>(batch, 1))) {
+        using S = CuSolver;
+        SST_TRY(handles.library().buffer_size(handles.solver(), handles.parameters(), S::vectors, S::lower, n, S::real64, nullptr, n,
+                                              S::real64, nullptr, S::real64, &bytes_, &host_bytes_, chunk_));
+        handles.host.resize(std::max(handles.host.size(), host_bytes_));
+        scratch_ = arena.take<char>(static_cast<std::int64_t>(bytes_));
         info_ = arena.take<std::int32_t>(std::max<std::int64_t>(batch, 1));
     }
 
     /// `a` (count packed n x n, lower triangle) becomes the eigenvectors of `values` [count, n], ascending. info()[i] != 0:
-    /// failed.
+    /// failed. The scratch is zeroed first: 11.7.1 gives wrong results on what lies in it.
     void operator()(double* a, double* values, std::int64_t n, std::int64_t count) {
+        using S = CuSolver;
         for (std::int64_t first = 0; first < count; first += chunk_) {
             const std::int64_t now = std::min(chunk_, count - first);
-            SST_TRY(cusolverDnXsyevBatched(handles_->solver, handles_->parameters, CUSOLVER_EIG_MODE_VECTOR,
-                                           CUBLAS_FILL_MODE_LOWER, n, CUDA_R_64F, a + first * n * n, n, CUDA_R_64F,
-                                           values + first * n, CUDA_R_64F, scratch_, bytes_, handles_->host.data(), host_bytes_,
-                                           info_ + first, now));
+            SST_TRY(cudaMemsetAsync(scratch_, 0, bytes_, handles_->stream));
+            SST_TRY(handles_->library().syev(handles_->solver(), handles_->parameters(), S::vectors, S::lower, n, S::real64,
+                                             a + first * n * n, n, S::real64, values + first * n, S::real64, scratch_, bytes_,
+                                             handles_->host.data(), host_bytes_, info_ + first, now));
         }
     }
 

@@ -42,7 +42,7 @@
 //                                                        the backend's own list (not into the list that `active` points to)
 //   void     wait()                                      blocks until everything issued has finished
 //
-// CpuBackend (csrc/cpu) is the reading copy. csrc/cuda implements the same over cuBLAS and cuSOLVER.
+// CpuBackend (csrc/cpu) is the reading copy. csrc/cuda implements the same by own kernels, and cuSOLVER for wide bases.
 #pragma once
 
 #include "sst/options.h"

@@ -158,7 +158,8 @@ void davidson_cycles(Backend& backend, Active active, const Pencil& pencil, Stat
                 });
             }
         }
-        judge(backend, active, state, full, cycle, result);
+        const double later = double(m - options.keep - options.previous);
+        judge(backend, active, state, full, cycle, double(m) / later + double(cycle), result);
         active = backend.compact(active, state.done);
         filled = restart(backend, active, state, previous, full, randoms);
     }

@@ -6,7 +6,7 @@
 //   4. expand     K = B: the block Krylov space of B^-1 A up to the full basis                           krylov.hpp
 //                 else:  per step, corrections of the worst wanted Ritz pairs                            davidson.hpp, correction.hpp
 //   5. extract    Rayleigh-Ritz: once per cycle for K = B, else once per step                            rayleigh_ritz.hpp
-//   6. judge      sqrt(r' B^-1 r) <= tol |theta_1|; where copies may hide, one more cycle                convergence.hpp
+//   6. judge      sqrt(r' B^-1 r) <= tol |theta_1|; where copies may hide, one more cycle; too slow: out  convergence.hpp
 //   7. restart    thick: `keep` Ritz vectors (+k previous ones), next block; finished problems drop out  krylov.hpp, davidson.hpp
 //   8. finish     back to the caller's scale and coordinates, sign, zero values flagged                  jacobi_davidson.hpp
 //
@@ -82,6 +82,8 @@ void prepare(Backend& backend, Active active, const State& state) {
     backend.each(active, SST_LAMBDA(int64_t p) {
         own.bad[p] = own.done[p] = own.verifying[p] = own.ortho.indefinite[p] = 0;
         own.trace(p, 0, 0) = 0.0;
+        own.pace(p, 0, 0) = -own.options.k * log2(own.options.tolerance);
+        own.pace(p, 1, 0) = 0.0;
     });
 }
 
@@ -135,9 +137,10 @@ inline void check_options(const Options& options, int64_t n) {
               "no such preconditioner");
 }
 
-/// The whole solve of stored matrices. With a counting arena nothing is computed: arena.used() is the answer.
+/// The whole solve of stored matrices. With a counting arena nothing is computed: arena.used() is the answer. Returns the pencil with its
+/// factor and scales, for those that leave.
 template <class Backend, class S>
-void solve_dense(Backend& backend, Arena& arena, Batch<const S> a, Batch<const S> b, const Options& options, const Result& result) {
+DensePencil<S> solve_dense(Backend& backend, Arena& arena, Batch<const S> a, Batch<const S> b, const Options& options, const Result& result) {
     const int64_t batch = backend.batch(), n = a.rows;
     const bool standard = options.preconditioner == Preconditioner::cholesky;
     check_options(options, n);
@@ -155,20 +158,22 @@ void solve_dense(Backend& backend, Arena& arena, Batch<const S> a, Batch<const S
         scratch = CorrectionScratch::carve(arena, batch, n, state.wanted);
         previous = arena.matrices<double>(batch, options.basis, options.previous);
     }
-    if (arena.counting()) return;
+    if (arena.counting()) return pencil;
 
     const Active everything{nullptr, batch};
     prepare(backend, everything, state);
     Active active = screen_pencil(backend, everything, pencil, screening, state.bad, result, options.k);
     if (!standard) {
         if (pencil.single.data) active = factorise(backend, active, pencil, pencil.single, screening, state.bad, result);
-        return solve_davidson(backend, active, pencil, state, scratch, previous, result);
+        solve_davidson(backend, active, pencil, state, scratch, previous, result);
+        return pencil;
     }
     active = factorise(backend, active, pencil, pencil.factor, screening, state.bad, result);
     krylov_cycles(backend, active, pencil, state, result);
     const Batch<double> x = state.v.columns(0, options.k);
     backend.trsm(everything, Op::transpose, Batch<const double>(pencil.factor), x);
     finish(backend, state, x, pencil.scale_a, pencil.scale_b, result);
+    return pencil;
 }
 
 /// One problem known by its products only (see OperatorPencil).

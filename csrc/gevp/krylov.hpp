@@ -19,23 +19,63 @@ void multiply_standard(Backend& backend, Active active, const DensePencil<S>& pe
     backend.trsm(active, Op::none, Batch<const double>(pencil.factor), y);
 }
 
-/// Expands from `filled` columns to the full basis: A V, H, and behind the basis the next orthonormal block.
+/// Columns at which the first basis is looked at: twice, two blocks apart, once it holds a block more than the wanted pairs and the random
+/// start is forgotten. {0, 0} where nobody may leave.
+struct Outlook {
+    int64_t first = 0, second = 0;
+
+    explicit Outlook(const Options& options) {
+        const int64_t b = options.block, start = std::max((options.k + b - 1) / b + 1, (16 + b - 1) / b) * b;
+        if (options.afford > 0.0 && start + 2 * b < options.basis) first = start, second = start + 2 * b;
+    }
+};
+
+/// In the midst of the first basis, of m columns so far: with `leave`, what is too slow to pay leaves before the rest of that basis is
+/// built. Its outputs stay as the screening left them. A V = V H + V_next H_next, so the residual of the Ritz pair s is |H_next s|.
+template <class Backend>
+Active look_ahead(Backend& backend, Active active, State& state, int64_t m, bool leave) {
+    const Options options = state.options;
+    rayleigh_ritz(backend, active, state, m);
+    const Batch<double> residual = state.ortho.overlap.block(0, 0, options.block, options.k), theta = state.theta, rho = state.rho,
+                        pace = state.pace;
+    backend.gemm(active, Op::transpose, Op::none, 1.0, state.h.block(0, m, m, options.block), state.s.block(0, 0, m, options.k), 0.0,
+                 residual);
+    backend.dots(active, residual, residual, rho.block(0, 0, options.k, 1));
+    backend.each_column(active, options.k, SST_LAMBDA(int64_t p, int64_t j) { rho(p, j, 0) = sqrt(rho(p, j, 0)); });
+    const double now = double(m) / double(options.basis - options.keep);
+    const double afford = leave ? 1.5 * options.afford : 0.0;  // the pace of a growing Krylov space rises where it is worth going on
+    int32_t *const done = state.done, *const bad = state.bad;
+    backend.each(active, SST_LAMBDA(int64_t p) {
+        const double missing = missing_halvings(options, rho, p, spectral_size(theta, p, m));
+        if (too_slow(pace, p, missing, now, afford)) done[p] = bad[p] = 1;
+    });
+    return leave ? backend.compact(active, done) : active;
+}
+
+/// Expands from `filled` columns to the full basis: A V, H, and behind the basis the next orthonormal block. Returns who is left.
 template <class Backend, class S>
-void expand_krylov(Backend& backend, Active active, const DensePencil<S>& pencil, State& state, int64_t filled, int64_t& randoms) {
+Active expand_krylov(Backend& backend, Active active, const DensePencil<S>& pencil, State& state, int64_t filled, int64_t& randoms) {
     const Range range("expand_krylov");
     const int64_t b = state.options.block;
+    const Outlook outlook(state.options);
+    const bool fresh = filled == 0;
     for (; filled < state.options.basis; filled += b) {
         const Batch<double> block = state.v.columns(filled, b), image = state.av.columns(filled, b);
         const Batch<double> next = state.v.columns(filled + b, b), basis = state.v.columns(0, filled + b);
         multiply_standard(backend, active, pencil, block, image, next);
         const Batch<double> h = state.h.block(0, filled, filled + b, b);
         backend.gemm(active, Op::transpose, Op::none, 1.0, basis, image, 0.0, h);
+        if (fresh && filled > 0 && (filled == outlook.first || filled == outlook.second)) {
+            active = look_ahead(backend, active, state, filled, filled == outlook.second);
+            if (active.count == 0) break;
+        }
         note_size(backend, active, image, state.ortho);
         backend.copy(active, image, next);
         backend.gemm(active, Op::none, Op::none, -1.0, basis, h, 1.0, next);
         orthonormalise(backend, active, Euclidean{}, basis, basis, next, next, state.options.seed, randoms, state.ortho);
         randoms += b;
     }
+    return active;
 }
 
 /// The block behind the basis, for problems that search for missed copies: a fresh block has no part in the residuals of the Ritz
@@ -76,7 +116,8 @@ void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil
     orthonormalise(backend, active, Euclidean{}, state.v.columns(0, 0), state.v.columns(0, 0), start, start, options.seed, randoms,
                    state.ortho);
     for (int64_t cycle = 0, filled = 0; cycle < options.max_cycles && active.count > 0; ++cycle, filled = keep) {
-        expand_krylov(backend, active, pencil, state, filled, randoms);
+        active = expand_krylov(backend, active, pencil, state, filled, randoms);
+        if (active.count == 0) break;
         rayleigh_ritz(backend, active, state, m);
         const Batch<double> kept = state.s.block(0, 0, m, keep);
         rotate(backend, active, state, state.v, kept);
@@ -88,7 +129,7 @@ void krylov_cycles(Backend& backend, Active active, const DensePencil<S>& pencil
         });
         backend.dots(active, r, r, rho);
         backend.each_column(active, state.wanted, SST_LAMBDA(int64_t p, int64_t j) { rho(p, j, 0) = sqrt(rho(p, j, 0)); });
-        judge(backend, active, state, m, cycle, result);
+        judge(backend, active, state, m, cycle, double(m + cycle * (m - keep)) / double(m - keep), result);
         active = backend.compact(active, state.done);
 
         // Restart: the kept Ritz vectors, then the next block (fresh and random where copies may have been missed).

@@ -21,6 +21,7 @@ struct State {
     Batch<double> rho;      ///< wanted x 1, residual norms
     Batch<double> trace;    ///< 1 x 1, sum of the wanted Ritz values when last found converged
     Batch<double> best;     ///< 2 x 1, fewest halvings that the residuals lacked so far, and the cycle of the last clear progress
+    Batch<double> pace;     ///< 2 x 1, halvings that the residuals lacked when last looked at, and the cycles until then
     Batch<int64_t> pick;    ///< block x 1, the Ritz pairs whose residuals make the next block
     OrthoScratch ortho;
     int32_t* bad = nullptr;        ///< [batch] without an answer: screened out, or B does not factor
@@ -45,6 +46,7 @@ struct State {
         state.rho = arena.matrices<double>(batch, state.wanted, 1);
         state.trace = arena.matrices<double>(batch, 1, 1);
         state.best = arena.matrices<double>(batch, 2, 1);
+        state.pace = arena.matrices<double>(batch, 2, 1);
         state.pick = arena.matrices<int64_t>(batch, b, 1);
         const int64_t columns = rotated > b ? rotated : b;
         state.ortho = OrthoScratch::carve(arena, batch, n, m, columns);

@@ -11,15 +11,15 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .compare_cli import compare
+from .compare.command import compare
 from .errors import MergeError, out_of_memory
 from .flags import takes
-from .paths import expanded
+from .io.paths import expanded
+from .io.refusals import command as refusals
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
+from .report import print_table, spent, unspent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +37,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoin
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")]
 STRENGTHS = ("kl_budget", "mu", "k")
 READ = (
-    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "benign_labels", "label_draws", "input_rank", "form",
+    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
 )  # fmt: skip
 MEASURE = ("model", "task", "harm_data", "benign_data", "generate_tokens", "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype")  # fmt: skip
@@ -63,13 +63,12 @@ def merge(
     """
     recipe = _recipe(given, config)
     if dry_run:
-        from .plan import lines, plan
+        from .merge.plan import lines, plan
 
         print("\n".join(lines(recipe, plan(recipe, force=force))))
         return
-    from . import pipeline
-    from .launch import leader, ranks
-    from .report import foundation, unspent
+    from .merge import pipeline
+    from .run.launch import leader, ranks
 
     with ranks():
         reporter = Reporter(quiet or not leader())
@@ -85,8 +84,7 @@ def merge(
         return
     if report["evaluation"]:
         print_table(report["evaluation"])
-    prediction = report["patch"]["prediction"]
-    print(f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}")
+    print(spent(report))
     if note := unspent(report):
         print(note)
     print(f"written to {expanded(recipe.output).absolute()}")
@@ -98,7 +96,7 @@ def collect(
     given: dict[str, Any],
     config: Config = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Keep gradients over all inputs: a hundred times the size.")
+        bool, typer.Option("--exact", help="Keep gradients over all inputs: tens of times the size.")
     ] = False,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
@@ -106,8 +104,8 @@ def collect(
     quiet: Quiet = False,
 ) -> None:
     """Read the data once and save what they tell about the patch, for `merge --evidence` and `compare --evidence`."""
-    from . import pipeline
-    from .launch import leader, ranks
+    from .merge import pipeline
+    from .run.launch import leader, ranks
 
     recipe = _recipe(given, config)
     with ranks():
@@ -137,7 +135,7 @@ def evaluate(
     """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones."""
     import torch
 
-    from .data import load_dataset
+    from .io.data import load_dataset
     from .session import evaluate_folders
 
     # The two entries of a recipe that this command has no use for.
@@ -171,6 +169,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command("refusals")(refusals)
 
 
 def _recipe(given: dict[str, Any], config: Path | None) -> Recipe:
@@ -196,19 +195,6 @@ def env(context: typer.Context) -> None:
     from sst_kernels.env import main
 
     main(context.args)
-
-
-def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """The evaluation table on stdout."""
-    from .report import table
-
-    header, *body = table(rows)
-    shown = Table(box=None, pad_edge=False)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
-    for row in body:
-        shown.add_row(*row)
-    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
 
 
 def main() -> None:

@@ -9,20 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import pipeline
-from .adapters import Adapter, write_adapter
-from .cli import print_table
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import WHEEL
-from .output import output_folder
+from .io.adapters import Adapter, write_adapter
+from .io.models import WHEEL
+from .io.output import output_folder
+from .merge import pipeline
+from .merge.source import Source
 from .progress import Reporter
 from .recipe import Recipe
-from .report import write_report
-from .session import open_session
-from .source import Source
+from .report import print_table, write_report
 
 ALPHAS = (0.2, 0.3, 0.5, 1.0)
-BUDGETS = (0.002, 0.01, 0.05)  # nats per label token: three strengths of one reading
+BUDGETS = (0.0005, 0.002, 0.01)  # nats per label token: three strengths of one reading
 MATCHED = (0.2,)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
 
@@ -68,9 +66,7 @@ def run(
 
 def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Evaluation], Adapter]:
     reporter.say("SST-Merge demo: SmolLM2-135M-Instruct, a word-problem adapter, a refusal adapter", "bold")
-    session = open_session(
-        recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, reporter=reporter
-    )
+    session = pipeline.session_of(recipe, reporter)
     data = pipeline.load_data(recipe, session.tokenizer)
     source = pipeline.open_source(recipe, session, data)
     source.decisions  # noqa: B018 (one reading of the data; all that follows takes no more of the model than measuring does)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import sst_kernels as sst
 
-from .data import Batch, Dataset, batches, prompt_batches
+from .io.data import Batch, Dataset, batches, prompt_batches
 from .progress import Reporter, batch_tokens
 
 REFUSAL_PHRASES = (
@@ -46,10 +46,11 @@ class Evaluation:
     benign_nll: float = math.nan
     benign_kl: float = math.nan
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    failed: str = ""  # why there are no (more) numbers
 
     def summary(self) -> dict[str, float | None]:
         """The four numbers, None where not measured (JSON has no NaN)."""
-        numbers = {key: value for key, value in asdict(self).items() if key != "prompts"}
+        numbers = {key: value for key, value in asdict(self).items() if key not in ("prompts", "failed")}
         return {key: None if math.isnan(value) else value for key, value in numbers.items()}
 
     def to_json(self, **more: Any) -> str:
@@ -65,6 +66,7 @@ class Evaluator:
         harmful, benign: what to measure on; None leaves the corresponding numbers NaN.
         reference: name of the adapter on the model that is the reference, or None for the bare base model.
         tokens_per_batch: padded tokens of a forward pass.
+        forgiving: errors become `Evaluation.failed` beside what was measured before them, for runs that a measurement must not cost.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Evaluator:
         reference: str | None = None,
         tokens_per_batch: int = 1024,
         reporter: Reporter | None = None,
+        forgiving: bool = False,
     ):
+        self.forgiving = forgiving
         self.model, self.tokenizer, self.reference = model, tokenizer, reference
         self.harmful, self.benign = harmful, benign
         self.tokens_per_batch = tokens_per_batch
@@ -99,12 +103,30 @@ class Evaluator:
         known: what `only_benign` has measured of the same weights, which is not measured again.
         """
         result, label = known or Evaluation(), label or adapter or "base"
-        if self.benign is not None and known is None:
-            result.benign_nll, result.benign_kl = self._benign(self.benign, adapter, label, result.prompts)
-        if self.harmful is not None and not only_benign:
-            result.refusal_nll = self._harmful(self.harmful, adapter, label, result.prompts)
-            if generate_tokens:
-                result.refusal_rate = self._generate(self.harmful, adapter, label, generate_tokens, result.prompts)
+        try:
+            if self.benign is not None and known is None:
+                result.benign_nll, result.benign_kl = self._benign(self.benign, adapter, label, result.prompts)
+            if self.harmful is not None and not only_benign:
+                result.refusal_nll = self._harmful(self.harmful, adapter, label, result.prompts)
+                if generate_tokens:
+                    result.refusal_rate = self._generate(self.harmful, adapter, label, generate_tokens, result.prompts)
+        except Exception as error:
+            return self._failed(error, label, result)
+        return result
+
+    def attempt(self, label: str, measure: Callable[[], Evaluation]) -> Evaluation:
+        """What `measure()` returns, or where `forgiving` an `Evaluation` that says why it could not (adapters that do not fit into memory)."""
+        try:
+            return measure()
+        except Exception as error:
+            return self._failed(error, label, Evaluation())
+
+    def _failed(self, error: Exception, label: str, result: Evaluation) -> Evaluation:
+        if not self.forgiving:
+            raise error
+        reason = next(iter(str(error).strip().splitlines()), "")
+        result.failed = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        self.reporter.warn(f"{label} was not measured to the end: {result.failed}")
         return result
 
     @torch.inference_mode()
@@ -148,14 +170,11 @@ class Evaluator:
         chunks = self.reporter.track(
             prompt_batches(data, 32), f"{label}: greedy answers", size=lambda c: len(c[0]), unit="prompts"
         )
-        with active(self.model, adapter):
+        with active(self.model, adapter), greedy(self.model, data, self.tokenizer) as config:
             for rows, ids, mask in chunks:
+                config.max_new_tokens = min(tokens, room - ids.shape[1])
                 out = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=min(tokens, room - ids.shape[1]),
-                    do_sample=False,
-                    pad_token_id=data.pad_id,
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
                 for row, text in zip(rows, out[:, ids.shape[1] :], strict=True):
                     answer = self.tokenizer.decode(text, skip_special_tokens=True).strip()
@@ -203,6 +222,35 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
         p, q = reference[rows].float().log_softmax(-1), logits[rows].float().log_softmax(-1)
         out[rows] = (p.exp() * (p - q)).sum(-1).double()
     return out
+
+
+@contextmanager
+def greedy(model: Any, data: Dataset, tokenizer: Any) -> Iterator[Any]:
+    """A `GenerationConfig` for greedy answers, whatever the model's `generation_config.json` says of penalties, beams, bans or formats.
+
+    Of that file only the tokens that end an answer are kept; the tokenizer's own and those of the data's answers join them. Inside the
+    context the model has no other configuration: `generate` fills from it what ours leaves open.
+    """
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [m for m in {id(m): m for m in (model, base)}.values() if hasattr(m, "generation_config")]
+    kept = [(holder, holder.generation_config) for holder in holders]
+    given = [getattr(getattr(base, part, None), "eos_token_id", None) for part in ("generation_config", "config")]
+    ends = {
+        i
+        for ids in (*given, tokenizer.eos_token_id, list(data.stops))
+        for i in (ids if isinstance(ids, list) else [ids])
+    }
+    plain = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=data.pad_id)
+    plain.eos_token_id = sorted(i for i in ends if isinstance(i, int)) or None
+    for holder in holders:
+        holder.generation_config = plain
+    try:
+        yield plain
+    finally:
+        for holder, config in kept:
+            holder.generation_config = config
 
 
 def is_refusal(answer: str) -> bool:

@@ -10,14 +10,17 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .errors import MAX_SEED, RecipeError
-from .paths import expanded, within
+from .io.paths import expanded, within
 from .specs import Collection, Fishers, Pencil, Strength
+
+if TYPE_CHECKING:
+    from sst_kernels.fisher import Structure
 
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -76,6 +79,10 @@ class Recipe(BaseModel):
     opening_weight: float = Field(
         3.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
     )
+    opening_apart: bool = Field(
+        False,
+        description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
+    )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
     benign_labels: Literal["model", "data"] = Field(
         "model", description="sampled from the model, or the data's answers"
@@ -84,7 +91,16 @@ class Recipe(BaseModel):
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
     kl_budget: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="predicted benign KL in nats per label token"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="benign KL to spend, nats per label token: measured on rows that are in no pencil, or predicted where there are none",
+    )
+    holdout: float = Field(
+        0.2,
+        ge=0,
+        le=0.5,
+        description="share of the benign rows kept out of the pencil to measure the budget on, where no eval_benign_data is given; 0: trust predictions",
     )
     mu: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="λ that the soft or threshold filter compares with"
@@ -92,6 +108,14 @@ class Recipe(BaseModel):
     k: int | None = Field(None, ge=0, description="directions that top_k keeps")
     rank: int | None = Field(None, ge=1, description="recompress the merged adapter to this rank")
 
+    template: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the chat template, for instance {enable_thinking: false} (sst_merge.io.chat)",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="what fields are called in the data, for instance {prompt: question, response: answer}",
+    )
     max_length: int = Field(1024, ge=8, description="tokens of a sequence; longer answers are cut and counted")
     tokens_per_batch: int = Field(1024, ge=1)
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
@@ -100,6 +124,10 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: dict[str, Any] = Field(
+        default_factory=dict,
+        description="quantise the base on loading, by bitsandbytes: {load_in_4bit: true}; adapters stay float",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -133,8 +161,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _structure_serves_the_scope(self) -> Recipe:
-        across = self.keeps_rows or self.structure == "lowrank"
-        if self.scope == "global" and not across:
+        if self.scope == "global" and not _kind(self.structure).spans(**self.structure_options):
             rows = "" if self.structure != "full" else " with rows: fold"
             raise ValueError(
                 f"structure {self.structure!r}{rows} keeps modules apart, one pencil over all of them needs full or lowrank: "
@@ -173,6 +200,7 @@ class Recipe(BaseModel):
         """What the reading of the data depends on."""
         return Collection(
             self.opening_tokens,
+            None if self.opening_apart else self.opening_weight,
             self.benign_labels,
             self.label_draws,
             self.tokens_per_batch,
@@ -198,9 +226,20 @@ class Recipe(BaseModel):
 
     @property
     def files(self) -> dict[str, Path]:
-        """The data files that a run reads: those to fit on unless evidence stands for them, and those to measure on."""
-        fitting = {} if self.evidence is not None else {"harm": self.harm_data, "benign": self.benign_data}
-        given = {**fitting, "eval_harm": self.eval_harm_data, "eval_benign": self.eval_benign_data}
+        """The data files that a run reads: those to fit on, and those to measure on.
+
+        Where evidence stands for the former, the benign one is read with a model at hand: for the rows that were held out of it.
+        """
+        given = {
+            "harm": self.harm_data,
+            "benign": self.benign_data,
+            "eval_harm": self.eval_harm_data,
+            "eval_benign": self.eval_benign_data,
+        }
+        if self.evidence is not None:
+            del given["harm"]
+            if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
+                del given["benign"]
         return {name: path for name, path in given.items() if path is not None}
 
     @property
@@ -211,7 +250,7 @@ class Recipe(BaseModel):
     @property
     def keeps_rows(self) -> bool:
         """Whether both Fishers tell their samples apart, as cross-fitting needs."""
-        return self.structure == "full" and self.structure_options.get("rows", "keep") == "keep"
+        return _kind(self.structure).separates(**self.structure_options)
 
     @property
     def fisher_scope(self) -> Literal["global", "module"]:
@@ -249,6 +288,12 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _kind(structure: str) -> type[Structure]:
+    from sst_kernels.fisher import STRUCTURES
+
+    return STRUCTURES[structure]
 
 
 def check_structure(structure: str, options: Mapping[str, Any] | None = None) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 PLOTS = {
     "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
     "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
@@ -37,6 +40,17 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
     return [["", *columns.values()], *body]
 
 
+def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
+    """The evaluation table on stdout."""
+    header, *body = table(rows)
+    shown = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
+    for row in body:
+        shown.add_row(*row)
+    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
+
+
 def foundation(prediction: Mapping[str, Any]) -> str:
     """What a predicted cost rests on, in words."""
     if prediction["held_out"]:
@@ -58,6 +72,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = ["# SST-Merge report", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
+    if report.get("budget"):
+        parts += ["## The budget", "", f"{report['budget']['words']}.", "", "Benign rows that moved most:", ""]
+        rows = [["line", "KL per token", "prompt"]]
+        for r in report["budget"]["worst"]:
+            rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
+        parts += [*_markdown_table(rows), ""]
     price = report["recipe"]["input_filter"]
     reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
     strength = math.inf if patch["parameter"] is None else patch["parameter"]
@@ -115,8 +135,24 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def spent(report: Mapping[str, Any]) -> str:
+    """What became of the KL budget, in a sentence for the terminal and the card."""
+    if report.get("budget"):
+        return report["budget"]["words"]
+    prediction = report["patch"]["prediction"]
+    return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+
+
+def _cell(text: str, width: int = 80) -> str:
+    """Text for a cell of a Markdown table, in one line."""
+    plain = " ".join(text.split()).replace("|", "\\|")
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
+
+
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the adapter folder, with the front matter that model hubs read."""
+    from .io.serving import commands
+
     recipe, base = report["recipe"], report["adapter"]["base_model"] or report["recipe"]["model"]
     title = "Task adapter with a safety patch, merged" if report["inputs"]["task"] else "Safety patch, filtered"
     evaluation = ""
@@ -133,14 +169,13 @@ tags: [lora, peft, sst-merge, safety]
 A LoRA adapter for `{base}`: {"the task adapter plus " if report["inputs"]["task"] else ""}those directions of a safety
 adapter that buy much refusal per unit of change in benign behaviour.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+## Use it
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
-```
+{commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
 
 {evaluation}
+{spent(report)}.
+
 ## Made from
 
 - task adapter: `{recipe["task"] or "none"}`
@@ -175,7 +210,7 @@ def _spectrum(report: Mapping[str, Any], path: Path) -> None:
     axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
     if patch["filter"] == "top_k":
         axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
-    elif 0 < patch["parameter"] < float("inf"):
+    elif patch["parameter"]:
         axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
     axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
     if axes.get_legend_handles_labels()[0]:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapters import Adapter, load_adapter
-from .algebra import concatenate, transform
-from .data import Dataset
 from .errors import ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
-from .models import attach, check_fit, load_model
-from .output import output_file
+from .io.adapters import Adapter, load_adapter
+from .io.data import Dataset
+from .io.models import attach, check_fit, fitted, load_model
+from .io.output import output_file
+from .merge.algebra import concatenate, transform
 from .progress import Reporter
 
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
@@ -82,6 +82,8 @@ class Session:
         if self._loaded is None:
             start = time.monotonic()
             network, tokenizer = self._load()
+            self.safety = self.patch = fitted(network, self.safety)
+            self.task = None if self.task is None else fitted(network, self.task)
             _check(network, [self.safety, self.task], self.reporter)
             network = attach(network, SAFETY, self.safety)
             if self.task is not None:
@@ -98,6 +100,7 @@ def open_session(
     *,
     dtype: str = "float32",
     device: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
     reporter: Reporter,
 ) -> Session:
     """Adapters, and a model that is loaded when asked for. Raises AdapterError, and ModelError when it is loaded."""
@@ -105,7 +108,7 @@ def open_session(
     def load() -> tuple[Any, Any]:
         if model is None:
             raise ModelError("this needs the model: give --model")
-        return load_model(model, dtype=dtype, device=device)
+        return load_model(model, dtype=dtype, device=device, quantization=quantization)
 
     patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
     _warn([patch, base_task], reporter)
@@ -137,6 +140,8 @@ def evaluate_folders(
         folders = {str(path): load_adapter(path) for path in adapters}
         base_task = load_adapter(task) if task is not None else None
         network, tokenizer = load_model(model, dtype=dtype, device=device)
+        base_task = None if base_task is None else fitted(network, base_task)
+        folders = {name: fitted(network, adapter) for name, adapter in folders.items()}
         _warn([base_task, *folders.values()], reporter)
         _check(network, [base_task, *folders.values()], reporter)
         reference = None
@@ -173,5 +178,5 @@ def _warn(adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
 
 def _check(model: Any, adapters: Sequence[Adapter | None], reporter: Reporter) -> None:
     for adapter in filter(None, adapters):
-        for warning in check_fit(model, adapter):
+        for warning in [*adapter.notes, *check_fit(model, adapter)]:
             reporter.warn(f"{adapter.path}: {warning}")

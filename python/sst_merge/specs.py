@@ -12,12 +12,14 @@ Point = str | float
 class Collection:
     """What one reading of the data depends on, beside model, adapters and data.
 
-    opening_tokens: first tokens of a refusal, whose gradient is kept apart from the rest's. labels, draws: of benign answers.
+    opening_tokens, opening_weight: the first tokens of a refusal, and what each of them counts (others 1); None keeps their gradient and
+    the rest's apart, for decisions to weigh, which takes a second backward pass. labels, draws: of benign answers.
     input_rank: see `Evidence.of`. form: "exact" keeps gradients over all of d_in, "basis" in a basis from a pilot over a share of the
     prompts, "auto" the first of float32, bfloat16 and the basis that memory holds.
     """
 
     opening_tokens: int = 4
+    opening_weight: float | None = 3.0
     labels: Literal["model", "data"] = "model"
     draws: int = 2
     tokens_per_batch: int = 1024

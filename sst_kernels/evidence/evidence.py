@@ -1,6 +1,6 @@
 """`Evidence`: what one reading of two sides' data tells about a patch, kept, so that every decision about it follows without the model.
 
-At the reference point (patch off) nothing that a patch reads changes what the model computes. One forward pass a batch therefore
+At the reference point (patch off) nothing that a patch does changes what the model computes. One forward pass a batch therefore
 gives both the second moments of the inputs x of every patched module and, with its backward pass, the gradient of every sample n
 with respect to A,
 
@@ -15,7 +15,8 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,28 @@ from torch import Tensor, nn
 from sst_kernels.evidence.reading import Reading
 from sst_kernels.evidence.side import Side
 from sst_kernels.fisher.base import Block, whole
+from sst_kernels.fisher.estimate import Estimate
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint, unwrapped, whole_weight
-from sst_kernels.fisher.memory import Estimate, require
+from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
 from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
-from sst_kernels.subspace import Subspace, subspace
+from sst_kernels.subspace import Metric, Scope, Subspace, subspace
 
 SideName = Literal["gain", "cost"]
+
+
+class PencilOptions(TypedDict, total=False):
+    """What `sst_kernels.subspace` takes beside the two Fishers."""
+
+    scope: Scope
+    metric: Metric
+    damping: float
+    folds: int
+    group: Any
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Filtered:
-    """The patch with its inputs filtered at the price `mu`: what it reads, and both Fishers of its core.
+    """The patch with its inputs filtered, cost inputs weighing `mu`: its row space A', and both Fishers of its core.
 
     reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
     `fisher_accumulate(point="reference")` would take them of a model that carries A'.
@@ -78,7 +90,7 @@ class Filtered:
     cost: Fisher = field(repr=False)
     weights: Weights = field(repr=False)
 
-    def subspace(self, **options: Any) -> Subspace:
+    def subspace(self, **options: Unpack[PencilOptions]) -> Subspace:
         """`sst_kernels.subspace` of both Fishers."""
         return subspace(self.gain, self.cost, **options)
 
@@ -105,13 +117,18 @@ class Evidence:
         >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
         ...     for batch in benign_batches:
         ...         reading.backward(batch, labels="model", draws=2)
-        >>> patch = evidence.subspace(mu=3.0).soft(kl_budget=0.02)                   # doctest: +SKIP
+        >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
+        >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
+        >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP
+        >>> for patch in filtered.subspace().path([0.005, 0.02]):                    # doctest: +SKIP
+        ...     lora = filtered.factors(patch.coordinates)  # per module (A', B S', c)
 
     Attributes:
         gain, cost: the two `Side`s.
         weights: the adapter that was read.
         basis: where rows and moments are kept in (see `Basis`), None for all of d_in.
         about: what the user says of model, template and data; `merge` and `resume` refuse another `about`.
+        notes: what else its maker wants to find again; of merged evidence what both agree in.
     """
 
     def __init__(
@@ -120,12 +137,12 @@ class Evidence:
         sides: tuple[Side, Side],
         meta: dict[str, Any],
         basis: Basis | None,
-        small: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
+        notes: Mapping[str, str] | None = None,
     ):
         self.weights, self.meta, self.basis = weights, meta, basis
+        self.notes = dict(notes or {})
         self.gain, self.cost = sides
-        self._small = None if small is None else dict(small)
-        self._open: Callable[..., Reading] | None = None
+        self._open: Callable[[Side, Callable[[Side], None]], Reading] | None = None
         self._last: tuple[Any, Filtered] | None = None
 
     @classmethod
@@ -148,7 +165,7 @@ class Evidence:
 
         Args:
             model: a model with PEFT LoRA layers, `adapter` among the active ones; others stay on.
-            basis: keep gradients and moments in these coordinates (see `pilot`, `Basis`); None keeps all of d_in, exactly.
+            basis: keep gradients and moments in these coordinates (`inputs.basis_of`); None keeps all of d_in, exactly.
             rank: columns of the streaming sketches of moments of modules with d_in > 4·rank; None keeps [d_in, d_in] for all. Not
                 used with a basis, whose moments are whole.
             dtype: of the kept gradients; "bfloat16" rounds each once, for half the memory.
@@ -159,7 +176,7 @@ class Evidence:
             group: torch.distributed group over which passes are shared: every rank brings its part and ends with the total.
             about: what the evidence depends on beside the adapter's weights (model, template).
 
-        Raises ValueError for what `find_sites` refuses and a basis of other modules; MemoryError when the moments would not fit.
+        Raises ValueError for what `find_sites` refuses and a basis of other modules or another adapter; MemoryError when the moments would not fit.
         """
         rank = None if rank is None else whole("rank", rank)
         if dtype not in ("float32", "bfloat16"):
@@ -171,8 +188,8 @@ class Evidence:
         weights = Weights.of(sites)
         if basis is None:
             require_moments(model, sites, rank)
-        elif list(basis) != list(weights.a):
-            raise ValueError("the basis belongs to other modules: make it of moments of the same model and adapter")
+        else:
+            basis.check_holds(weights.a)
         device = None if state_device is None else torch.device(state_device)
         widths = {s.name: width_of(s) if basis is None else len(basis[s.name]) for s in sites}
         meta = {
@@ -186,22 +203,24 @@ class Evidence:
             "adapter": adapter,
             "fingerprint": fingerprint(sites),
             "about": dict(about or {}),
+            "basis": None if basis is None else basis.fingerprint(),
         }
         blocks = [Block(s.name, s.name, (s.rank, widths[s.name])) for s in sites]
-        make = lambda: Side(  # noqa: E731
+        make = lambda name: Side(  # noqa: E731
             blocks,
             MomentSums(widths, None if basis is not None else rank, seed),
-            meta,
+            {**meta, "side": name},
             metric=weights.metric(),
             dtype=getattr(torch, dtype),
             device=device,
         )
-        out = cls(weights, (make(), make()), meta, basis)
+        out = cls(weights, (make("gain"), make("cost")), meta, basis)
 
-        def opened(side: Side) -> Reading:
-            return Reading(
-                model, sites, side, basis, reduction="mean", grad_scale=None, nonfinite=nonfinite, group=group
-            )
+        def opened(side: Side, complete: Callable[[Side], None]) -> Reading:
+            if fingerprint(sites) != meta["fingerprint"]:
+                raise ValueError(f"the weights of {adapter!r} have changed since Evidence.of: make the evidence anew")
+            settings = {"reduction": "mean", "grad_scale": None, "nonfinite": nonfinite, "group": group}
+            return Reading(model, sites, side, basis, complete, **settings)
 
         out._open = opened
         return out
@@ -221,7 +240,8 @@ class Evidence:
         """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
 
         In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
-        The adapter is off while the context is open. `sequences`: how many rows this process will bring (each draw is one), if known:
+        The adapter is off while the context is open. What was read is added when it is left; after an error the evidence is as it was
+        before. `sequences`: how many rows this process will bring (each draw is one), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
         if side not in ("gain", "cost"):
@@ -230,8 +250,8 @@ class Evidence:
             raise RuntimeError(
                 "this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that"
             )
-        own: Side = getattr(self, side)
-        reading = self._open(own)
+        own = getattr(self, side).empty()
+        reading = self._open(own, partial(self._take_in, side))
         if sequences is not None:
             size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
             where = own.device or reading.sites[0].device
@@ -246,12 +266,20 @@ class Evidence:
             own.reserve(sequences)
         if resume is not None:
             reading.load_checkpoint(resume)
-        self._last = None
         return reading
+
+    def _take_in(self, name: SideName, read: Side) -> None:
+        """Add what a pass has read."""
+        own: Side = getattr(self, name)
+        if own.rows:
+            own.merge(read)
+        else:
+            setattr(self, name, read)
+        self._last = None
 
     @stage("filter")
     def filter(self, mu: float, *, losses: Mapping[str, float] | None = None) -> Filtered:
-        """The patch with its inputs filtered at the price `mu` of benign ones; 0 leaves what it reads as it is.
+        """The patch with its inputs filtered, cost inputs weighing `mu`; 0 leaves A as it is.
 
         `filter_inputs` of the kept moments, and the Fishers of that patch, without the model. With a basis A' is the best one in its
         span. `losses`: factors of the gain's named losses, whose gradients add up; 1 each by default.
@@ -259,9 +287,7 @@ class Evidence:
         Raises ValueError for μ outside 0 … 1e100, losses that were not accumulated, and a side without data.
         """
         check_mu(mu)
-        for name, side in (("gain", self.gain), ("cost", self.cost)):
-            if not side.counts.sequences:
-                raise ValueError(f"the {name} side holds no sequences: accumulate it first")
+        self._check_complete()
         asked = mu, None if losses is None else tuple(sorted(losses.items()))
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
@@ -269,12 +295,8 @@ class Evidence:
         columns = given  # A' in the coordinates that rows are kept in
         if self.basis is not None:
             columns = {name: self.basis.coordinates(name, a) for name, a in given.items()}
-            if mu and self._small is not None:
-                columns = filtered_in_basis(columns, self._small, mu)
-            elif mu:
-                columns = {
-                    n: new for n, (new,) in filtered_reads(columns, self.gain.moments, self.cost.moments, [mu]).items()
-                }
+            if mu:
+                columns = filtered_in_basis(columns, self.basis, self.gain.moments, self.cost.moments, mu)
             reads = {name: (a.cpu() @ self.basis[name].cpu().double()).float() for name, a in columns.items()}
             reads = reads if mu else dict(self.weights.a)
         elif mu:
@@ -285,7 +307,7 @@ class Evidence:
         else:
             reads = dict(self.weights.a)
         meta = {**self.meta, "space": "core", "fingerprint": self.weights.fingerprint(reads)}
-        meta.pop("about")
+        del meta["about"], meta["basis"]
         metric = self.weights.metric(reads)
         gain = _core(self.gain, columns, meta, metric, losses)
         cost = _core(self.cost, columns, meta, metric, None)
@@ -293,55 +315,62 @@ class Evidence:
         self._last = asked, found
         return found
 
-    def subspace(self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Any) -> Subspace:
+    def subspace(
+        self, mu: float = 3.0, *, losses: Mapping[str, float] | None = None, **options: Unpack[PencilOptions]
+    ) -> Subspace:
         """The solved pencil of the patch filtered at `mu` (`filter`); `options` as in `sst_kernels.subspace`."""
         return self.filter(mu, losses=losses).subspace(**options)
 
+    def _check_complete(self) -> None:
+        for name, side in (("gain", self.gain), ("cost", self.cost)):
+            if not side.counts.sequences:
+                raise ValueError(f"the {name} side holds no sequences: accumulate it first")
+
     def condense(self, mus: Sequence[float] = MUS) -> Evidence:
-        """The same evidence in a `Basis` of the filters at `mus`: some hundredth of the size, and decisions in milliseconds.
+        """The same evidence in a `Basis` of the filters at `mus`: d_in / m times smaller (22 at 135M and r = 4, 40 at 7B and
+        r = 16), and decisions in fractions of a second.
 
         Exact at these μ (to rounding), and between them up to what `Basis` says; `read_loss` tells. Itself where there is a basis.
         """
         if self.basis is not None:
             return self
-        basis, small = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
+        self._check_complete()
+        basis = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
+        meta = {**self.meta, "basis": basis.fingerprint()}
         sides = []
-        for side in (self.gain, self.cost):
+        for label, side in (("gain", self.gain), ("cost", self.cost)):
             blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
-            widths = {b.name: b.shape[1] for b in blocks}
+            about = {**meta, "side": label}
             new = Side(
                 blocks,
-                MomentSums(widths, None, side.moments.seed),
-                side.meta,
+                side.moments.projected(basis),
+                about,
                 metric=side.metric,
                 dtype=side.dtype,
                 device=side.device,
             )
-            new.moments.tokens, new.skipped = side.moments.tokens, list(side.skipped)
+            new.skipped = list(side.skipped)
             for name, fisher in side.rows.items():
                 rows = fisher.rows()
                 part = new.loss(name, rows.device)
                 assert isinstance(part.joint, Full)
                 part.joint.append(_times(rows, side, basis.columns, rows.new_empty(len(rows), new.width)))
                 part.joint.counts = copy.copy(fisher.counts)
-                part.groups, part.meta = list(fisher.groups), dict(fisher.meta)
+                part.groups = list(fisher.groups)
+                part.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
             sides.append(new)
-        return Evidence(self.weights, (sides[0], sides[1]), self.meta, basis, small)
+        return Evidence(self.weights, (sides[0], sides[1]), meta, basis, self.notes)
 
     def merge(self, other: Evidence) -> None:
         """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
-        for key in ("fingerprint", "adapter", "about"):
+        for key in ("fingerprint", "adapter", "about", "basis"):
             if self.meta[key] != other.meta[key]:
                 raise ValueError(f"cannot merge evidence: {key} differs ({self.meta[key]!r} and {other.meta[key]!r})")
-        if self._small is not None or other._small is not None:
-            raise ValueError("condensed evidence has no moments to add: merge before condense()")
-        mine, theirs = self.basis, other.basis
-        if (mine is None) != (theirs is None) or (
-            mine is not None and theirs is not None and any(not torch.equal(mine[n], theirs[n]) for n in mine)
-        ):
-            raise ValueError("cannot merge evidence: it is kept in different bases")
+        self.gain.check_same(other.gain)
+        self.cost.check_same(other.cost)
         self.gain.merge(other.gain)
         self.cost.merge(other.cost)
+        self.notes = {key: note for key, note in self.notes.items() if other.notes.get(key) == note}
         self._last = None
 
     def save(self, path: str | os.PathLike) -> None:
@@ -349,6 +378,7 @@ class Evidence:
         tensors = {f"weights/{n}/A": a for n, a in self.weights.a.items()}
         tensors |= {f"weights/{n}/B": b for n, b in self.weights.b.items()}
         header: dict[str, Any] = {"kind": "evidence", "meta": self.meta, "scaling": self.weights.scaling, "sides": {}}
+        header["notes"] = self.notes
         header["blocks"] = [[b.name, *b.shape] for b in self.gain.blocks]
         for name, side in (("gain", self.gain), ("cost", self.cost)):
             header["sides"][name], kept = side.pack()
@@ -357,8 +387,7 @@ class Evidence:
             header["mus"] = self.basis.mus
             tensors |= {f"basis/{n}/columns": q for n, q in self.basis.columns.items()}
             tensors |= {f"basis/{n}/dual": q for n, q in self.basis.dual.items()}
-        for name, parts in (self._small or {}).items():
-            tensors |= {f"small/{name}/{i}": part for i, part in enumerate(parts)}
+            tensors |= {f"basis/{n}/ridge_{i}": r for n, pair in self.basis.ridges.items() for i, r in enumerate(pair)}
         write_tensors(path, {name: tensor.detach() for name, tensor in tensors.items()}, header)
 
     @classmethod
@@ -378,24 +407,21 @@ class Evidence:
                 {n: t.cpu() for n, t in part("weights", "B").items()},
                 header["scaling"],
             )
-            basis, small = None, None
+            basis = None
             if "mus" in header:
-                basis = Basis(part("basis", "columns"), part("basis", "dual"), header["mus"])
-                if f"small/{names[0]}/0" in tensors:
-                    kept = [part("small", i) for i in range(3)]
-                    small = {n: (kept[0][n], kept[1][n], kept[2][n]) for n in names}
+                columns, dual, *ridges = (part("basis", leaf) for leaf in ("columns", "dual", "ridge_0", "ridge_1"))
+                basis = Basis(columns, dual, {n: (ridges[0][n], ridges[1][n]) for n in names}, header["mus"])
             sides = []
             for name in ("gain", "cost"):
                 about = header["sides"][name]
                 moments = MomentSums(*(about["moments"][key] for key in ("widths", "rank", "seed")))
                 dtype = getattr(torch, about["dtype"].removeprefix("torch."))
-                side = Side(
-                    blocks, moments, header["meta"], metric=weights.metric(), dtype=dtype, device=torch.device(device)
-                )
+                meta = {**header["meta"], "side": name}
+                side = Side(blocks, moments, meta, metric=weights.metric(), dtype=dtype, device=torch.device(device))
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)
-            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, small)
+            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, header["notes"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: its header does not describe evidence ({error!r}): collect it again") from error
 
@@ -414,6 +440,8 @@ def _core(
 ) -> Fisher:
     """The core-space Fisher of one side's rows for A' = `columns` in the coordinates that they are kept in."""
     factors = dict.fromkeys(side.rows, 1.0) if losses is None else dict(losses)
+    if not factors:
+        raise ValueError(f"losses: expected factors of some of {sorted(side.rows)}, got none")
     if unknown := sorted(set(factors) - set(side.rows)):
         raise ValueError(f"losses {unknown} were not accumulated; there are {sorted(side.rows)}")
     blocks = [Block(b.name, b.module, (b.shape[0], len(columns[b.name]))) for b in side.blocks]
@@ -424,8 +452,7 @@ def _core(
         scaled = {n: factor * a for n, a in columns.items()} if factor != 1 else columns
         _times(side.rows[name].rows(), side, scaled, total, add=True)
     joint = Full((total.shape[1], 1), device=total.device)
-    joint.append(total)
-    joint.counts = copy.copy(first.counts)
+    joint.append(total, first.counts)
     about = {**meta, "labels": first.meta["labels"], "groups": first.meta["groups"]}
     return Fisher(blocks, {}, joint, metric, about, list(first.groups))
 

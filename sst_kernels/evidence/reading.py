@@ -4,17 +4,19 @@ backward passes as there are losses or label draws, the gradients of every sampl
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from sst_kernels.distributed import gather_objects
-from sst_kernels.evidence.side import Side
+from sst_kernels.evidence.side import Side, check_losses
+from sst_kernels.fisher.base import whole
 from sst_kernels.fisher.hooks import Hooks
 from sst_kernels.fisher.lora import LoraSite
-from sst_kernels.fisher.loss import NO_LABELS, declared_loss, draw_labels, label_logits, nll
+from sst_kernels.fisher.loss import declared_loss, draw_labels, label_logits, nll
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.taps import LayerTap, Signal
@@ -30,25 +32,49 @@ DEFAULT = "loss"  # the name of a loss that was given none
 class Reading(Hooks):
     """The open pass of `Evidence.accumulate`: run `backward(batch)` for every batch, or a loop of your own inside it.
 
-    `progress` is what the last checkpoint was given, {} in a pass that starts from nothing.
+    The evidence takes in what was read when the context is left without an error, and is as it was before otherwise. `progress` is
+    what the last checkpoint was given, {} in a pass that starts from nothing.
     """
 
-    def __init__(self, model: nn.Module, sites: list[LoraSite], side: Side, basis: Basis | None, **settings: Any):
-        self._side, self._basis = side, basis
-        super().__init__(model, sites, self._tap, **settings)
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[LoraSite],
+        side: Side,
+        basis: Basis | None,
+        complete: Callable[[Side], None],
+        **settings: Any,
+    ):
+        self._side, self._basis, self._take_in = side, basis, complete
+        super().__init__(model, sites, **settings)
         self._schedule: list[str] = [DEFAULT]
         self._copies = HostCopies()
         self._known: list[tuple[int, set[str]]] = []  # samples to come whose inputs these modules' moments hold already
         self._home = sites[0].device
+        self._losses: list[str] = []  # that every batch brings
+        self._next_group = 0 if self._group is None else dist.get_rank(self._group) << 32
+        self._entering: int | None = None  # the batch whose rows are being added
+        self._left = False
+
+    def __enter__(self) -> Self:
+        if self._left:
+            raise RuntimeError("this pass is over: call Evidence.accumulate again for another")
+        return super().__enter__()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left = True
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self._take_in(self._side)
 
     def _tap(self, site: LoraSite) -> LayerTap:
-        return LayerTap(self, site, None if self._basis is None else self._basis[site.name])
+        return LayerTap(self, site, None if self._basis is None else self._basis[site.name], exact=True)
 
     def backward(
         self,
         batch: Mapping[str, Any],
         *,
-        labels: str = "data",
+        labels: Literal["data", "model"] = "data",
         draws: int = 1,
         weights: Tensor | Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -64,8 +90,9 @@ class Reading(Hooks):
             weights: factors [N, T] of each label's term, or several named losses: rows are kept for each of them (labels="data").
             groups: one integer a sample; samples of one group are never split by cross-fitting. Draws of a sample share a group anyway.
 
-        Raises what `sequence_nll` raises.
+        Raises what `sequence_nll` raises, and ValueError when the named losses are not those of the batches before.
         """
+        draws = whole("draws", draws)
         if labels not in ("data", "model"):
             raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
         if labels == "model" and weights is not None:
@@ -75,17 +102,21 @@ class Reading(Hooks):
         if labels == "data" and draws != 1:
             raise ValueError(f'draws={draws} goes with labels="model": the data have one answer')
         named = dict(weights) if isinstance(weights, Mapping) else {DEFAULT: weights}
+        if not named or not all(isinstance(name, str) for name in named):
+            raise ValueError(
+                f"weights: expected factors, or factors by the name of a loss, got the names {list(named)}"
+            )
         self._schedule = list(named) if labels == "data" else [DEFAULT] * draws
-        if draws > 1 and groups is None:
-            start = self._side.next_group
-            groups = range(start, start + len(batch["labels"]))
-        if batch.get("labels") is None:
-            raise ValueError(NO_LABELS)
+        free = self._next_group
+        numbered = draws > 1 and groups is None
         source = labels if weights is None else "weighted data"
+        places: Any = batch.get("labels")  # missing ones are refused with the forward pass
         try:
-            with declared_loss(batch["labels"], source=source, groups=groups):
+            with declared_loss(places, source=source, groups=groups):
                 logits, answers, _ = label_logits(self.model, batch)
                 current = self._waiting[-1]
+                if numbered:
+                    current.groups = range(free, free + current.layout.samples)
                 drawn = draw_labels(logits, draws, generator) if labels == "model" else None
             last = len(self._schedule) - 1
             for i, name in enumerate(self._schedule):
@@ -93,6 +124,8 @@ class Reading(Hooks):
                 loss = nll(logits, answers if drawn is None else drawn[i], batch["labels"], given)
                 current.watch(loss)
                 loss.backward(retain_graph=i < last)
+            if numbered:
+                self._next_group = free + current.layout.samples
         finally:
             self._schedule = [DEFAULT]
 
@@ -106,6 +139,8 @@ class Reading(Hooks):
     def _begin(self, current: Pass) -> None:
         """The first module of a forward pass: whether earlier attempts have left moments of these samples behind."""
         current.schedule, current.known = list(self._schedule), set()
+        self._losses = self._losses or list(dict.fromkeys(self._schedule))
+        check_losses(self._losses, self._schedule)
         if self._known:
             count, known = self._known[0]
             if current.layout.samples > count:
@@ -160,15 +195,23 @@ class Reading(Hooks):
         groups = current.groups
         if groups is not None and kept is not None:
             groups = [g for g, keep in zip(groups, kept.tolist()) if keep]
+        self._entering = current.index
         for name, rows in zip(current.schedule, parts):
             rows = rows if kept is None else rows[kept.to(rows.device)]
             self._side.add(name, rows, counts, current.source, groups)
+        self._entering = None
 
     def abandon(self) -> None:
         """Forget the forward pass whose forward or backward failed (out of memory), so that its samples can be run again in pieces.
 
-        They have to come next: what of them the moments hold already is remembered, and not added again.
+        They have to come next: what of them the moments hold already is remembered, and not added again. MemoryError when the rows
+        of a batch may be held in part: go on from a checkpoint then.
         """
+        if self._entering is not None:
+            raise MemoryError(
+                f"batch {self._entering} failed while its rows were added: go on from the last checkpoint, or start again, with "
+                'state_device="cpu", dtype="bfloat16" or a basis'
+            )
         for waiting in reversed(self._waiting):
             if waiting.seen:
                 self._known.insert(0, (waiting.layout.samples, waiting.known))
@@ -198,21 +241,41 @@ class Reading(Hooks):
             raise ValueError(f"{path} holds a {header.get('kind')!r}, expected the checkpoint of an evidence pass")
         try:
             self._side.unpack(header["side"], tensors, {site.name: site.device for site in self.sites})
+            self.progress, self._resumed = header["reading"]["progress"], header["reading"]["batches"]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        self.progress, self._resumed = header["reading"]["progress"], header["reading"]["batches"]
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path}: its header does not describe a pass ({error!r}): start anew") from error
+        self._losses = list(self._side.rows)
+        self._next_group = max(self._next_group, self._side.next_group)
 
     def _settle(self) -> None:
         with self._lock:
             self._copies.drain()
         self._read_flags()
 
+    def _unanswered(self, count: int) -> None:
+        raise RuntimeError(
+            f"{count} forward passes were never followed by backward(), and the moments hold what was read in them: run what is not to "
+            "count under torch.no_grad()"
+        )
+
+    def _between_batches(self) -> None:
+        super()._between_batches()
+        self._none_abandoned()
+
+    def _none_abandoned(self) -> None:
+        if missing := sum(count for count, _ in self._known):
+            raise RuntimeError(
+                f"{missing} samples were abandoned and not run again, and the moments hold some of what they read"
+            )
+
     def _complete(self) -> None:
         super()._complete()
+        self._none_abandoned()
         if self._group is None:
             self._side.moments.check_finite()
 
     def _reduce(self) -> None:
-        names = list(dict.fromkeys(n for own in gather_objects(list(self._side.rows), self._group) for n in own))
-        self._side.all_reduce(names, {site.name: site.device for site in self.sites}, self._group)
+        self._side.all_reduce({site.name: site.device for site in self.sites}, self._group)
         self._side.moments.check_finite()

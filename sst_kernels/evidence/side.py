@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sst_kernels.distributed import gather_objects
 from sst_kernels.fisher.base import Block, Counts
-from sst_kernels.fisher.fisher import Fisher
+from sst_kernels.fisher.fisher import IDENTITY, Fisher
 from sst_kernels.fisher.structures import Full
 from sst_kernels.inputs.moments import MomentSums
 
@@ -56,6 +57,11 @@ class Side:
     def nbytes(self) -> int:
         return self.moments.nbytes + sum(fisher.nbytes for fisher in self.rows.values())
 
+    def empty(self) -> Side:
+        """One of the same kind that holds nothing."""
+        moments = MomentSums(self.moments.widths, self.moments.rank, self.moments.seed)
+        return Side(self.blocks, moments, self.meta, metric=self.metric, dtype=self.dtype, device=self.device)
+
     def reserve(self, samples: int) -> None:
         """Make room for so many rows of every loss."""
         self._expected = samples
@@ -75,25 +81,42 @@ class Side:
         """Add rows [N, width] of a loss."""
         fisher = self.loss(name, rows.device)
         assert isinstance(fisher.joint, Full)
-        fisher.joint.append(rows)
-        fisher.joint.counts += counts
+        fisher.joint.append(rows, counts)
         fisher.note(source, len(rows), groups)
 
-    def merge(self, other: Side) -> None:
-        """Add another pass over other data. ValueError when they differ in anything but data."""
+    def check_same(self, other: Side) -> None:
+        """ValueError when they differ in anything but data."""
         if self.blocks != other.blocks or self.dtype != other.dtype:
             raise ValueError("the two were read in other coordinates, or are kept in another dtype")
-        if self.rows and other.rows and self.rows.keys() != other.rows.keys():
-            raise ValueError(f"the losses differ: {sorted(self.rows)} and {sorted(other.rows)}")
+        self.moments.check_same(other.moments)
+        if self.rows and other.rows:
+            check_losses(self.rows, other.rows)
+            for name, fisher in self.rows.items():
+                fisher.check_same(other.rows[name], what="add up gradients", keys=(*IDENTITY, "labels", "point"))
+
+    def merge(self, other: Side) -> None:
+        """Add another pass over other data. ValueError, before anything is added, as of `check_same`."""
+        self.check_same(other)
         self.moments.merge(other.moments)
         for name, fisher in other.rows.items():
-            self.loss(name).merge(fisher)
+            assert fisher.joint is not None
+            own = self.loss(name, fisher.joint.device)
+            own.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
+            own.merge(fisher)
+        self.skipped += other.skipped
 
-    def all_reduce(self, names: Sequence[str], devices: Mapping[str, torch.device], group: Any) -> None:
-        """The total of all ranks, on each; ranks without data learn the names of the losses."""
+    def all_reduce(self, devices: Mapping[str, torch.device], group: Any) -> None:
+        """The total of all ranks, on each, rows in rank order; ranks without data learn the names of the losses."""
+        found = gather_objects((list(self.rows), self.skipped), group)
+        named = [names for names, _ in found if names]
+        for names in named:
+            check_losses(named[0], names)
+        self.skipped = [position for _, skipped in found for position in skipped]
+        home = next(iter(devices.values()))
+        self.rows = {name: self.loss(name, home) for name in (named[0] if named else [])}
+        for fisher in self.rows.values():
+            fisher.all_reduce(group)
         self.moments.all_reduce(group, devices)
-        for name in names:
-            self.loss(name).all_reduce(group)
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All state as a JSON-able header and tensors by name."""
@@ -138,3 +161,11 @@ class Side:
                 about, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
         self.skipped = [(batch, sample) for batch, sample in header["skipped"]]
+
+
+def check_losses(mine: Iterable[str], theirs: Iterable[str]) -> None:
+    """ValueError unless both name the same losses: rows of one sample stand at one place in all of them."""
+    if set(mine) != set(theirs):
+        raise ValueError(
+            f"the losses differ: {sorted(mine)} and {sorted(theirs)}; every batch of a side brings the same ones"
+        )

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,29 +18,47 @@ from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite, find_sites, fingerprint, unwrapped, weight_of
 from sst_kernels.fisher.memory import reserve
 
-Point = str | float | Mapping[str, Tensor]
-SPACES = ("core", "factor")
+Point = Literal["patched", "reference"] | float | Mapping[str, Tensor]
+Space = Literal["core", "factor"]
+StructureName = Literal[
+    "full", "diagonal", "kronecker", "kronecker_lowrank", "eigen_kronecker", "kronecker_svd", "lowrank", "vila"
+]
+Reduction = Literal["mean", "sum"]
+Nonfinite = Literal["raise", "skip"]
+
+
+class StructureOptions(TypedDict, total=False):
+    """What structures take beside what all passes have; each takes its own (see its class)."""
+
+    rows: Literal["keep", "fold"]
+    dtype: Literal["float32", "bfloat16"]
+    rank: int
+    seed: int
+    sketch: int | None
+    centred: bool
+    approx: Literal["expand", "reduce"]
+    basis: Any
 
 
 def fisher_accumulate(
     model: nn.Module,
     adapter: str = "default",
     *,
-    space: str = "core",
-    structure: str = "full",
-    scope: str = "global",
+    space: Space = "core",
+    structure: StructureName = "full",
+    scope: Literal["global", "module"] = "global",
     point: Point | None = None,
-    sample: str = "sequence",
-    count: str = "sequences",
-    reduction: str = "mean",
+    sample: Literal["sequence", "token"] = "sequence",
+    count: Literal["sequences", "tokens", "labels"] = "sequences",
+    reduction: Reduction = "mean",
     grad_scale: float | None = None,
-    nonfinite: str = "raise",
+    nonfinite: Nonfinite = "raise",
     modules: str | Iterable[str] | None = None,
     group: Any = None,
     state_device: torch.device | str | None = None,
     resume: str | os.PathLike | None = None,
     sequences: int | None = None,
-    **options: Any,
+    **options: Unpack[StructureOptions],
 ) -> Accumulator:
     """Context manager that accumulates the Fisher matrix of `adapter` over every backward pass run inside it.
 
@@ -79,7 +97,7 @@ def fisher_accumulate(
     Raises ValueError for what would make the statistics wrong (see `find_sites`, `read_layout`) and RuntimeError on exit when no
     backward pass was seen or a module's hook never fired.
     """
-    _choice("space", space, SPACES)
+    _choice("space", space, get_args(Space))
     _choice("reduction", reduction, ("mean", "sum"))
     _choice("nonfinite", nonfinite, ("raise", "skip"))
     _usable(state_device)
@@ -125,7 +143,7 @@ def fisher_accumulate(
     return accumulator
 
 
-def _blocks(sites: list[LoraSite], space: str) -> list[Block]:
+def _blocks(sites: list[LoraSite], space: Space) -> list[Block]:
     if space == "core":
         return [Block(s.name, s.name, (s.rank, s.rank)) for s in sites]
     pairs = ((s, part, weight_of(w).shape) for s in sites for part, w in (("lora_A", s.lora_a), ("lora_B", s.lora_b)))

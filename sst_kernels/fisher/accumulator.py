@@ -40,7 +40,7 @@ class Accumulator(Hooks):
     ):
         self._fisher, self._cores, self._branch = fisher, cores, branch
         self._factor = fisher.meta["space"] == "factor"
-        super().__init__(model, sites, self._tap, **settings)
+        super().__init__(model, sites, **settings)
         self._skipped: list[tuple[int, int]] = []
         self._copies = HostCopies()
         self._entering: int | None = None  # the batch whose rows are being added
@@ -176,8 +176,7 @@ class Accumulator(Hooks):
             rows, counts = rows[finite], current.counts_of(kept)
             groups = None if groups is None else [g for g, keep in zip(groups, kept.tolist()) if keep]
         n = len(rows)
-        empty, spans = rows.new_empty(0, 1), torch.zeros(n, 2, dtype=torch.int64, device=rows.device)
         self._entering = current.index
-        joint.update(TokenBatch(empty, empty, spans, rows.new_ones(n), counts, rows))
+        joint.append(rows, counts)
         self._entering = None
         self._fisher.note(current.source, n, groups)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum, reduce_over_ranks
+from sst_kernels.fisher.estimate import Estimate
 
 COUNTS = ("sequences", "tokens", "labels")
 
@@ -143,6 +144,41 @@ class Structure(ABC):
             raise ValueError(f"this {self.kind} Fisher holds no {self.count}: run backward passes before reading it")
         return float(n)
 
+    @classmethod
+    @abstractmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        """The memory of a pass over `samples` samples in batches of `batch`, for a block of shape [p, q]."""
+
+    @classmethod
+    def separates(cls, **options: Any) -> bool:
+        """Whether it will tell the samples apart, as cross-fitting needs."""
+        return False
+
+    @classmethod
+    def rows_for(cls, samples: int, **options: Any) -> int:
+        """How many rows across all blocks it has to show after that many samples; 0 where blocks are kept apart."""
+        return 0
+
+    @classmethod
+    def spans(cls, **options: Any) -> bool:
+        """Whether it keeps the correlations between blocks, where it holds several."""
+        return False
+
+    @classmethod
+    def per_module(cls, **options: Any) -> dict[str, Any]:
+        """The options of a pass that keeps every module by itself."""
+        return options
+
+    @property
+    def spans_modules(self) -> bool:
+        """Whether this one does, with its options."""
+        return self.spans(**self.options())
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the samples can still be told apart, as `rows` [N, n] float32."""
+        return False
+
     def update(self, batch: TokenBatch) -> None:
         """Add one batch. Empty batches (N = 0) change nothing."""
         if len(batch.spans):
@@ -186,6 +222,10 @@ class Structure(ABC):
     def matvec(self, vectors: Tensor) -> Tensor:
         """F @ vectors, for [n] or [n, k]; float64, same shape."""
 
+    @abstractmethod
+    def operator(self) -> Any:
+        """F, undamped, as the `sst_kernels.gevp.operators.Operator` that keeps its structure."""
+
     def quadratic(self, vectors: Tensor) -> Tensor:
         """vᵀ F v for each column of [n, k] ([k]) or for [n] (scalar); float64, never negative."""
         return (vectors.to(self.device, torch.float64) * self.matvec(vectors)).sum(0).clamp_min(0)
@@ -226,6 +266,20 @@ class Structure(ABC):
 
 class Joint(Structure):
     """A structure that can also hold the coordinates of many blocks side by side, as one of shape [n_total, 1]."""
+
+    @classmethod
+    def joins(cls, **options: Any) -> bool:
+        """Whether it does, with these options."""
+        return True
+
+    def append(self, rows: Tensor, counts: Counts | None = None) -> None:
+        """Add per-sample gradients [M, n] (any float dtype, taken as float32), and their `counts` unless the caller keeps those."""
+        self._append(rows)
+        if counts is not None:
+            self.counts += counts
+
+    @abstractmethod
+    def _append(self, rows: Tensor) -> None: ...
 
     @abstractmethod
     def block(self, offset: int, shape: tuple[int, int]) -> Structure:

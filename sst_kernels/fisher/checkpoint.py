@@ -48,7 +48,7 @@ class Checkpoints:
     """Keeps a checkpoint of an open pass at `path`, and ends the pass in good order on SIGTERM.
 
     Args:
-        accumulator: of `fisher_accumulate` or `Evidence.accumulate`, started with `resume=path` to go on from an earlier one.
+        accumulator: the pass of `fisher_accumulate` or `Evidence.accumulate`, started with `resume=path` to go on from an earlier one.
         path: the file; one per rank (`rank_path`).
         every: items between two checkpoints.
         seconds: or the time between them; whichever comes first.

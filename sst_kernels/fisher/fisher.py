@@ -65,18 +65,12 @@ class Fisher(Mapping[str, Structure]):
         """A Fisher of `blocks` that holds nothing yet; each structure lives on the device of its module."""
         if scope not in ("global", "module"):
             raise ValueError(f'scope: expected "global" or "module", got {scope!r}')
-        if structure not in STRUCTURES:
-            raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {structure!r}")
-        kind, options = STRUCTURES[structure], dict(options)
-        across = (
-            scope == "global" and meta["space"] == "core" and sample == "sequence" and options.get("rows") != "fold"
-        )
-        if structure == "full" and scope == "module":
-            options.setdefault("rows", "fold")
+        kind, across, options = arrangement(structure, dict(options), space=meta["space"], scope=scope, sample=sample)
         common = {"sample": sample, "count": count, **options}
         joint: Joint | None = None
         structures: dict[str, Structure] = {}
-        if across and issubclass(kind, Joint):
+        if across:
+            assert issubclass(kind, Joint)
             total = sum(b.size for b in blocks)
             joint = kind((total, 1), device=next(iter(devices.values())), **common)
         else:
@@ -124,14 +118,33 @@ class Fisher(Mapping[str, Structure]):
 
         ValueError when the structure does not keep them.
         """
-        holders = self._holders().values()
-        full = [s for s in holders if isinstance(s, Full) and not s.folded]
-        if len(full) < len(holders):
+        if not all(s.keeps_rows for s in self._holders().values()):
             raise ValueError(
                 f"this Fisher (structure={self.meta['structure']!r}, scope={self.meta['scope']!r}) does not keep per-sample rows: "
                 'accumulate with structure="full", scope="global"'
             )
-        return torch.cat([s.rows.to(full[0].device) for s in full], 1) if len(full) > 1 else full[0].rows
+        parts = [s.rows for s in self._holders().values() if isinstance(s, Full)]
+        return torch.cat([rows.to(parts[0].device) for rows in parts], 1) if len(parts) > 1 else parts[0]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it tells all samples apart, as cross-fitting needs."""
+        return self.meta["sample"] == "sequence" and all(s.keeps_rows for s in self._holders().values())
+
+    def joint_rows(self) -> Tensor:
+        """Rows R [N, Σ p·q] with RᵀR / N the Fisher per sequence: the samples', or those of a sketch of all modules.
+
+        ValueError when the structure keeps no statistics across modules.
+        """
+        if self.keeps_rows:
+            return self.rows()
+        if self.joint is None or not self.joint.spans_modules:
+            raise ValueError(
+                f"scope='global' needs cross-module statistics, which structure {self.meta['structure']!r} (scope={self.meta['scope']!r}) "
+                "does not keep: accumulate with structure='full' or 'lowrank', or use scope='module'"
+            )
+        rows = self.joint.operator().rows
+        return rows * (getattr(self.counts, self.meta["count"]) / self.counts.sequences * len(rows)) ** 0.5
 
     def note(self, labels: str, samples: int, groups: Sequence[int] | None) -> None:
         """Record where the labels of the samples just added came from, and their groups (each its own by default)."""
@@ -292,6 +305,19 @@ class Fisher(Mapping[str, Structure]):
             f"structure={m['structure']}, scope={m['scope']}, point={m['point']}, labels={m['labels']}, "
             f"sequences={c.sequences}, labels={c.labels}, bytes={self.nbytes})"
         )
+
+
+def arrangement(
+    structure: str, options: dict[str, Any], *, space: str, scope: str, sample: str
+) -> tuple[type[Structure], bool, dict[str, Any]]:
+    """The class of a structure, whether one of it holds all blocks side by side, and its options. ValueError for an unknown name."""
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {structure!r}")
+    kind = STRUCTURES[structure]
+    if scope == "module":
+        return kind, False, kind.per_module(**options)
+    joint = space == "core" and sample == "sequence" and issubclass(kind, Joint) and kind.joins(**options)
+    return kind, joint, options
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:

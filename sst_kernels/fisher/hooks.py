@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,10 +25,9 @@ from sst_kernels.distributed import raise_together
 from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import current_declaration, named_inputs, read_layout
 from sst_kernels.fisher.passes import Pass
-from sst_kernels.fisher.taps import BranchTap, LayerTap, Signal
+from sst_kernels.fisher.taps import BranchTap, LayerTap, Signal, eager
 
 Tap = BranchTap | LayerTap
-_tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that an open pass has switched an adapter off on
 
 
 class Hooks(ABC):
@@ -36,7 +35,6 @@ class Hooks(ABC):
 
     Args:
         model: the model without wrappers; sites: its modules that are read.
-        taps: makes the tap of a module.
         reduction, grad_scale, nonfinite, group: see `fisher_accumulate`.
     """
 
@@ -44,7 +42,6 @@ class Hooks(ABC):
         self,
         model: nn.Module,
         sites: list[LoraSite],
-        taps: Callable[[LoraSite], Tap],
         *,
         reduction: str,
         grad_scale: float | None,
@@ -53,16 +50,22 @@ class Hooks(ABC):
     ):
         self.model, self.sites = model, sites
         self.progress: dict[str, Any] = {}
-        self._make_tap = taps
         self._reduction, self._grad_scale, self._nonfinite, self._group = reduction, grad_scale, nonfinite, group
-        self._handles: list[Any] = []
-        self._taps: list[Tap] = []
+        self._hooks = ExitStack()
         self._waiting: list[Pass] = []
         self._forward: Pass | None = None
         self._unread: list[tuple[int, Tensor]] = []
         self._batches = 0
         self._resumed = 0
         self._lock = threading.Lock()
+
+    @abstractmethod
+    def save_checkpoint(self, path: str | os.PathLike, progress: Mapping[str, Any] | None = None) -> None:
+        """Write everything that another pass needs to go on; `progress` (JSON-able) comes back as `.progress`."""
+
+    @abstractmethod
+    def _tap(self, site: LoraSite) -> Tap:
+        """What reads a module."""
 
     @abstractmethod
     def _take(self, current: Pass, site: LoraSite, signal: Signal) -> None:
@@ -76,37 +79,24 @@ class Hooks(ABC):
     def _reduce(self) -> None:
         """Combine over the group."""
 
-    @abstractmethod
-    def save_checkpoint(self, path: str | os.PathLike, progress: Mapping[str, Any] | None = None) -> None:
-        """Write the state of the pass, atomically, with what `progress` says of it."""
-
     def _settle(self) -> None:
         """Wait for what is under way; raise what a device has found."""
         self._read_flags()
 
     def __enter__(self) -> Self:
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
-        ]
-        try:
+        with ExitStack() as hooks:
+            hooks.enter_context(eager(self.model))
+            before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            hooks.callback(before.remove)
+            after = self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+            hooks.callback(after.remove)
             for site in self.sites:
-                tap = self._make_tap(site)
-                if isinstance(tap, LayerTap):
-                    if site.layer in _tapped:
-                        raise RuntimeError(
-                            f"another pass at the reference point is open on {site.name}: leave its context first"
-                        )
-                    _tapped.add(site.layer)
-                tap.__enter__()
-                self._taps.append(tap)
-        except BaseException:
-            self._remove()
-            raise
+                hooks.enter_context(self._tap(site))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._remove()
+        self._hooks.close()
         if self._group is None:
             if kind is None:
                 self._complete()
@@ -119,16 +109,6 @@ class Hooks(ABC):
             raise_together(error, self._group)
             self._reduce()
 
-    def _remove(self) -> None:
-        for tap in reversed(self._taps):
-            tap.__exit__()
-            if isinstance(tap, LayerTap):
-                _tapped.discard(tap.site.layer)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._taps.clear()
-
     def _complete(self) -> None:
         self._settle()
         for waiting in self._waiting:
@@ -139,9 +119,7 @@ class Hooks(ABC):
                     "and loss (with reentrant checkpointing call model.enable_input_require_grads())"
                 )
         if self._waiting and self._batches > len(self._waiting):
-            warnings.warn(
-                f"{len(self._waiting)} forward passes were never followed by backward() and do not count", stacklevel=3
-            )
+            self._unanswered(len(self._waiting))
         idle = self._batches == 0 and (self._group is not None or self._resumed > 0)
         if self._batches == len(self._waiting) and not idle:
             raise RuntimeError(
@@ -149,6 +127,10 @@ class Hooks(ABC):
                 "backward() on its loss inside the context"
             )
         self._waiting.clear()
+
+    def _unanswered(self, count: int) -> None:
+        """So many forward passes were never followed by backward()."""
+        warnings.warn(f"{count} forward passes were never followed by backward() and do not count", stacklevel=4)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._read_flags()
@@ -197,7 +179,7 @@ class Hooks(ABC):
         current.seen.add(site.name)
         self._look(current, site, kept)
 
-    def _look(self, current: Pass, site: LoraSite, kept: Tensor) -> None:  # noqa: B027
+    def _look(self, current: Pass, site: LoraSite, kept: Tensor) -> None:  # noqa: B027 (nothing to do for most)
         """What a module reads, in the forward pass."""
 
     def claim(self, site: LoraSite) -> Pass | None:

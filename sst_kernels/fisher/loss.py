@@ -1,4 +1,4 @@
-"""What a forward pass optimises: where the samples and their labels lie, and the loss that the accumulator must undo."""
+"""What a forward pass optimises: the loss that the accumulator must undo, and what of it belongs to samples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sst_kernels.fisher.layout import IGNORE as IGNORE
+from sst_kernels.fisher.layout import Layout as Layout
+from sst_kernels.fisher.layout import read_layout as read_layout
+from sst_kernels.fisher.layout import read_spans as read_spans
+from sst_kernels.fisher.layout import refuse_leaks, settings
 from sst_kernels.fisher.lora import unwrapped
 
-IGNORE = -100
 NO_LABELS = "batch has no 'labels': give [N, T] labels with -100 everywhere but on the answer"
 
 
@@ -41,7 +45,11 @@ _declared: ContextVar[Declaration | None] = ContextVar("declared_loss", default=
 
 @contextlib.contextmanager
 def declared_loss(
-    labels: Tensor, *, reduction: str = "sum", source: str = "data", groups: Sequence[int] | None = None
+    labels: Tensor,
+    *,
+    reduction: Literal["mean", "sum"] = "sum",
+    source: str = "data",
+    groups: Sequence[int] | None = None,
 ) -> Iterator[Declaration]:
     """Tell an enclosing `fisher_accumulate` about a loss of your own, for the forward passes inside this context.
 
@@ -67,7 +75,7 @@ def current_declaration() -> Declaration | None:
 def sequence_nll(
     model: nn.Module,
     batch: Mapping[str, Any],
-    labels: str = "data",
+    labels: Literal["data", "model"] = "data",
     *,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -194,7 +202,26 @@ def _adapts_head(model: Any) -> bool:
 
 
 def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a forward call by name. ValueError for positional ones that cannot be named."""
+    """The arguments of a forward call by name.
+
+    Raises ValueError for positional ones that cannot be named, for sequences packed into rows that this model would not keep apart, and for a
+    loss of the model's own that holds more than its samples' terms.
+    """
+    inputs = _named(model, args, kwargs)
+    plain: Any = unwrapped(model)
+    plain = unwrapped(plain.get_base_model()) if hasattr(plain, "get_base_model") else plain
+    if inputs.get("shift_labels") is not None and current_declaration() is None:
+        raise ValueError(
+            "the batch has shift_labels, which the model's loss takes in place of labels: pass labels alone, or compute your loss inside "
+            "declared_loss(labels)"
+        )
+    _refuse_router_terms(plain, inputs)
+    _refuse_lost_gradients(plain)
+    refuse_leaks(plain, inputs)
+    return inputs
+
+
+def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     if not args:
         return kwargs
     forward: Callable = model.forward
@@ -206,118 +233,30 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return dict(zip(names, args)) | kwargs
 
 
-@dataclass
-class Layout:
-    """Host-side description of one batch: where each sample's tokens lie and how many labels each carries.
-
-    After left padding the label of a sample's first token is predicted from padding: the loss averages over it, but it has no
-    gradient in the sample and is none of its labels, as it is none where the sample stands alone.
-    """
-
-    batch: int  # dense [batch, length] input shape
-    length: int
-    spans: Tensor  # [N, 2] int64, cpu
-    labels: Tensor  # [N] int64, cpu
-    loss_labels: int
-
-    @property
-    def samples(self) -> int:
-        return len(self.spans)
-
-    @property
-    def tokens(self) -> int:
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
-
-
-def read_layout(inputs: Mapping[str, Any], labels: Tensor) -> Layout:
-    """Samples, spans and label counts of a batch.
-
-    Dense batches have one sample per row, within it the span of `attention_mask` [N, T] (left or right padding).
-    Packed batches ([1, ΣT]) are recognised by `cu_seq_lens_q`, or by `position_ids` that start again without an attention mask, which is
-    also how transformers separates them. Raises ValueError for masks with holes, samples without labels and labels that
-    would be predicted across a sequence boundary.
-    """
-    n, length, spans, packed = read_spans(inputs)
-    if tuple(labels.shape) != (n, length):
-        raise ValueError(f"labels must have the shape of the input tokens {(n, length)}, got {tuple(labels.shape)}")
-    labelled = labels.detach().cpu() != IGNORE
-    labelled[:, 0] = False
-    flat = labelled.flatten()
-    if packed and flat[spans[:, 0]].any():
-        raise ValueError(
-            "a packed sequence has a label on its first token, which the sequence before would predict: mask it with -100"
-        )
-    running = torch.cat([torch.zeros(1, dtype=torch.int64), flat.cumsum(0)])
-    counts, total = running[spans[:, 1]] - running[spans[:, 0]], int(running[-1])
-    if int(counts.sum()) != total:
-        raise ValueError("labels lie on padding tokens: mask them with -100")
-    held = spans[:, 1] > spans[:, 0]
-    counts[held] -= flat[spans[held, 0]].long()
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"samples {empty} of this batch have no labels (all -100): drop them, or check the truncation of their prompts"
-        )
-    return Layout(n, length, spans, counts, total)
-
-
-def read_spans(inputs: Mapping[str, Any]) -> tuple[int, int, Tensor, bool]:
-    """Batch N, length T, spans [samples, 2] (int64, CPU) of the samples' tokens in the flat batch, and whether they are packed.
-
-    Raises ValueError as `read_layout` does.
-    """
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise ValueError("the forward pass has neither input_ids nor inputs_embeds: pass one by keyword")
-    n, length = tokens.shape[:2]
-    if n == 0 or length == 0:
-        raise ValueError(f"the batch holds no sequences: input_ids has shape {(n, length)}")
-    packed = _packed_starts(inputs, n, length)
-    if packed is None:
-        return n, length, _mask_spans(inputs.get("attention_mask"), n, length), False
-    return n, length, torch.stack([packed[:-1], packed[1:]], 1), True
-
-
-def _packed_starts(inputs: Mapping[str, Any], n: int, length: int) -> Tensor | None:
-    boundaries = inputs.get("cu_seq_lens_q")
-    if boundaries is not None:
-        starts = boundaries.detach().cpu().to(torch.int64)
-        if n != 1 or starts[0] != 0 or starts[-1] != length or (starts.diff() <= 0).any():
+def _refuse_lost_gradients(plain: nn.Module) -> None:
+    """bitsandbytes (0.50) packs 4-bit weights for inference where the CPU knows bfloat16, and no gradient passes them from then on."""
+    if not (torch.is_grad_enabled() and getattr(plain, "is_loaded_in_4bit", False)):
+        return
+    for name, module in plain.named_modules():
+        if (
+            getattr(module, "support_avx512bf16_for_cpu", False)
+            and not module.training
+            and module.weight.device.type == "cpu"
+        ):
             raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the {length} packed tokens of a batch of 1, got {starts.tolist()} for a batch of {n}"
+                f"{name}: bitsandbytes packs its 4-bit weight on this CPU in evaluation mode, and gradients do not pass it then: set "
+                "support_avx512bf16_for_cpu = False on all such modules before the first forward pass"
             )
-        return starts
-    positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None or positions.ndim != 2:
-        return None
-    if n != 1:
-        if ((positions == 0).sum(1) > 1).any():
-            raise ValueError(
-                f"position_ids start again within a row, so the {n} rows hold several sequences each: pack all of them "
-                "into one row, or give an attention_mask"
-            )
-        return None
-    starts = (positions[0].detach().cpu() == 0).nonzero().flatten()
-    return torch.cat([starts, torch.tensor([length])]) if len(starts) > 1 and starts[0] == 0 else None
 
 
-def _mask_spans(mask: Tensor | None, n: int, length: int) -> Tensor:
-    begin = torch.arange(n) * length
-    if mask is None or mask.ndim != 2:
-        return torch.stack([begin, begin + length], 1)
-    kept = mask.detach().cpu() != 0
-    if tuple(kept.shape) != (n, length):
+def _refuse_router_terms(plain: nn.Module, inputs: Mapping[str, Any]) -> None:
+    config = settings(plain)
+    given = inputs.get("output_router_logits")
+    asked = getattr(config, "output_router_logits", False) if given is None else given
+    weights = [getattr(config, name, 0) for name in ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")]
+    own = inputs.get("labels") is not None and current_declaration() is None and torch.is_grad_enabled()
+    if asked and own and any(weights):
         raise ValueError(
-            f"attention_mask must have the shape of the input tokens {(n, length)}, got {tuple(kept.shape)}"
+            f"the loss of {type(plain).__name__} with output_router_logits=True adds a term for the balance of its experts, which is of the whole "
+            "batch and of no sample: pass output_router_logits=False, or use sequence_nll(model, batch)"
         )
-    lengths = kept.sum(1)
-    first = kept.to(torch.int8).argmax(1)
-    last = length - kept.flip(1).to(torch.int8).argmax(1)
-    holes = ((lengths > 0) & (last - first != lengths)).nonzero().flatten().tolist()
-    if holes:
-        raise ValueError(
-            f"attention_mask of samples {holes} has holes: pad on one side only, or pack with cu_seq_lens_q"
-        )
-    first = torch.where(lengths > 0, first, 0)
-    return torch.stack([begin + first, begin + first + lengths], 1)

@@ -8,33 +8,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sst_kernels.fisher.available import available
 from sst_kernels.fisher.base import Block, whole
-from sst_kernels.fisher.fisher import Fisher
-from sst_kernels.fisher.structures.algebra import CHUNK
+from sst_kernels.fisher.estimate import SINGLE, Estimate, estimate_moments
+from sst_kernels.fisher.fisher import Fisher, arrangement
 from sst_kernels.fisher.structures.full import Full
-from sst_kernels.ops.gram.op import _TILE as GRAM_TILE
 
-SINGLE, DOUBLE = 4, 8
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes: of the state at the end of a pass, and at its peak."""
-
-    state: int
-    peak: int
-
-    def __add__(self, other: Estimate) -> Estimate:
-        """Of two structures side by side: states add; temporaries live one at a time."""
-        temporary = max(self.peak - self.state, other.peak - other.state)
-        return Estimate(self.state + other.state, self.state + other.state + temporary)
+__all__ = ["Estimate", "estimate", "estimate_moments", "require", "reserve"]
 
 
 def estimate(
@@ -52,28 +37,13 @@ def estimate(
 
     `blocks`, `space`, `scope` and `options` as in `fisher_accumulate`. ValueError for an unknown structure.
     """
-    if structure not in _SIZES:
-        raise ValueError(f"structure: expected one of {sorted(_SIZES)}, got {structure!r}")
-    given = dict(options or {})
-    joint = scope == "global" and space == "core" and sample == "sequence" and given.get("rows") != "fold"
-    if joint and structure in ("full", "diagonal", "lowrank"):
+    kind, joint, given = arrangement(structure, dict(options or {}), space=space, scope=scope, sample=sample)
+    if joint:
         size = sum(b.size for b in blocks)
-        own = _SIZES[structure]((size, 1), samples, batch, given)
+        own = kind.estimate((size, 1), samples, batch, **given)
         return Estimate(own.state, own.peak + SINGLE * batch * size)
-    if structure == "full" and scope == "module":
-        given.setdefault("rows", "fold")
-    parts = [_SIZES[structure](b.shape, samples, batch, given) for b in blocks]
+    parts = [kind.estimate(b.shape, samples, batch, **given) for b in blocks]
     return sum(parts[1:], parts[0])
-
-
-def estimate_moments(shapes: Sequence[tuple[int, int]]) -> Estimate:
-    """The memory of running second moments Σ x xᵀ [d, d] of tokens, each kept as [d, columns]: a sketch where columns < d."""
-    widest = max((d for d, columns in shapes if columns == d), default=0)
-    tile = min(widest, GRAM_TILE)  # products are added a band of rows at a time
-    drawn = {(d, columns): d * columns for d, columns in shapes if columns < d}  # test matrices, drawn as integers
-    drawing = SINGLE * sum(drawn.values()) + (2 * DOUBLE + SINGLE) * max(drawn.values(), default=0)
-    state = sum(SINGLE * d * columns + DOUBLE for d, columns in shapes)
-    return Estimate(state, state + max(SINGLE * tile * max(tile, widest - tile), drawing))
 
 
 def require(
@@ -127,80 +97,6 @@ def reserve(fisher: Fisher, sequences: int, options: Mapping[str, Any], ranks: i
             joint.reserve(sequences)
         except RuntimeError as error:  # torch's, of a host or a device whose memory is in pieces
             raise MemoryError(f"{_gib(needed.state)} in one piece are not free on {joint.device}: {error}") from error
-
-
-def _full(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    n = shape[0] * shape[1]
-    if options.get("rows", "keep") == "keep":
-        return Estimate(SINGLE * n * samples, SINGLE * n * _doubled(samples, batch)[1])
-    period = (n // batch + 1) * batch  # rows that have arrived when more than n wait
-    folded = samples >= period
-    state = SINGLE * n * (samples % period) + DOUBLE * n * n * folded
-    capacity, growing = _doubled(min(samples, period), batch)
-    folding = DOUBLE * n * (n + min(period, CHUNK // n)) * folded
-    return Estimate(state, max(SINGLE * n * capacity + folding, SINGLE * n * growing))
-
-
-def _doubled(rows: int, batch: int) -> tuple[int, int]:
-    """Rows that a doubling buffer has room for in the end, and the most that it holds while it is copied."""
-    capacity, peak = 0, 0
-    while capacity < rows:
-        wanted = max(min(rows, capacity // batch * batch + batch), 2 * capacity)
-        peak, capacity = max(peak, capacity + wanted), wanted
-    return capacity, peak
-
-
-def _diagonal(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    n, centred = shape[0] * shape[1], options.get("centred", False)
-    state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
-    return Estimate(state, state + SINGLE * n * (batch + (5 if centred else 3)))
-
-
-def _vila(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    return _diagonal(shape, samples, batch, {**options, "centred": True})
-
-
-def _kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    return estimate_moments([(d, d) for d in shape])
-
-
-def _kronecker_lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    return estimate_moments([(d, min(d, whole("rank", options.get("rank", 64)))) for d in shape])
-
-
-def _eigen_kronecker(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    p, q = shape
-    state = SINGLE * (p * p + q * q + p * q)
-    return Estimate(state, state + SINGLE * p * q * (batch + 6))
-
-
-def _lowrank(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    return _sketch(shape[0] * shape[1], samples, options.get("rank", 128))
-
-
-def _kronecker_svd(shape: tuple[int, int], samples: int, batch: int, options: Mapping[str, Any]) -> Estimate:
-    n = shape[0] * shape[1]
-    return _sketch(n, samples, options.get("sketch") or min(n, 256))
-
-
-def _sketch(n: int, samples: int, rank: int) -> Estimate:
-    rank = whole("rank", rank)
-    full = 2 * rank
-    used = samples if samples <= full else rank + (samples - full - 1) % rank + 1
-    shrinking = DOUBLE * 3 * (full * full + min(CHUNK, full * n)) // 2 if samples > full else 0
-    return Estimate(SINGLE * n * used + 2 * DOUBLE, SINGLE * n * full + shrinking)
-
-
-_SIZES: dict[str, Callable[[tuple[int, int], int, int, Mapping[str, Any]], Estimate]] = {
-    "full": _full,
-    "diagonal": _diagonal,
-    "vila": _vila,
-    "kronecker": _kronecker,
-    "kronecker_lowrank": _kronecker_lowrank,
-    "eigen_kronecker": _eigen_kronecker,
-    "lowrank": _lowrank,
-    "kronecker_svd": _kronecker_svd,
-}
 
 
 def _gib(size: int) -> str:

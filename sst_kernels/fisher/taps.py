@@ -18,7 +18,9 @@ keeps nothing here and recomputes it. Where nothing in front of the layer wants 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -62,12 +64,16 @@ class LayerTap:
 
     Args:
         columns: [q, d_in], what is kept of x is x · columnsᵀ; None keeps x.
+        exact: whether the columns count to more digits than x has: they enter as the sum of two parts in x's dtype then.
         factor: whether c·∂L/∂y and h are wanted beside e and x.
     """
 
-    def __init__(self, owner: Owner, site: LoraSite, columns: Tensor | None, *, factor: bool = False):
+    def __init__(
+        self, owner: Owner, site: LoraSite, columns: Tensor | None, *, exact: bool = False, factor: bool = False
+    ):
         self.owner, self.site, self.factor = owner, site, factor
         self._columns = columns
+        self._rest = columns if exact else None
         self._into_e = site.scaling * whole_weight(site.lora_b)
         self._a = whole_weight(site.lora_a) if factor else None
         self._active: Any = None
@@ -79,6 +85,7 @@ class LayerTap:
 
     def __enter__(self) -> None:
         layer: Any = self.site.layer
+        _refuse_others(self.site, (LayerTap, BranchTap))
         adapter = next(name for name, part in layer.lora_A.items() if part is self.site.lora_a)
         self._active = layer._active_adapter
         active = [self._active] if isinstance(self._active, str) else list(self._active)
@@ -91,7 +98,7 @@ class LayerTap:
 
     def _after(self, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
         x = args[0].detach()
-        kept = x if self._columns is None else x @ self._cast("_columns", x).mT
+        kept = x if self._columns is None else self._times_columns(x)
         self.owner.see(self.site, x, kept)
         if not torch.is_grad_enabled():
             return y
@@ -107,6 +114,13 @@ class LayerTap:
             return self.owner.receive(current, self.site, Signal(e, kept))
         left = g if self.site.scaling == 1 else g * self.site.scaling
         self.owner.receive(current, self.site, Signal(e, kept, left, kept @ self._cast("_a", kept).mT))
+
+    def _times_columns(self, x: Tensor) -> Tensor:
+        if self._rest is not None and self._rest is self._columns:  # the first call: split them
+            narrow = torch.finfo(x.dtype).eps > torch.finfo(self._rest.dtype).eps
+            self._rest = self._rest - self._rest.to(x.dtype).to(self._rest) if narrow else None
+        kept = x @ self._cast("_columns", x).mT
+        return kept if self._rest is None else kept + x @ self._cast("_rest", x).mT
 
     def _cast(self, name: str, like: Tensor) -> Tensor:
         """A weight in the dtype and place of what it meets: adapters run in the base's dtype."""
@@ -139,6 +153,7 @@ class BranchTap:
         self._left: dict[int, Tensor] = {}  # by pass: c·∂L/∂y, which comes before e
 
     def __enter__(self) -> None:
+        _refuse_others(self.site, (LayerTap,))
         self._handles = [self.site.lora_a.register_forward_hook(self._at_a)]
         if self.factor:
             self._handles.append(self.site.lora_b.register_forward_hook(self._at_b))
@@ -174,3 +189,24 @@ class BranchTap:
         e = e.detach()
         signal = Signal(e, h) if x is None else Signal(e, x, self._left.pop(current.index), h)
         self.owner.receive(current, self.site, signal)
+
+
+def _refuse_others(site: LoraSite, kinds: tuple[type, ...]) -> None:
+    """RuntimeError where another open pass has switched the adapter off, or would find it switched off."""
+    hooks = (*site.layer._forward_hooks.values(), *site.lora_a._forward_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), kinds) for hook in hooks):
+        raise RuntimeError(
+            f"another pass is open on {site.name}, and one of the two is taken at the reference point, with the adapter off: leave "
+            "its context first"
+        )
+
+
+def eager(model: nn.Module) -> AbstractContextManager:
+    """While it is open, what torch.compile has made of modules runs as they are written, so that hooks on them are called.
+
+    Not where attention is a compiled kernel (flex_attention): without it scores would be [T, T].
+    """
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if "torch._dynamo" not in sys.modules or attention == "flex_attention":
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

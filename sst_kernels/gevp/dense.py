@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,23 +14,35 @@ from torch import Tensor
 from sst_kernels import _native
 from sst_kernels.gevp import cuda
 
-PRECONDITIONERS = {"cholesky": 0, "cholesky_single": 1, "diagonal": 2, "none": 3, "exact": 4}
+Preconditioner = Literal["cholesky", "cholesky_single", "diagonal", "none"]
+PRECONDITIONERS = {name: code for code, name in enumerate((*get_args(Preconditioner), "exact"))}
 DOUBLE = 8
 
 _LIBRARY = torch.library.Library("sst_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "gevp_dense(Tensor a, Tensor b, int k, str method, str preconditioner, float tol, int max_cycles, int seed) "
+    "gevp_dense(Tensor a, Tensor b, int k, str method, str preconditioner, float tol, int max_cycles, int seed, "
+    "bool leave) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.needs_fixed_stride_order,
 )
 
 
 def _solve(
-    a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    method: str,
+    preconditioner: str,
+    tol: float,
+    max_cycles: int,
+    seed: int,
+    leave: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values [..., k], vectors as rows [..., k, n], bounds [..., k], status [...], cycles [...] for a, b [..., n, n].
 
     `a` and `b` share a dtype, float32 or float64, and are contiguous; `method` is "direct" or "jacobi_davidson".
+    With `leave` a problem on which the iteration seems dearer than the direct route goes over to that, and its cycles c become -1 - c; on
+    a GPU, or without an fp64 factor, it ends as `max_iterations`.
     """
     shape, n = a.shape[:-2], a.shape[-1]
     batch, outputs = shape.numel(), empty_outputs(shape, n, k, a.device)
@@ -44,13 +57,19 @@ def _solve(
     if method == "direct":
         cuda.solve_direct(where, k, addresses, a.device)
         return outputs
-    native, options, lanes = _iteration(n, k, preconditioner, a.device)
-    options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
-    size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
-    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
-    with torch.cuda.device_of(a):
+    with on_device(a.device):
+        native, options, lanes = _iteration(n, k, preconditioner, a.device)
+        options.tolerance, options.max_cycles, options.seed = tol, max_cycles, seed
+        options.afford = affordable(n, k) if leave and not a.is_cuda else 0.0
+        size = native.workspace_bytes(batch, n, options, a.dtype is torch.float32, lanes)
+        workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
         native.solve_dense(*where, options, *addresses, workspace.data_ptr(), size, lanes)
     return outputs
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one: the native module takes handles, attributes and streams of that, already when it is asked for sizes."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _iteration(n: int, k: int, preconditioner: str, device: torch.device) -> tuple[Any, Any, int]:
@@ -74,8 +93,9 @@ def workspace_bytes(
 ) -> int:
     """Bytes that solving [batch, n, n] takes at most beside its matrices (`single`: float32) and outputs."""
     if method != "direct":
-        native, options, lanes = _iteration(n, k, preconditioner, device)
-        return native.workspace_bytes(batch, n, options, single, lanes)
+        with on_device(device):
+            native, options, lanes = _iteration(n, k, preconditioner, device)
+            return native.workspace_bytes(batch, n, options, single, lanes)
     if device.type == "cuda":
         return cuda.direct_bytes(batch, n, k, single, device)
     # A worker of csrc/cpu/direct.hpp: B's factor and the reduced A, and where divide and conquer steps in its basis and scratch.
@@ -83,7 +103,12 @@ def workspace_bytes(
     return DOUBLE * min(batch, threads()) * (4 * n * n + work + (k + 16) * n + k * k)
 
 
-def _fake(a: Tensor, b: Tensor, k: int, method: str, preconditioner: str, tol: float, max_cycles: int, seed: int):
+def affordable(n: int, k: int) -> float:
+    """Cycles of Jacobi-Davidson that cost as much on a CPU as the direct route does at this order."""
+    return n / 100
+
+
+def _fake(a: Tensor, b: Tensor, k: int, *how: object):
     return empty_outputs(a.shape[:-2], a.shape[-1], k, a.device)
 
 

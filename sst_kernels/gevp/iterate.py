@@ -7,8 +7,9 @@ from math import sqrt
 import torch
 
 from sst_kernels import _native
-from sst_kernels.gevp.dense import empty_outputs, iteration_options
+from sst_kernels.gevp.dense import affordable, empty_outputs, iteration_options, on_device
 from sst_kernels.gevp.operators import Operator, power_of_two
+from sst_kernels.gevp.pencils import STORED_LIMIT
 from sst_kernels.gevp.result import GEVPResult, GEVPStatus, failed
 from sst_kernels.gevp.settings import Settings
 
@@ -24,8 +25,12 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
     probe = cost.solve(torch.zeros(n, 1, dtype=torch.float64, device=device))
     options = iteration_options(native, n, k, "diagonal" if probe is None else "exact", device.type == "cuda")
     options.tolerance, options.max_cycles, options.seed = settings.tol, settings.max_cycles, settings.seed
+    if settings.method == "auto" and device.type == "cpu" and n <= STORED_LIMIT:
+        options.afford = affordable(n, k)
     lanes = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 1
-    workspace = torch.empty(native.operator_workspace_bytes(n, options, lanes), dtype=torch.uint8, device=device)
+    with on_device(device):
+        size = native.operator_workspace_bytes(n, options, lanes)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     base = workspace.data_ptr()
 
     def block(address: int, columns: int) -> torch.Tensor:
@@ -55,7 +60,7 @@ def operator_jacobi_davidson(gain: Operator, cost: Operator, k: int, settings: S
                 y.copy_(precondition(x))
 
     outputs = empty_outputs((), n, k, device)
-    with torch.cuda.device_of(workspace):
+    with on_device(device):
         native.solve_operator(
             apply, n, options, *(tensor.data_ptr() for tensor in outputs), base, workspace.numel(), lanes
         )

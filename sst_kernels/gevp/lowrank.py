@@ -18,7 +18,7 @@ from torch import Tensor
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, LowRank, power_of_two
 from sst_kernels.gevp.pencils import dense_route
-from sst_kernels.gevp.result import GEVPResult, GEVPStatus, failed, no_cycles
+from sst_kernels.gevp.result import LEFT, GEVPResult, GEVPStatus, failed, no_cycles
 from sst_kernels.gevp.settings import Settings
 
 _EPS = torch.finfo(torch.float64).eps
@@ -99,31 +99,37 @@ def top_pairs(m: Tensor, k: int, settings: Settings) -> GEVPResult:
     """The k largest pairs of a positive semi-definite M [p, p], by eigh or from the measured crossover on by Jacobi-Davidson."""
     p = len(m)
     chosen = dense_route(p, k, settings.method, m.device.type, "projected")
+    route = str(chosen)
+    cycles = no_cycles()
     if chosen.name == "jacobi_davidson":
         ones = torch.ones(p, dtype=torch.float64, device=m.device)
-        return operator_jacobi_davidson(Dense(m), Diagonal(ones), k, settings, str(chosen))
+        solved = operator_jacobi_davidson(Dense(m), Diagonal(ones), k, settings, route)
+        if settings.method != "auto" or solved.statuses() != [GEVPStatus.max_iterations]:
+            return solved
+        route, cycles = route + LEFT, solved.cycles
     values, y = torch.linalg.eigh(m)
     values, y = values.flip(0)[:k], y.flip(1)[:, :k]
     rounding = values[:1].clamp_min(0) * p * _EPS
     values = values.where(values > rounding, 0.0)
     code = torch.tensor(int(GEVPStatus.converged), dtype=torch.int32)
-    return GEVPResult(values, y, rounding.expand(k), code, str(chosen), no_cycles())
+    return GEVPResult(values, y, rounding.expand(k), code, route, cycles)
 
 
 def _complement(vectors: Tensor, cost: Callable[[Tensor], Tensor], n: int, count: int, seed: int) -> Tensor | None:
     """`count` random vectors, B-orthonormal and B-orthogonal to `vectors`; that complement is the null space of A.
 
-    None where rounding leaves B singular on them.
+    None where B on them is no more than its rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, count, dtype=torch.float64, generator=generator).to(vectors.device)
+    noise = (n * _EPS) ** 2 * ((x * cost(x)).sum(0) / (x * x).sum(0)).amax()
     for _ in range(3):
         x = x - vectors @ (vectors.mT @ cost(x))
         lower, info = torch.linalg.cholesky_ex(x.mT @ cost(x))
         if info:
             return None
         x = torch.linalg.solve_triangular(lower, x.mT, upper=False).mT
-    return x
+    return None if bool((noise * (x * x).sum(0) >= 1).any()) else x
 
 
 def oriented(vectors: Tensor) -> Tensor:

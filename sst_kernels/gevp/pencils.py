@@ -13,6 +13,9 @@ from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecke
 DENSE_LIMIT = 1024
 """Structured pencils without a closed form are stored and solved as dense ones up to this order."""
 
+STORED_LIMIT = 4096
+"""Up to this order they are where the iteration on their products was too slow: some 1 GiB of matrices and workspace."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -111,7 +114,7 @@ def _table() -> dict[str, dict[str, list[list[float]]]]:
 
 
 def crossover(device: str, k: int, kind: str) -> int:
-    """Order from which iterating beat the direct route in bench/gevp_cpu.py (CPU) or bench/gevp_gpu.py (CUDA)."""
+    """Order from which iterating beat the direct route in bench/gevp_cpu.py (CPU), or is expected to (CUDA)."""
     kinds = _table().get(device, _table()["cpu"])
     rows = kinds.get(kind, kinds["single"])
     position = bisect_right([limit for limit, _ in rows], k - 1)

@@ -35,7 +35,8 @@ class GEVPStatus(IntEnum):
 _ADVICE = {
     GEVPStatus.converged: "every pair is within its error bound.",
     GEVPStatus.max_iterations: (
-        "some pair is not within the tolerance; its error_bound says how far. Raise max_cycles or tol, or use method='direct'."
+        "some pair is not within the tolerance; its error_bound says how far. Leave method at 'auto' or use 'direct' (above n = 4096 as "
+        "stored matrices, and with a memory_budget that holds it), or raise tol to what you need."
     ),
     GEVPStatus.not_positive_definite: (
         "B has a non-positive eigenvalue, in exact arithmetic or to rounding. Raise damping (a natural size is "
@@ -47,6 +48,21 @@ _ADVICE = {
     ),
     GEVPStatus.not_symmetric: "A or B is not symmetric beyond rounding. Pass (A + A.mT) / 2, or mirror the triangle that was written.",
 }
+
+
+LEFT = "; too slow, so direct"
+"""What `GEVPResult.route` says of an iteration that was given up."""
+
+
+def left_note(rerouted: Tensor | None) -> str:
+    """The end of `GEVPResult.route`: which problems left the iteration."""
+    members = [] if rerouted is None else rerouted.reshape(-1).nonzero()[:, 0].tolist()
+    if rerouted is None or not members:
+        return ""
+    if rerouted.ndim == 0:
+        return LEFT
+    shown = ", ".join(map(str, members[:8])) + (", ..." if len(members) > 8 else "")
+    return f"; {len(members)} of {rerouted.numel()} (problem {shown}){LEFT[1:]}"
 
 
 class GEVPError(RuntimeError):
@@ -63,7 +79,8 @@ class GEVPResult:
         error_bound: [..., k] float64, sqrt(r' B^-1 r) with r = A v - lambda B v: an eigenvalue lies within this distance.
         status: [...] int32, see `GEVPStatus`.
         route: which algorithm was taken, and why.
-        cycles: [...] int32 restart cycles of an iterative solve, 0 for a direct one.
+        cycles: [...] int32 restart cycles of an iterative solve, 0 for a direct one and for one that was given up within the first.
+        rerouted: [...] bool, which problems of a batch left the iteration for the direct route; None where none did.
     """
 
     values: Tensor
@@ -72,6 +89,7 @@ class GEVPResult:
     status: Tensor
     route: str
     cycles: Tensor
+    rerouted: Tensor | None = None
 
     @property
     def ok(self) -> bool:
@@ -87,8 +105,10 @@ class GEVPResult:
         if self.status.ndim == 0:
             raise TypeError("the result of a single problem cannot be iterated; read its values and vectors")
         columns = zip(self.values, self.vectors, self.error_bound, self.status, self.cycles)
-        for values, vectors, bound, status, cycles in columns:
-            yield GEVPResult(values, vectors, bound, status, self.route, cycles)
+        route = self.route.removesuffix(left_note(self.rerouted))
+        for index, (values, vectors, bound, status, cycles) in enumerate(columns):
+            left = None if self.rerouted is None or not bool(self.rerouted[index].any()) else self.rerouted[index]
+            yield GEVPResult(values, vectors, bound, status, route + left_note(left), cycles, left)
 
     def _failed(self) -> list[tuple[int, GEVPStatus]]:
         return [(index, status) for index, status in enumerate(self.statuses()) if not status.usable]

@@ -3,36 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from inspect import signature
-from typing import Any, cast, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from sst_kernels.gevp import lowrank, structured
 from sst_kernels.gevp.checks import operand
-from sst_kernels.gevp.dense import empty_outputs
+from sst_kernels.gevp.dense import Preconditioner, empty_outputs
 from sst_kernels.gevp.iterate import operator_jacobi_davidson
 from sst_kernels.gevp.operators import Dense, Diagonal, EigenKronecker, Kronecker, LowRank, Operator
-from sst_kernels.gevp.pencils import choose
+from sst_kernels.gevp.pencils import STORED_LIMIT, choose
 from sst_kernels.gevp.ragged import Side, solve_list
-from sst_kernels.gevp.result import GEVPResult
-from sst_kernels.gevp.settings import Settings, check_count
+from sst_kernels.gevp.result import LEFT, GEVPResult, GEVPStatus
+from sst_kernels.gevp.settings import Method, Settings, check_count
 from sst_kernels.gevp.stored import solve_stored
 from sst_kernels.profiling import stage
 
 
 @overload
-def gevp(A: Tensor | Operator, B: Tensor | Operator, k: int, **settings: Any) -> GEVPResult: ...
+def gevp(
+    A: Tensor | Operator,
+    B: Tensor | Operator,
+    k: int,
+    *,
+    method: Method = ...,
+    damping: float = ...,
+    tol: float = ...,
+    max_cycles: int = ...,
+    seed: int = ...,
+    preconditioner: Preconditioner = ...,
+    memory_budget: int | None = ...,
+) -> GEVPResult: ...
 
 
 @overload
-def gevp(A: Side, B: Side, k: int, **settings: Any) -> list[GEVPResult]: ...
+def gevp(
+    A: Side,
+    B: Side,
+    k: int,
+    *,
+    method: Method = ...,
+    damping: float = ...,
+    tol: float = ...,
+    max_cycles: int = ...,
+    seed: int = ...,
+    preconditioner: Preconditioner = ...,
+    memory_budget: int | None = ...,
+) -> list[GEVPResult]: ...
 
 
 @stage("gevp")
 def gevp(
-    A: Tensor | Operator | Side, B: Tensor | Operator | Side, k: int, **settings: Any
+    A: Tensor | Operator | Side,
+    B: Tensor | Operator | Side,
+    k: int,
+    *,
+    method: Method = "auto",
+    damping: float = 0.0,
+    tol: float = 1e-10,
+    max_cycles: int = 100,
+    seed: int = 0,
+    preconditioner: Preconditioner = "cholesky",
+    memory_budget: int | None = None,
 ) -> GEVPResult | list[GEVPResult]:
     """Top-k pairs of A v = lambda (B + damping I) v, largest lambda first, for one problem, a batch, or a list of any orders.
 
@@ -44,7 +76,17 @@ def gevp(
         B: symmetric positive definite once damped; a tensor of the same shape, dtype and device, or an operator. Two lists of
             matrices or operators of different orders are solved in groups that agree in order.
         k: pairs per problem, 0 <= k <= n.
-        **settings: those of `Settings`, which has their meanings and defaults.
+        method: "auto" follows the structure and a measured crossover table, and takes a problem on which the iteration is too slow over
+            to the direct route; "direct" and "jacobi_davidson" insist.
+        damping: added to the diagonal of B.
+        tol: an iterative solve stops when sqrt(r' B^-1 r) <= tol * |lambda_1|; a direct one is as exact as float64 allows.
+        max_cycles: restart cycles of an iterative solve.
+        seed: of the random start block, the same on every device.
+        preconditioner: how a stored B is inverted in an iterative solve: "cholesky", "cholesky_single" (float32 factor, float64
+            refinement), "diagonal" or "none" (projected block CG).
+        memory_budget: bytes that the solve may take beside the caller's matrices and the result: copies, temporaries and workspace.
+            A batch or list of matrices is solved in as few pieces as that allows, with the same bits; where it does not hold one direct
+            solve, no problem goes over to that.
 
     Returns:
         Values [..., k], B-orthonormal vectors [..., n, k], error bounds [..., k], status [...], route; for lists, a list of these.
@@ -54,17 +96,23 @@ def gevp(
         MemoryError: `memory_budget` does not hold one problem; the message says what would fit.
         TypeError: a dtype that is neither float32 nor float64 nor convertible to them; a setting that there is not.
     """
-    chosen = Settings(**settings)
     check_count("k", k, 0)
+    settings = Settings(
+        method=method,
+        damping=damping,
+        tol=tol,
+        max_cycles=max_cycles,
+        seed=seed,
+        preconditioner=preconditioner,
+        memory_budget=memory_budget,
+    )
+    return _one_or_all(A, B, k, settings)
+
+
+def _one_or_all(A: Any, B: Any, k: int, settings: Settings) -> Any:
     if isinstance(A, list | tuple) or isinstance(B, list | tuple):
-        return solve_list(partial(gevp, k=k, **settings), cast(Side, A), cast(Side, B))
-    return _solve(cast(Any, A), cast(Any, B), k, chosen)
-
-
-_FREE, _KEYWORD = signature(gevp), signature(Settings)
-gevp.__signature__ = _FREE.replace(  # type: ignore[attr-defined]
-    parameters=[*list(_FREE.parameters.values())[:3], *_KEYWORD.parameters.values()]
-)
+        return solve_list(lambda a, b: _one_or_all(a, b, k, settings), A, B)
+    return _solve(A, B, k, settings)
 
 
 def _solve(A: Tensor | Operator, B: Tensor | Operator, k: int, settings: Settings) -> GEVPResult:
@@ -98,7 +146,12 @@ def _solve(A: Tensor | Operator, B: Tensor | Operator, k: int, settings: Setting
         case "cholesky_projection", LowRank(), Dense():
             return lowrank.cholesky_projection(gain, cost.matrix, k, settings, route)
         case "operator_jacobi_davidson", _, _:
-            return operator_jacobi_davidson(gain, cost, k, settings, route)
+            result = operator_jacobi_davidson(gain, cost, k, settings, route)
+            slow = result.statuses() == [GEVPStatus.max_iterations]
+            if not slow or settings.method != "auto" or gain.n > STORED_LIMIT:
+                return result
+            stored = _solve(gain.dense().double(), cost.dense().double(), k, replace(settings, method="direct"))
+            return replace(stored, route=route + LEFT, cycles=result.cycles)
         case "stored", _, _:
             result = _solve(gain.dense().double(), cost.dense().double(), k, settings)
             return replace(result, route=f"{route} ({result.route})")

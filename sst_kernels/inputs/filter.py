@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sst_kernels.fisher.structures.moment import Columns, Moment, dense
+from sst_kernels.fisher.lora import digest_of
+from sst_kernels.fisher.structures.moment import Columns, Moment, Triangle, dense
 from sst_kernels.inputs.moments import InputMoments, MomentSums
 
 _LEVEL = (
@@ -19,6 +20,7 @@ _ROUNDING = (
     1e-2,
 )  # shares of the diagonal added to it, the first that suffices: float32 sums round coordinate by coordinate
 MUS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where a basis is exact unless told otherwise
+_HELD = 1e-2  # relative distance of A from the span of a basis of it: 5e-4 was met in bfloat16, 0.8 of another adapter
 _DEPENDENT = (
     1e-10  # squared length, in the inputs' own metric, below which a direction of unit length adds nothing to a basis
 )
@@ -35,12 +37,8 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
     Raises TypeError for anything but input moments, ValueError for a μ outside 0 … 1e100, for moments of different modules or adapters, and for a module that
     read nothing but zeros; FloatingPointError for sums that rounding has made useless.
     """
-    for moments in (gain, cost):
-        if not isinstance(moments, InputMoments):
-            raise TypeError(f"expected the moments of two passes of input_moments, got {type(moments).__name__}")
+    _check_pair(gain, cost)
     check_mu(mu)
-    if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
-        raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
     found = filtered_reads(gain.reads, gain.sums, cost.sums, [mu])
     return {name: new.to(gain.reads[name]) for name, (new,) in found.items()}
 
@@ -60,7 +58,7 @@ def filtered_reads(
         members.setdefault(gain.shared[name], []).append(name)
     out: dict[str, list[Tensor]] = {name: [] for name in reads}
     for leader, names in members.items():
-        of_gain, of_cost = gain[leader], cost[leader]
+        of_gain, of_cost = gain.half(leader), cost.half(leader)
         wide = torch.cat([reads[name].to(of_gain.device, torch.float64) for name in names]).mT
         target = of_gain @ wide
         for mu in mus:
@@ -73,15 +71,25 @@ def filtered_reads(
 class Basis(Mapping[str, Tensor]):
     """Per module Q [m, d_in] float32: y = Q x holds, of what the module reads, all that A and the A' of some μ see of it.
 
-    The rows of Q are orthonormal in the inputs' own metric X = X_g + X_c, so that the entries of y have unit second moment. Filters
-    and gradients in y are exact for every A' whose rows lie in the span of Q: at the `mus` that made it, and near to them between
-    (a rational Krylov space of the pencil of moments, in which the best A' has an error of the size of its square).
+    The rows of Q are orthonormal in the inputs' own metric X = X_g + X_c with the ridge R_g + R_c that `filter_inputs` adds. Filters and
+    gradients in y are exact for every A' whose rows lie in the span of Q: at the `mus` that made it, and near to them between (a
+    rational Krylov space of the pencil of moments, in which the best A' has an error of the size of its square). R_g and R_c, in
+    coordinates of Q, belong to the basis: the data that made it say how well coordinates of x are known.
 
     `coordinates(A)` are those of A in Q: A ≈ coordinates · Q, exact where A lies in the span.
+
+    Entries of Q are up to 100 times (1/√ridge) larger than their combination in y: products with x in bfloat16 take Q as the sum
+    of two parts.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], dual: Mapping[str, Tensor], mus: Sequence[float]):
-        self.columns, self.dual, self.mus = dict(columns), dict(dual), tuple(mus)
+    def __init__(
+        self,
+        columns: Mapping[str, Tensor],
+        dual: Mapping[str, Tensor],
+        ridges: Mapping[str, tuple[Tensor, Tensor]],
+        mus: Sequence[float],
+    ):
+        self.columns, self.dual, self.ridges, self.mus = dict(columns), dict(dual), dict(ridges), tuple(mus)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -92,16 +100,32 @@ class Basis(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.columns)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of names and columns: rows in two bases add up exactly when these agree."""
+        return digest_of((name, 1.0, self.columns[name], self.dual[name]) for name in self)
+
     def coordinates(self, name: str, reads: Tensor) -> Tensor:
         """[r, m] float64 of A [r, d_in]: its projection on the span in the metric X."""
         return reads.double() @ self.dual[name].double().to(reads.device).mT
 
+    def check_holds(self, reads: Mapping[str, Tensor]) -> None:
+        """ValueError unless A [r, d_in] of every module lies in the span, to the rounding of half precision."""
+        if list(reads) != list(self):
+            raise ValueError("the basis belongs to other modules: make it of moments of the same model and adapter")
+        for name, a in reads.items():
+            q = self[name].double().to(a.device)
+            if q.shape[1] != a.shape[1] or (self.coordinates(name, a) @ q - a).norm() > _HELD * a.norm():
+                raise ValueError(
+                    f"the basis does not hold what {name} reads: make it of moments of the same model and adapter"
+                )
+
     @classmethod
-    def of(
-        cls, reads: Mapping[str, Tensor], gain: MomentSums, cost: MomentSums, mus: Sequence[float]
-    ) -> tuple[Basis, dict[str, tuple[Tensor, Tensor, Tensor]]]:
-        """The basis spanned by A and its A' at each μ, and per module (X_g, R_g, R_c) in it: the gain's moments, and both sides' with the
-        ridge that `filter_inputs` adds, [m, m] float64."""
+    def of(cls, reads: Mapping[str, Tensor], gain: MomentSums, cost: MomentSums, mus: Sequence[float]) -> Basis:
+        """The basis spanned by A and its A' at each μ.
+
+        Raises ValueError for a μ outside 0 … 1e100 and a module that read nothing but zeros; FloatingPointError for sums that rounding
+        has made useless.
+        """
         for mu in mus:
             check_mu(mu)
         found = filtered_reads(reads, gain, cost, mus)
@@ -110,9 +134,8 @@ class Basis(Mapping[str, Tensor]):
         for name, own in reads.items():
             leader = gain.shared[name]
             if last[0] != leader:
-                sides = gain[leader], cost[leader]
-                ridges = tuple(_ridge(leader, side, _ROUNDING[0]) for side in sides)
-                last = leader, (*sides, *ridges)
+                sides = gain.half(leader), cost.half(leader)
+                last = leader, (*sides, *(_ridge(leader, side, _ROUNDING[0]) for side in sides))
             x_gain, x_cost, r_gain, r_cost = last[1]
             stacked = torch.cat([own.to(x_gain.device, torch.float64), *found[name]])
             images = x_gain @ stacked.mT + x_cost @ stacked.mT + (r_gain + r_cost)[:, None] * stacked.mT
@@ -122,31 +145,40 @@ class Basis(Mapping[str, Tensor]):
             values, turn = torch.linalg.eigh(stacked @ images)
             live = values > _DEPENDENT * values[-1]
             turn = (turn[:, live] / values[live].sqrt()).mT
-            q = turn @ stacked
-            columns[name], dual[name] = q.float(), (turn @ images.mT).float()
+            columns[name], dual[name] = (turn @ stacked).float(), (turn @ images.mT).float()
             q = columns[name].double()
-            inner = (q @ (x_gain @ q.mT), q @ (x_cost @ q.mT))
-            ridged = [x + (q * ridge) @ q.mT for x, ridge in zip(inner, (r_gain, r_cost))]
-            small[name] = (inner[0], *ridged)
-        return cls(columns, dual, mus), small
+            small[name] = ((q * r_gain) @ q.mT, (q * r_cost) @ q.mT)
+        return cls(columns, dual, small, mus)
 
 
 def basis_of(gain: InputMoments, cost: InputMoments, mus: Sequence[float] = MUS) -> Basis:
-    """The basis of the filters at `mus`, from two passes of `input_moments` (a pilot over a share of the prompts, say)."""
-    return Basis.of(gain.reads, gain.sums, cost.sums, mus)[0]
+    """The basis of the filters at `mus`, for `Evidence.of(model, basis=...)`, from a pilot: two passes of `input_moments` over a share of
+    both sides' prompts. Raises what `filter_inputs` raises.
+    """
+    _check_pair(gain, cost)
+    return Basis.of(gain.reads, gain.sums, cost.sums, mus)
+
+
+def _check_pair(gain: InputMoments, cost: InputMoments) -> None:
+    for moments in (gain, cost):
+        if not isinstance(moments, InputMoments):
+            raise TypeError(f"expected the moments of two passes of input_moments, got {type(moments).__name__}")
+    if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
+        raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
 
 
 def filtered_in_basis(
-    reads: Mapping[str, Tensor], small: Mapping[str, tuple[Tensor, Tensor, Tensor]], mu: float
+    reads: Mapping[str, Tensor], basis: Basis, gain: MomentSums, cost: MomentSums, mu: float
 ) -> dict[str, Tensor]:
-    """Per module A' [r, m] float64 of A [r, m], both in coordinates of a basis: the best A' in its span."""
-    groups: dict[tuple[int, int], list[str]] = {}
+    """Per module A' [r, m] float64 of A [r, m], both in coordinates of `basis` as the moments are: the best A' in its span."""
+    groups: dict[torch.Size, list[str]] = {}
     for name, own in reads.items():
-        groups.setdefault((own.shape[0], own.shape[1]), []).append(name)
+        groups.setdefault(own.shape, []).append(name)
     out: dict[str, Tensor] = {}
     for names in groups.values():
-        x, ridged, other = (torch.stack(part) for part in zip(*(small[name] for name in names)))
-        factor = torch.linalg.cholesky(ridged + mu * other)
+        x, y = (torch.stack([dense(side[name]) for name in names]) for side in (gain, cost))
+        r_gain, r_cost = (torch.stack([basis.ridges[name][i] for name in names]).to(x) for i in (0, 1))
+        factor = torch.linalg.cholesky(x + r_gain + mu * (y + r_cost))
         new = torch.cholesky_solve(x @ torch.stack([reads[name].to(x) for name in names]).mT, factor).mT
         out |= dict(zip(names, new))
     return {name: out[name] for name in reads}
@@ -169,10 +201,10 @@ def read_loss(
     return lost
 
 
-def _inverse(name: str, gain: Moment, cost: Moment, mu: float) -> Callable[[Tensor], Tensor]:
+def _inverse(name: str, gain: Moment | Triangle, cost: Moment | Triangle, mu: float) -> Callable[[Tensor], Tensor]:
     """x [d, m] -> (X_g + μ X_c + ε)⁻¹ x: by Cholesky of d×d, or through the columns of two sketches (Woodbury)."""
-    if isinstance(gain, Tensor) or isinstance(cost, Tensor):
-        both = dense(gain) + mu * dense(cost)
+    if not (isinstance(gain, Columns) and isinstance(cost, Columns)):
+        both = torch.add(_lower(gain), _lower(cost), alpha=mu)
         diagonal = both.diagonal().clone()
         for share in _ROUNDING:
             wider = (1 + share) * diagonal
@@ -191,7 +223,12 @@ def _inverse(name: str, gain: Moment, cost: Moment, mu: float) -> Callable[[Tens
     return lambda x: (x - columns @ torch.cholesky_solve(columns.mT @ x, factor)) / rest
 
 
-def _ridge(name: str, moment: Moment, share: float) -> Tensor:
+def _lower(moment: Moment | Triangle) -> Tensor:
+    """[d, d] float64 whose lower triangle is the moment's: Cholesky reads no more."""
+    return moment.lower if isinstance(moment, Triangle) else dense(moment)
+
+
+def _ridge(name: str, moment: Moment | Triangle, share: float) -> Tensor:
     """[d]: what `_inverse` adds to the diagonal of this side's moments."""
     if isinstance(moment, Columns):
         return _level(name, moment.trace(), len(moment.columns)).expand(len(moment.columns))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from sst_kernels.distributed import gather_objects, raise_together, sum_over_ranks
 from sst_kernels.fisher.base import whole
+from sst_kernels.fisher.estimate import estimate_moments
 from sst_kernels.fisher.lora import LoraSite, find_sites, unwrapped, weight_of, whole_weight
 from sst_kernels.fisher.loss import named_inputs, read_spans
-from sst_kernels.fisher.memory import estimate_moments, require
+from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.passes import flat_tokens
-from sst_kernels.fisher.structures.moment import Moment, SecondMoment
-from sst_kernels.fisher.taps import LayerTap, Signal
+from sst_kernels.fisher.structures.moment import Columns, Moment, SecondMoment, Triangle
+from sst_kernels.fisher.taps import LayerTap, Signal, eager
 from sst_kernels.memo import Memo
 
 
@@ -41,6 +42,10 @@ class MomentSums(Mapping[str, Moment]):
 
     def __getitem__(self, name: str) -> Moment:
         return self._sums[self.shared[name]].mean(self.tokens)
+
+    def half(self, name: str) -> Triangle | Columns:
+        """The same for products and Cholesky factors."""
+        return self._sums[self.shared[name]].half(self.tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shared)
@@ -71,20 +76,35 @@ class MomentSums(Mapping[str, Moment]):
                 f"{name} read what {leader} reads in the first batch, and something else now: give the modules apart with modules="
             )
 
-    def merge(self, other: MomentSums) -> None:
-        """Add the sums over other tokens. ValueError when they are of other modules, or kept otherwise."""
-        if not other.shared:
-            return
-        if not self.shared:
-            self.shared = dict(other.shared)
-        mine, theirs = ((m.widths, m.rank, m.seed, m.shared) for m in (self, other))
-        if mine != theirs:
+    def check_same(self, other: MomentSums) -> None:
+        """ValueError when the sums of both cannot be added: they are of other modules, or kept otherwise."""
+        mine, theirs = ((m.widths, m.rank, m.seed) for m in (self, other))
+        if mine != theirs or (self.shared and other.shared and self.shared != other.shared):
             raise ValueError("input moments of other modules, or with another rank or seed, cannot be added")
+
+    def merge(self, other: MomentSums) -> None:
+        """Add the sums over other tokens. ValueError as of `check_same`."""
+        self.check_same(other)
+        self.shared = self.shared or dict(other.shared)
         for name, moment in other._sums.items():
             own = self._sum(name, moment.sum.device)
             own.sum += moment.sum.to(own.sum.device)
             own.trace += moment.trace.to(own.trace.device)
         self.tokens += other.tokens
+
+    def projected(self, columns: Mapping[str, Tensor]) -> MomentSums:
+        """The sums of y = Q x, with Q [m, d_in] of each module: Q X Qᵀ, kept whole."""
+        out = MomentSums({name: len(q) for name, q in columns.items()}, None, self.seed)
+        out.tokens = self.tokens
+        means: dict[str, Moment] = {}
+        for name, leader in self.shared.items():
+            mean = means.get(leader)
+            if mean is None:
+                means = {leader: (mean := self[leader])}
+            q = columns[name].to(mean.device, torch.float64)
+            out.shared[name] = name
+            out._sum(name, mean.device).sum.copy_(self.tokens * (q @ (mean @ q.mT)))
+        return out
 
     def all_reduce(self, group: Any, devices: Mapping[str, torch.device]) -> None:
         """The total of all ranks, on each; ranks without data learn from the others which modules share a sum."""
@@ -124,6 +144,10 @@ class MomentSums(Mapping[str, Moment]):
         for name in dict.fromkeys(out.shared.values()):
             kept = tensors[f"{name}/sum"]
             moment = out._sum(name, kept.device if devices is None else devices[name])
+            if moment.sum.shape != kept.shape:
+                raise ValueError(
+                    f"the saved moments of {name!r} are {list(kept.shape)}, expected {list(moment.sum.shape)}: save them anew"
+                )
             moment.sum.copy_(kept)
             moment.trace.copy_(tensors[f"{name}/trace"])
         return out
@@ -204,14 +228,16 @@ class InputMoments(Mapping[str, Moment]):
         return self.sums.nbytes
 
     def __enter__(self) -> Self:
-        self._open = ExitStack()
-        self._open.callback(self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        for site in self._sites:
-            if LayerTap.fits(site):
-                self._open.enter_context(LayerTap(self, site, None))
-            else:
-                self._open.callback(site.layer.register_forward_pre_hook(partial(self._in_front_of, site)).remove)
-                self._open.callback(site.lora_a.register_forward_hook(_off).remove)
+        with ExitStack() as hooks:
+            hooks.enter_context(eager(self._model))
+            hooks.callback(self._model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            for site in self._sites:
+                if LayerTap.fits(site):
+                    hooks.enter_context(LayerTap(self, site, None))
+                else:
+                    hooks.callback(site.layer.register_forward_pre_hook(partial(self._in_front_of, site)).remove)
+                    hooks.callback(site.lora_a.register_forward_hook(_off).remove)
+            self._open = hooks.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

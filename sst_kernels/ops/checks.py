@@ -48,12 +48,3 @@ def precision(value: str) -> None:
     """How float32 products are formed on tensor cores."""
     if value not in PRECISIONS:
         raise ValueError(f"precision: expected one of {PRECISIONS}, got {value!r}")
-
-
-def span_values(spans: Tensor | None, S: int) -> None:
-    """CPU only: every span lies inside [0, S]. On a GPU the kernels clamp instead, since looking would synchronise."""
-    if spans is None or not len(spans):
-        return
-    begin, end = (int(x) for x in spans.aminmax())
-    if begin < 0 or end > S:
-        raise ValueError(f"spans: expected token ranges inside [0, {S}], got {begin}..{end}")

@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Upper bound on the elements of one batched temporary of the CPU forms: 64 MiB of float32.
-CHUNK_ELEMENTS = 1 << 24
+from sst_kernels.memo import Memo
+
+# Elements of a batched temporary of the CPU forms: 1 MiB of float32, what a core's second-level cache holds.
+CACHED_ELEMENTS = 1 << 18
 
 
 def spans_from_lengths(
@@ -55,69 +57,121 @@ def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
     return torch.stack([cu[:-1], cu[1:]], 1)
 
 
-def held_tokens(S: int, spans: Tensor | None, scale: Tensor | None, power: int) -> tuple[Tensor | slice, Tensor | None]:
-    """CPU form of a sum over tokens: (which of the S tokens some span holds, Σ over the spans that hold it of scale^power).
+class Run(NamedTuple):
+    """Consecutive samples [first, last) of one length, their tokens `step` apart: one batched product without a copy."""
 
-    Both as short as they can be: `slice(None)` where the spans hold every token once and in order, weights None where all are
-    one. Padding is left out rather than multiplied by zero: it may be NaN.
+    first: int
+    last: int
+    begin: int
+    step: int
+    length: int
+    scale: Tensor | float  # [last - first, 1, 1], or what it is for all of them
+
+    def windows(self, x: Tensor) -> Tensor:
+        """The tokens of each sample, [S, d] to a view [m, d, length]."""
+        row, column = x.stride()
+        size = (self.last - self.first, x.shape[1], self.length)
+        return x.as_strided(size, (self.step * row, column, row), x.storage_offset() + self.begin * row)
+
+    def pieces(self, elements: int) -> Iterator[Run]:
+        """The run in parts of which the gradients, `elements` each, fit a second-level cache together."""
+        most = max(1, CACHED_ELEMENTS // elements)
+        if self.last - self.first <= most:
+            yield self
+            return
+        for first in range(self.first, self.last, most):
+            last, at = min(first + most, self.last), first - self.first
+            scale = self.scale[at : at + most] if isinstance(self.scale, Tensor) else self.scale
+            yield Run(first, last, self.begin + at * self.step, self.step, self.length, scale)
+
+
+class Layout(NamedTuple):
+    """What the CPU forms want to know of the spans of a batch."""
+
+    runs: list[Run]  # the samples that have tokens
+    empty: list[int]  # the numbers of those that have none
+    segments: list[tuple[int, int, float]]  # (begin, end, scale² > 0) of tokens; adjoining ones of one scale are one
+    tokens: Tensor | None  # [held], every token of the segments, or None where they hold all, once and in order
+    weights: Tensor | float  # [held, 1], scale² of each of them, or what it is for all of them
+
+
+_last_layouts = {False: Memo(), True: Memo()}  # one for scaled sides, one for unscaled: modules ask for them in turn
+
+
+def layout(S: int, spans: Tensor, scale: Tensor | None) -> Layout:
+    """The `Layout` of a batch on the CPU, kept for the next call. ValueError for spans outside [0, S]."""
+    last = _last_layouts[scale is not None]
+    if last.holds(S, spans, scale):
+        return last.value
+    if spans.numel():
+        low, high = (int(x) for x in spans.aminmax())
+        if low < 0 or high > S:
+            raise ValueError(f"spans: expected token ranges inside [0, {S}], got {low}..{high}")
+    ranges = spans.tolist()
+    scales = [1.0] * len(ranges) if scale is None else scale.tolist()
+    segments: list[tuple[int, int, float]] = []
+    for (begin, end), x in zip(ranges, scales):
+        if begin < end and x != 0:
+            if segments and segments[-1][1:] == (begin, x * x):
+                begin = segments.pop()[0]
+            segments.append((begin, end, x * x))
+    empty = [n for n, (begin, end) in enumerate(ranges) if begin >= end]
+    return last.keep(Layout(list(_runs(ranges, scales)), empty, segments, *_held(S, segments)), S, spans, scale)
+
+
+def _held(S: int, segments: list[tuple[int, int, float]]) -> tuple[Tensor | None, Tensor | float]:
+    begins, ends, squares = zip(*segments) if segments else ((), (), ())
+    tokens: Tensor | None = None
+    if (0, *ends) != (*begins, S):
+        tokens = torch.cat([torch.arange(0), *(torch.arange(begin, end) for begin, end, _ in segments)])
+    if len(set(squares)) <= 1:
+        return tokens, squares[0] if squares else 1.0
+    lengths = torch.tensor(ends) - torch.tensor(begins)
+    return tokens, torch.tensor(squares).repeat_interleave(lengths)[:, None]
+
+
+def _runs(ranges: list[list[int]], scales: list[float]) -> Iterator[Run]:
+    first = 0
+    while first < len(ranges):
+        (begin, end), last = ranges[first], first + 1
+        step = ranges[last][0] - begin if last < len(ranges) else 0
+        while step > 0 and last < len(ranges) and ranges[last] == [x + (last - first) * step for x in (begin, end)]:
+            last += 1
+        if begin < end:
+            step, own = step if last - first > 1 else end - begin, scales[first:last]
+            scale = own[0] if own == own[:1] * len(own) else torch.tensor(own)[:, None, None]
+            yield Run(first, last, begin, step, end - begin, scale)
+        first = last
+
+
+def gradients(run: Run, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """CPU form of G_n = scale_n Σ_t left_t right_tᵀ of a run, [m, p, q] float32, in `out` where that is given."""
+    a, b = run.windows(left), run.windows(right)
+    m, p, q, scale = len(a), a.shape[1], b.shape[1], run.scale
+    if not isinstance(scale, float):
+        a, b, scale = (a * scale, b, 1.0) if p <= q else (a, b * scale, 1.0)
+    if p <= q or run.length < 6 * q:
+        out = torch.empty(m, p, q) if out is None else out
+        return torch.baddbmm(out, a, b.mT, beta=0, alpha=scale, out=out)
+    # A wide left side is slow to transpose inside the product: with many tokens, its narrow result is the cheaper one.
+    G = torch.empty(m, q, p)
+    torch.baddbmm(G, b, a.mT, beta=0, alpha=scale, out=G)
+    return G.mT if out is None else out.copy_(G.mT)
+
+
+def weighted_rows(
+    x: Tensor, spans: Tensor | None, scale: Tensor | None, least: int | None = None
+) -> list[tuple[Tensor, Tensor | float]]:
+    """CPU form of a sum over tokens, Σ_n scale_n² Σ_{t in n} f(x_t): pieces of x [·, d] in float32, and their weights: one, or [·, 1].
+
+    Padding, which may be NaN, is left out: by views of the tokens between where these are at least `least` long on average and
+    have one weight each, else by a copy.
     """
     if spans is None:
-        return slice(None), None
-    lengths = (spans[:, 1] - spans[:, 0]).clamp(min=0)
-    each = None if scale is None else (scale**power).repeat_interleave(lengths)
-    if int(lengths.sum()) == S and torch.equal(spans[:, 0], lengths.cumsum(0) - lengths):
-        return slice(None), each
-    owner = torch.repeat_interleave(torch.arange(len(spans)), lengths)
-    first = torch.cumsum(lengths, 0) - lengths
-    tokens = spans[owner, 0] + torch.arange(len(owner)) - first[owner]
-    weight = torch.zeros(S).index_add_(0, tokens, torch.ones(len(tokens)) if each is None else each)
-    held = torch.zeros(S, dtype=torch.bool).index_fill_(0, tokens, True).nonzero().flatten()
-    return held, weight[held]
-
-
-def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
-    """weight_t · x_t."""
-    return x if weight is None else x * weight[:, None]
-
-
-def by_length(spans: Tensor, limit: int) -> Iterator[tuple[slice | list[int], Callable[[Tensor], Tensor]]]:
-    """CPU form: samples grouped by equal length, so that they become one batched product.
-
-    Yields (samples, take): at most max(1, limit) samples of one length L > 0, and the function that takes their tokens,
-    [..., S, d] to [..., m, L, d]; a view where they are evenly spaced, as in a dense batch.
-    """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for n, (begin, end) in enumerate(spans.tolist()):
-        if begin < end:
-            groups.setdefault(end - begin, []).append((n, begin))
-    for L, members in groups.items():
-        for at in range(0, len(members), max(1, limit)):
-            numbers, begins = map(list, zip(*members[at : at + max(1, limit)]))
-            m, first, last = len(numbers), begins[0], begins[-1]
-            step = (last - first) // (m - 1) if m > 1 else L
-            samples = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == m else numbers
-            if step > 0 and begins == list(range(first, last + 1, step)):
-                yield samples, partial(_windows, at=slice(first, last + L), length=L, step=step)
-            else:
-                yield samples, partial(_gathered, tokens=torch.tensor(begins)[:, None] + torch.arange(L))
-
-
-def _windows(x: Tensor, at: slice, length: int, step: int) -> Tensor:
-    return x[..., at, :].unfold(-2, length, step).mT
-
-
-def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
-    return x[..., tokens, :]
-
-
-def sample_sums(
-    left: Tensor, right: Tensor, spans: Tensor, scale: Tensor | None, limit: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[slice | list[int], Tensor]]:
-    """CPU form of G_n = scale_n · Σ_t left_t right_tᵀ: yields (samples [m], G [m, p, q])."""
-    p, q = left.shape[-1], right.shape[-1]
-    for samples, take in by_length(spans, limit // max(1, p * q)):
-        a, b = take(left).float(), take(right).float()
-        if scale is not None:
-            s = scale[samples].float()[:, None, None]
-            a, b = (a * s, b) if p <= q else (a, b * s)
-        yield samples, a.mT @ b
+        return [(x.float(), 1.0)]
+    of = layout(len(x), spans, scale)
+    if len(of.segments) == 1 or (
+        least is not None and sum(e - b for b, e, _ in of.segments) >= least * len(of.segments)
+    ):
+        return [(x[begin:end].float(), weight) for begin, end, weight in of.segments]
+    return [((x if of.tokens is None else x.index_select(0, of.tokens)).float(), of.weights)]

@@ -3,54 +3,68 @@
 A filtered patch of rows is a combination of rows, so what it does to others needs inner products alone. With E = εN I + WWᵀ over the
 N cost rows W of the pencil, B⁻¹ = (I − WᵀE⁻¹W)/ε, and on all other rows V the form V B⁻¹Vᵀ is the Schur complement of E: for the gain
 rows the pencil's own matrix, between held rows and gain rows the response of the former. Inner products round to eps of their
-size, so predictions have a relative error of about eps·n/damping; the patch itself comes from the rows.
+size, so what comes of them has a relative error of at most about eps·n/damping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sst_kernels.subspace.filters import Weights
-from sst_kernels.subspace.spectrum import Spectrum
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fold:
-    """λ [p] of a pencil, and what its eigenvectors, times the patch's components, do to the rows it has not seen [held, p]."""
+    """λ [p] of a pencil, and what its eigenvectors, times the patch's components, do to rows [held, p]."""
 
     values: Tensor
     responses: Tensor
 
     @classmethod
-    def of_spectra(cls, spectra: Sequence[Spectrum], held: Tensor) -> Fold:
-        """From solved pencils and held rows in their coordinates."""
-        responses = [held[:, s.where] @ (s.vectors * s.components) for s in spectra]
-        return cls(torch.cat([s.values for s in spectra]), torch.cat(responses, 1))
+    def of_complement(cls, complement: Tensor, gain: Tensor | slice, held: Tensor | slice, images: Tensor) -> Fold:
+        """From Schur complements [..., V, V], which of V are the pencil's gain rows and which are held, and gain rows · patch."""
+        values, coefficients = combinations(complement[..., gain, :][..., gain], images)
+        responses = complement[..., held, :][..., gain] @ coefficients
+        return cls(values.flatten(), responses.movedim(-2, 0).flatten(1))
 
     @classmethod
-    def of_complement(cls, complement: Tensor, gain: Tensor | slice, held: Tensor | slice, images: Tensor) -> Fold:
-        """From a Schur complement [V, V], which of V are the pencil's gain rows and which are held, and gain rows · patch."""
-        own = complement[gain][:, gain] / len(images)
-        values, y = torch.linalg.eigh(own)
-        live = values > own.diagonal().amax() * len(complement) * torch.finfo(values.dtype).eps
-        values, y = values[live], y[:, live]
-        return cls(values, complement[held][:, gain] @ (y * ((images @ y) / (len(images) * values))))
+    def side_by_side(cls, folds: Sequence[Fold]) -> Fold:
+        """The pencils of several groups of modules as one: what they do to a row adds."""
+        return cls(torch.cat([f.values for f in folds]), torch.cat([f.responses for f in folds], 1))
 
     def energy(self, weights: Weights, parameters: Tensor) -> Tensor:
-        """Σ over held rows of (row · filtered patch)² for each of `parameters` [G], on the CPU."""
+        """Σ over the rows of (row · filtered patch)² for each of `parameters` [G], on the CPU."""
         table = weights(self.values, parameters.to(self.values))
         return (self.responses @ table).square().sum(0).cpu()
 
 
-def complement(products: Tensor, cost: Tensor, epsilon: float) -> Tensor:
-    """V B⁻¹Vᵀ over the rows V that are not in the mask `cost`, of the inner products [N, N] of all."""
-    values, vectors = torch.linalg.eigh(products[cost][:, cost])
-    x = vectors.T @ products[cost][:, ~cost]
-    return (products[~cost][:, ~cost] - x.T @ (x / (values.clamp_min(0) + epsilon * len(values))[:, None])) / epsilon
+def combinations(own: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """λ [..., g], and which combinations of B⁻¹Uᵀ [..., g, g] the eigenvectors times the patch's components are.
+
+    own: U B⁻¹Uᵀ [..., g, g] of the gain rows U; images: U · patch [..., g]. λ that are rounding alone are 0, with 0 beside them.
+    """
+    count = own.shape[-1]
+    values, y = torch.linalg.eigh(own)
+    floor = own.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) * 2 * count * torch.finfo(values.dtype).eps
+    live = values > floor
+    scale = torch.where(live, (y.mT @ images[..., None])[..., 0] / torch.where(live, values, 1), 0)
+    return torch.where(live, values, 0) / count, y * scale[..., None, :]
+
+
+def complement(
+    products: Tensor, cost: Tensor, others: Tensor, epsilon: float
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """V B⁻¹Vᵀ [..., V, V] of the rows V = `others`, of inner products [..., all, all]; and y [..., V, p] ↦ E⁻¹WVᵀy with the cost rows W."""
+    inner = products[..., cost, :][..., cost]
+    inner.diagonal(dim1=-2, dim2=-1).add_(epsilon * len(cost))
+    factor = torch.linalg.cholesky(inner)
+    half = torch.linalg.solve_triangular(factor, products[..., cost, :][..., others], upper=False)
+    rest = (products[..., others, :][..., others] - half.mT @ half) / epsilon
+    return rest, lambda y: torch.linalg.solve_triangular(factor.mT, half @ y, upper=True)
 
 
 def folds_of(groups: list[int], folds: int, name: str) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Filter = Literal["soft", "threshold", "top_k"]
 Weights = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,4 +29,4 @@ def top_k(values: Tensor, k: Tensor) -> Tensor:
     return (rank[:, None] < k).to(values)
 
 
-WEIGHTS: dict[str, Weights] = {"soft": soft, "threshold": threshold, "top_k": top_k}
+WEIGHTS: dict[Filter, Weights] = {"soft": soft, "threshold": threshold, "top_k": top_k}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Prediction:
 class Patch:
     """A filtered patch: ΔW' = scaling · B S' A with S' = coordinates[module] [r, r] (float64; I would be the whole patch).
 
-    filter: "soft", "top_k" or "threshold"; parameter: its μ or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F; above 1
+    filter: "soft", "top_k" or "threshold"; parameter: its μ, infinite where a budget keeps nothing, or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F; above 1
     where the filter moves cheap directions further to make up for dear ones.
     """
 
@@ -41,3 +42,8 @@ class Patch:
     kept: dict[str, float]
     scope: str
     points: tuple[str, str]
+
+    @property
+    def strength(self) -> float | None:
+        """`parameter`, or None for the infinite μ of an empty patch: JSON has no infinity."""
+        return self.parameter if isfinite(self.parameter) else None

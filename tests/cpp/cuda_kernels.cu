@@ -320,8 +320,10 @@ int main(int count, char** arguments) {
     try {
         cuda::prepare_kernels();
         small_kernels();
-        for (int m : {1, 2, 3, 8, 15, 16, 17, 32, 33, 48, 63, 64})
+        for (int m : {1, 2, 3, 8, 15, 16, 17, 32, 33, 48, 63, 64, 65, 96}) {
+            if (m > cuda::jacobi_limit()) continue;
             for (int kind = 0; kind < 5; ++kind) eigensolver(m, kind);
+        }
         for (int64_t n : {1, 5, 63, 64, 65, 128, 200}) {
             factor<double>(n, 0), factor<float>(n, 0);
             factor<double>(n, n), factor<double>(n, (n + 1) / 2);

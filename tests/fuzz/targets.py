@@ -19,9 +19,9 @@ from sst_kernels import Fisher, _native, fisher_accumulate
 from sst_kernels.fisher import storage
 from sst_kernels.gevp import GEVPStatus
 from sst_kernels.gevp.dense import empty_outputs
-from sst_merge.adapters import CONFIG, WEIGHTS, load_adapter
-from sst_merge.data import load_dataset
 from sst_merge.errors import AdapterError, DataError, RecipeError
+from sst_merge.io.adapters import CONFIG, WEIGHTS, load_adapter
+from sst_merge.io.data import load_dataset
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
 from tests.models import tiny_batch, tiny_lora

@@ -25,20 +25,22 @@ struct Options {
     int64_t inner_steps = 0;  ///< CG steps per correction equation
     double tolerance = 1e-10;  ///< converged when sqrt(r' B^-1 r) <= tolerance * largest |theta|
     uint64_t seed = 0;
+    double afford = 0;  ///< cycles that the direct route costs: a problem that seems to need more stops early; 0: none does
     bool verify = false;  ///< always run a verification cycle; otherwise only behind a cluster as wide as the block
     Preconditioner preconditioner = Preconditioner::cholesky;
 
-    /// Shapes that the measurements favour. Wide blocks (a GPU's): basis 64 up to k = 16 keeps the projected problem in one CTA's
-    /// shared memory. A CPU reads A and its factor once per block whatever its width up to 8, and pays for every column of the
+    /// Shapes that the measurements favour. A GPU's (wide): the fewest products that a projected problem in one CTA's shared memory
+    /// allows, 64 columns up to k = 8 and 96 up to k = 32; from n = 256 on, below which a block of 16 leaves few restarts. A CPU reads A and its factor once per block whatever its width up to 8, and pays for every column of the
     /// basis: fewer columns, and one more block kept over a restart. Where n is too small for that, the least that restarts.
     static Options for_problem(int64_t n, int64_t k, bool wide = true) {
         Options options;
         options.k = k;
-        options.block = wide ? std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8)) : (k <= 8 ? 4 : (k <= 32 ? 8 : 16));
+        const bool tight = wide && n < 256;
+        options.block = wide && !tight && k <= 32 ? (k <= 8 ? 8 : 16) : wide ? std::min<int64_t>(32, std::max<int64_t>(8, (k + 15) / 16 * 8)) : (k <= 8 ? 4 : (k <= 32 ? 8 : 16));
         const int64_t b = options.block, least = (k + b - 1) / b * b + b;
-        options.keep = wide ? least : least + b;
+        options.keep = tight || k > 32 ? least + (wide ? 0 : b) : least + std::max<int64_t>(b, wide ? 16 : 0);
         options.previous = std::min(b, k);
-        options.basis = wide ? std::max<int64_t>(64, options.keep + 5 * b) : options.keep + std::max<int64_t>(32, 6 * b);
+        options.basis = wide && !tight && k <= 32 ? (k <= 8 ? 64 : 96) : wide ? std::max<int64_t>(64, options.keep + 5 * b) : options.keep + std::max<int64_t>(32, 6 * b);
         options.basis = options.basis / b * b;
         if (options.basis + b > n) {
             options.keep = least;

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, LoraTerm
-from ..algebra import concatenate, recompress, transform
 from ..errors import AdapterError, MergeError
+from ..io.adapters import Adapter, LoraTerm
+from ..merge.algebra import concatenate, recompress, transform
 from ..specs import Pencil
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..merge.source import Source
 
 
 @dataclass

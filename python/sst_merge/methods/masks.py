@@ -14,7 +14,7 @@ from sst_kernels.fisher.base import Structure
 from sst_kernels.fisher.structures import Diagonal, Vila
 from sst_kernels.fisher.structures.vila import select_top, vila_ratio
 
-from ..adapters import Adapter, LoraTerm
+from ..io.adapters import Adapter, LoraTerm
 from ..specs import Fishers
 from .base import Inputs, Method, check_strength, with_task
 from .sst import SHARES

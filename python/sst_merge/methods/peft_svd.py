@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from ..adapters import Adapter, LoraTerm
 from ..errors import AdapterError
+from ..io.adapters import Adapter, LoraTerm
 from ..session import SAFETY, TASK
 from .base import Inputs, Method, with_task
 from .task_arithmetic import ALPHAS

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, LoraTerm
 from ..errors import AdapterError
+from ..io.adapters import Adapter, LoraTerm
 from .base import Inputs, Method, per_module
 from .sst import SHARES
 

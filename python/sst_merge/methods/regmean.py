@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, LoraTerm
+from ..io.adapters import Adapter, LoraTerm
 from .base import Inputs, Method, per_module
 from .task_arithmetic import ALPHAS
 

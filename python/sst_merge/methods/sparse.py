@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..io.adapters import Adapter
 from .base import Inputs, Method, densely
 from .task_arithmetic import ALPHAS
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, LoraTerm
+from ..io.adapters import Adapter, LoraTerm
 from .base import Inputs, Method, as_term, densely, per_module, thin_svd, weights_of
 from .task_arithmetic import ALPHAS
 

@@ -11,8 +11,8 @@ import torch
 import sst_kernels as sst
 from sst_kernels.subspace.coordinates import Coordinates
 
-from ..adapters import Adapter
-from ..algebra import transform
+from ..io.adapters import Adapter
+from ..merge.algebra import transform
 from ..specs import Fishers, Pencil, Strength
 from .base import Inputs, Method, check_strength, from_cores, with_task
 

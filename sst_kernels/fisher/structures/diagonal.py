@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Joint, TokenBatch
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate, gradients_held
 from sst_kernels.fisher.structures.rows import check_columns
 
 
@@ -47,23 +48,35 @@ class Diagonal(Joint):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "centred": self.centred}
 
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        n, centred = shape[0] * shape[1], options.get("centred", False)
+        state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
+        return Estimate(state, state + SINGLE * n * (gradients_held(n, batch) + 2 * centred))
+
     def _update(self, batch: TokenBatch) -> None:
-        if not self.centred:
-            self._add_moments(batch, None, self._square)
-            return
-        total, square, n = self._zeros(), self._zeros(), len(batch.spans)
-        self._add_moments(batch, total, square)
-        self._join(total, square.sub_(total.square(), alpha=1 / n).clamp_min_(0), n)
+        from sst_kernels.ops import factor_moments
 
-    def _add_moments(self, batch: TokenBatch, total: Tensor | None, square: Tensor) -> None:
-        if batch.rows is None:
-            from sst_kernels.ops import factor_moments
-
+        if batch.rows is not None:
+            self._append(batch.rows)
+        elif self.centred:
+            total, square = self._zeros(), self._zeros()
             factor_moments(batch.left, batch.right, batch.spans, batch.scale, total, square)
-            return
-        square += batch.rows.square().sum(0).reshape(self.shape)
-        if total is not None:
-            total += batch.rows.sum(0).reshape(self.shape)
+            self._join_sums(total, square, len(batch.spans))
+        else:
+            factor_moments(batch.left, batch.right, batch.spans, batch.scale, None, self._square)
+
+    def _append(self, rows: Tensor) -> None:
+        rows = rows.to(self.device, torch.float32)
+        square = rows.square().sum(0).reshape(self.shape)
+        if not self.centred:
+            self._square += square
+        elif len(rows):
+            self._join_sums(rows.sum(0).reshape(self.shape), square, len(rows))
+
+    def _join_sums(self, total: Tensor, square: Tensor, n: int) -> None:
+        """Add `n` samples with sum `total` and sum of squares `square`."""
+        self._join(total, square.sub_(total.square(), alpha=1 / n).clamp_min_(0), n)
 
     def _join(self, total: Tensor, deviation: Tensor, n: int) -> None:
         """Add `n` samples with sum `total` and squared deviations `deviation` from their own mean."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum
 from sst_kernels.fisher.base import Structure, TokenBatch
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate, gradients_held
 from sst_kernels.fisher.structures.algebra import kron_times
 from sst_kernels.fisher.structures.kronecker import TwoSided
 
@@ -34,6 +35,13 @@ class EigenKronecker(Structure):
             if basis.shape != self.shape:
                 raise ValueError(f"basis: expected a structure of shape {self.shape}, got {basis.shape}")
             self._set_basis(*basis.eigenbases())
+
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        p, q = shape
+        state = SINGLE * (p * p + q * q + p * q)
+        bases = DOUBLE * (3 * max(p, q) ** 2 + min(p, q) ** 2)  # while they are found
+        return Estimate(state, state + max(bases, SINGLE * p * q * (gradients_held(p * q, batch) + 1)))
 
     def _set_basis(self, left: Tensor, right: Tensor) -> None:
         self._u_left = left.to(self.device, torch.float32).contiguous()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
 from sst_kernels.fisher.base import Joint, TokenBatch
-from sst_kernels.fisher.structures.algebra import add_gram, rows_gramian, rows_times
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate, doubled
+from sst_kernels.fisher.structures.algebra import CHUNK, add_gram, rows_gramian, rows_times
 from sst_kernels.fisher.structures.rows import RowBuffer, check_columns
 
 
@@ -57,10 +58,46 @@ class Full(Joint):
     def _empty(self) -> RowBuffer:
         return RowBuffer(self.size, self.device, getattr(torch, self._dtype))
 
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        n = shape[0] * shape[1]
+        if cls.joins(**options):
+            return Estimate(SINGLE * n * samples, SINGLE * n * doubled(samples, batch)[1])
+        period = (n // batch + 1) * batch  # rows that have arrived when more than n wait
+        folded = samples >= period
+        state = SINGLE * n * (samples % period) + DOUBLE * n * n * folded
+        capacity, growing = doubled(min(samples, period), batch)
+        folding = DOUBLE * n * (n + min(period, CHUNK // n)) * folded
+        return Estimate(state, max(SINGLE * n * capacity + folding, SINGLE * n * growing))
+
+    @classmethod
+    def joins(cls, **options: Any) -> bool:
+        return options.get("rows", "keep") == "keep"
+
+    @classmethod
+    def separates(cls, **options: Any) -> bool:
+        return cls.joins(**options)
+
+    @classmethod
+    def rows_for(cls, samples: int, **options: Any) -> int:
+        return samples if cls.joins(**options) else 0
+
+    @classmethod
+    def spans(cls, **options: Any) -> bool:
+        return cls.joins(**options)
+
+    @classmethod
+    def per_module(cls, **options: Any) -> dict[str, Any]:
+        return {"rows": "fold", **options}
+
     @property
     def folded(self) -> bool:
         """Whether rows have been summed into the matrix already."""
         return self._matrix is not None
+
+    @property
+    def keeps_rows(self) -> bool:
+        return not self.folded
 
     @property
     def rows(self) -> Tensor:
@@ -89,8 +126,7 @@ class Full(Joint):
         """Make room for `rows` rows in total, so that none is copied later."""
         self._buffer.reserve(rows)
 
-    def append(self, rows: Tensor) -> None:
-        """Add per-sample gradients [M, n] (any float dtype, stored as float32); the caller adds their counts."""
+    def _append(self, rows: Tensor) -> None:
         self._extend(len(rows)).copy_(rows)
         self._fold_when_full()
 
@@ -106,7 +142,7 @@ class Full(Joint):
             factor_rows(batch.left, batch.right, batch.spans, batch.scale, self._extend(len(batch.spans)))
             self._fold_when_full()
         else:
-            self.append(batch.rows)
+            self._append(batch.rows)
 
     def _fold_when_full(self) -> None:
         if self._mode == "fold" and len(self._buffer) > self.size:
@@ -126,7 +162,7 @@ class Full(Joint):
     def _merge(self, other: Self) -> None:
         if other._matrix is not None:
             self._sums().add_(other._matrix.to(self.device))
-        self.append(other._waiting)
+        self._append(other._waiting)
 
     def reduction(self) -> Reduction:
         """Concatenate the rows of all ranks in rank order, or add the matrices where the total folds: exact."""

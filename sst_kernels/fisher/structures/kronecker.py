@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
+from sst_kernels.fisher.estimate import Estimate, estimate_moments
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh, symmetric
 from sst_kernels.memo import Memo
 
@@ -65,6 +66,15 @@ class TwoSided(Structure):
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "approx": self.approx}
+
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        return estimate_moments([(d, cls._columns(d, **options)) for d in shape])
+
+    @classmethod
+    def _columns(cls, d: int, **options: Any) -> int:
+        """Of how many columns a factor of order d is kept."""
+        return d
 
     def _update(self, batch: TokenBatch) -> None:
         left, right, terms = token_factors(batch, self.approx)

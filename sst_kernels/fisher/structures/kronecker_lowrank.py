@@ -22,8 +22,8 @@ class KroneckerLowRank(TwoSided):
     M̃ = M_nys + (tr M − tr M_nys)/d · I: PSD by construction, tr M̃ = tr M exactly, and since 0 ⪯ M − M_nys,
     ‖M − M̃‖₂ ≤ tr M − tr M_nys. Sketches over other data add, so merging is exact.
 
-    State: `left`, `right` float32 (dense [d, d] where d ≤ ℓ, else [d, ℓ]), their traces (float64; 0 of a dense one, which
-    has its own), `terms` int64.
+    State: `left`, `right` float32 (dense [d, d] where d ≤ ℓ, else Y above Ωᵀ(Σ x xᵀ)Ω, [d + ℓ, ℓ]), their traces (float64; 0 of a
+    dense one, which has its own), `terms` int64.
     """
 
     kind = "kronecker_lowrank"
@@ -36,6 +36,10 @@ class KroneckerLowRank(TwoSided):
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "rank": self.rank, "seed": self.seed}
+
+    @classmethod
+    def _columns(cls, d: int, **options: Any) -> int:
+        return min(d, whole("rank", options.get("rank", 64)))
 
     def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
         self._left.add(x, spans, scale)

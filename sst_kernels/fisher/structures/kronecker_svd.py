@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction
 from sst_kernels.fisher.base import Counts, Structure, TokenBatch, whole
+from sst_kernels.fisher.estimate import Estimate
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh
 from sst_kernels.fisher.structures.lowrank import LowRank
 
@@ -51,6 +52,11 @@ class KroneckerSVD(Structure):
     def certificate(self) -> float:
         """The certificate Δ of the sketch: 0 ⪯ F − F̃ ⪯ Δ·I."""
         return float(self._rows._shrinkage + self._rows._rounding) / self.normaliser
+
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        n = shape[0] * shape[1]
+        return LowRank._sized(n, samples, options.get("sketch") or min(n, 256))
 
     def append(self, rows: Tensor, counts: Counts | None = None) -> None:
         """Add per-sample gradients [M, p·q], and their `counts` unless the caller keeps those."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from sst_kernels.distributed import Gather, Reduction, Sum
-from sst_kernels.fisher.base import Counts, Joint, TokenBatch, whole
+from sst_kernels.fisher.base import Joint, TokenBatch, whole
+from sst_kernels.fisher.estimate import DOUBLE, SINGLE, Estimate
 from sst_kernels.fisher.structures.algebra import CHUNK, rows_gramian, rows_inner, rows_times
 from sst_kernels.fisher.structures.rows import check_columns
 
+DEFAULT_RANK = 128
 UNIT = torch.finfo(torch.float32).eps / 2
 
 
@@ -33,7 +35,7 @@ class LowRank(Joint):
 
     kind = "lowrank"
 
-    def __init__(self, shape: tuple[int, int], *, rank: int = 128, **options: Any):
+    def __init__(self, shape: tuple[int, int], *, rank: int = DEFAULT_RANK, **options: Any):
         super().__init__(shape, **options)
         self.rank = whole("rank", rank)
         self._buffer = torch.empty(0, self.size, dtype=torch.float32, device=self.device)
@@ -70,15 +72,32 @@ class LowRank(Joint):
         view._shrinkage, view._rounding = self._shrinkage, self._rounding
         return view
 
-    def append(self, rows: Tensor, counts: Counts | None = None) -> None:
-        """Add per-sample gradients [M, n] (any float dtype), and their `counts` unless the caller keeps those."""
+    @classmethod
+    def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
+        return cls._sized(shape[0] * shape[1], samples, options.get("rank", DEFAULT_RANK))
+
+    @staticmethod
+    def _sized(n: int, samples: int, rank: int) -> Estimate:
+        rank = whole("rank", rank)
+        full = 2 * rank
+        used = samples if samples <= full else rank + (samples - full - 1) % rank + 1
+        shrinking = DOUBLE * 3 * (full * full + min(CHUNK, full * n)) // 2 if samples > full else 0
+        return Estimate(SINGLE * n * used + 2 * DOUBLE, SINGLE * n * full + shrinking)
+
+    @classmethod
+    def rows_for(cls, samples: int, **options: Any) -> int:
+        return min(samples, 2 * whole("rank", options.get("rank", DEFAULT_RANK)))
+
+    @classmethod
+    def spans(cls, **options: Any) -> bool:
+        return True
+
+    def _append(self, rows: Tensor) -> None:
         done = 0
         while done < len(rows):
             space = self._space(len(rows) - done)
             space.copy_(rows[done : done + len(space)])
             done += len(space)
-        if counts is not None:
-            self.counts += counts
 
     def compress(self) -> None:
         """Reduce the buffer to at most ℓ rows now, for example before saving."""
@@ -99,7 +118,7 @@ class LowRank(Joint):
 
     def _update(self, batch: TokenBatch) -> None:
         if batch.rows is not None:
-            self.append(batch.rows)
+            self._append(batch.rows)
             return
         from sst_kernels.ops import factor_rows
 
@@ -127,7 +146,7 @@ class LowRank(Joint):
     def _merge(self, other: Self) -> None:
         self._shrinkage += other._shrinkage.to(self.device)
         self._rounding += other._rounding.to(self.device)
-        self.append(other.rows.to(self.device))
+        self._append(other.rows.to(self.device))
 
     def reduction(self) -> Reduction:
         """Sketch the sketches of all ranks, in rank order: what merging them one by one gives, certificate included."""
@@ -135,7 +154,7 @@ class LowRank(Joint):
         pieces = yield Gather(self.rows.clone())
         self._used = 0
         for piece in pieces:
-            self.append(piece)
+            self._append(piece)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"rows": self.rows, "shrinkage": self._shrinkage, "rounding": self._rounding}
@@ -144,7 +163,7 @@ class LowRank(Joint):
         self._used = 0
         self._shrinkage = state["shrinkage"].to(self.device, copy=True)
         self._rounding = state["rounding"].to(self.device, copy=True)
-        self.append(state["rows"].to(self.device))
+        self._append(state["rows"].to(self.device))
 
     def matvec(self, vectors: Tensor) -> Tensor:
         return rows_gramian(self.rows, vectors) / self.normaliser

@@ -70,6 +70,28 @@ class Columns:
         return self.columns.device
 
 
+@dataclass(frozen=True)
+class Triangle:
+    """A symmetric matrix by its lower triangle [d, d] float64, zeros above: what Cholesky reads, without a mirrored copy."""
+
+    lower: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """This times x [d, m]."""
+        return self.lower @ x + self.lower.mT @ x - self.lower.diagonal()[:, None] * x
+
+    def dense(self) -> Tensor:
+        """[d, d]."""
+        return symmetric(self.lower)
+
+    def diagonal(self) -> Tensor:
+        return self.lower.diagonal()
+
+    @property
+    def device(self) -> torch.device:
+        return self.lower.device
+
+
 Moment = Tensor | Columns  # a mean of x xᵀ: whole [d, d], float64, or out of its sketch
 
 
@@ -82,13 +104,21 @@ _last_input = Memo()  # (its sketch, its trace): modules that read one tensor (q
 
 
 class SecondMoment:
-    """The running second moment M = Σ x xᵀ of one side: dense while d ≤ ℓ, else Y = M Ω with the exact trace of M (else 0)."""
+    """The running second moment M = Σ x xᵀ of one side.
+
+    `sum` float32 is M [d, d] (its lower triangle) while d ≤ ℓ, else [d + ℓ, ℓ]: Y = M Ω above its core C = Ωᵀ M Ω, as
+    `ops.sketch` adds them up, with `trace`, that of M (0 of a dense one).
+    """
 
     def __init__(self, d: int, rank: int, seed: int, device: torch.device):
         self.dense = d <= rank
         self.seed = seed
-        self.sum = torch.zeros(d, min(d, rank), dtype=torch.float32, device=device)
+        self.sum = torch.zeros(d if self.dense else d + rank, min(d, rank), dtype=torch.float32, device=device)
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
+
+    def sums(self) -> list[Tensor]:
+        """What adds up over data and ranks."""
+        return [self.sum] if self.dense else [self.sum, self.trace]
 
     def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
         from sst_kernels.ops import gram, sketch
@@ -118,6 +148,11 @@ class SecondMoment:
         rest = (trace - energy).clamp_min(0) / len(columns)
         return Columns(columns * ((trace / energy).clamp_max(1) / count).sqrt(), rest / count)
 
+    def half(self, count: float) -> Triangle | Columns:
+        """`mean` for products and Cholesky factors."""
+        mean = None if self.dense else self.mean(count)
+        return mean if isinstance(mean, Columns) else Triangle(self.sum.tril().double().div_(count))
+
     def factor(self, count: float) -> LowRankFactor:
         """M / count, reconstructed."""
         if self.dense:
@@ -134,18 +169,22 @@ class SecondMoment:
         return LowRankFactor(vectors, values / count, rest / count, torch.maximum(rest, missing - rest) / count)
 
     def _nystrom(self) -> tuple[Tensor, Tensor]:
-        return nystrom(self.sum, sign_matrix(*self.sum.shape, self.seed, self.sum.device, torch.float64))
+        rank = self.sum.shape[1]
+        d = len(self.sum) - rank
+        omega = sign_matrix(d, rank, self.seed, self.sum.device, torch.float64)
+        return nystrom(self.sum[:d], self.sum[d:], omega)
 
 
-def nystrom(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """F [d, ℓ] float64 with F Fᵀ = Y (ΩᵀY)⁺ Yᵀ, the Nyström approximation of M from Y = MΩ [d, ℓ], by Cholesky of ΩᵀY where
-    rounding leaves that positive definite (an eigendecomposition takes ten times as long); and the stabilising shift of
-    Tropp et al. (1706.05736, algorithm 3), at float32 level, by which the eigenvalues of F Fᵀ are too large."""
-    y = sketch.double()
-    shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
+def nystrom(sketch: Tensor, core: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """F [d, ℓ] float64 with F Fᵀ = Y C⁺ Yᵀ ⪯ M, the Nyström approximation of M from Y = MΩ [d, ℓ] and C = ΩᵀMΩ [ℓ, ℓ], by Cholesky of C
+    where rounding leaves that positive definite (an eigendecomposition takes ten times as long); and the stabilising shift of
+    Tropp et al. (1706.05736, algorithm 3), at float32 level, by which the eigenvalues of F Fᵀ are too large: M + shift·I stands for M."""
+    y, core, eps = sketch.double(), core.double(), torch.finfo(torch.float32).eps
+    shift = eps * torch.linalg.matrix_norm(y) / omega.shape[0] ** 0.5
+    # A core that is too large makes F Fᵀ smaller: the ridge outweighs the rounding of C, which a nearly square Ω would amplify.
+    core = (core + core.mT) / 2 + shift * (omega.mT @ omega)
+    core.diagonal().add_(eps * torch.linalg.matrix_norm(core))
     y = y + shift * omega
-    core = omega.mT @ y
-    core = (core + core.mT) / 2
     factor, failed = torch.linalg.cholesky_ex(core)
     if not failed:
         return torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False), shift

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import CHUNK_ELEMENTS, by_length
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import layout
 
 
 def core_outer(
@@ -44,39 +46,44 @@ def core_outer(
     return out
 
 
-@torch.library.custom_op(
-    "sst_kernels::core_outer",
-    mutates_args=("out",),
-    schema="(Tensor[] lefts, Tensor[] rights, Tensor spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
-    device_types="cpu",
+def _cpu(lefts, rights, spans, scale, out, precision):
+    of = layout(len(lefts[0]), spans, scale)
+    runs, empty = of.runs, of.empty
+    if empty:
+        out[empty] = 0
+    column = 0
+    for (p, q), modules in itertools.groupby(zip(lefts, rights), lambda m: (m[0].shape[1], m[1].shape[1])):
+        members = [(left.float(), right.float()) for left, right in modules]
+        width = len(members) * p * q
+        if width:
+            rows = out[:, column : column + width].unflatten(1, (len(members), p, q))
+            (_equal if len(runs) == 1 else _ragged)(runs, members, rows)
+        column += width
+    if scale is not None and len(runs) != 1:
+        out *= scale[:, None]
+
+
+def _equal(runs, members, rows):
+    """Samples of one length: a batched product per module, of views, and one scaled copy of all."""
+    (run,) = runs
+    G = torch.empty(len(members), run.last - run.first, *rows.shape[2:])
+    for g, (left, right) in zip(G.unbind(0), members):
+        torch.bmm(run.windows(left), run.windows(right).mT, out=g)
+    rows = rows[run.first : run.last].transpose(0, 1)
+    torch.mul(G, run.scale, out=rows)
+
+
+def _ragged(runs, members, rows):
+    """Samples of many lengths: a product per sample, batched over the modules, which are copied side by side for it."""
+    left, right = (torch.stack(side) for side in zip(*members))
+    for run in runs:
+        for n in range(run.first, run.last):
+            begin = run.begin + (n - run.first) * run.step
+            end = begin + run.length
+            torch.bmm(left[:, begin:end].mT, right[:, begin:end], out=rows[n])
+
+
+_core_outer = register(
+    "core_outer(Tensor[] lefts, Tensor[] rights, Tensor spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
+    _cpu,
 )
-def _core_outer(lefts, rights, spans, scale, out, precision):
-    checks.span_values(spans, lefts[0].shape[0])
-    out.zero_()
-    offset, shapes = 0, {}
-    for left, right in zip(lefts, rights):
-        p, q = left.shape[1], right.shape[1]
-        shapes.setdefault((p, q), []).append((left, right, offset))
-        offset += p * q
-    for (p, q), modules in shapes.items():
-        if p * q == 0:
-            continue
-        a, b = torch.stack([m[0].float() for m in modules]), torch.stack([m[1].float() for m in modules])
-        for samples, take in by_length(spans, CHUNK_ELEMENTS // (p * q * len(modules))):
-            G = take(a).mT @ take(b)
-            if scale is not None:
-                G *= scale[samples, None, None]
-            for rows, (_, _, column) in zip(G, modules):
-                out[samples, column : column + p * q] = rows.flatten(1)
-
-
-@_core_outer.register_kernel("cuda")
-def _(lefts, rights, spans, scale, out, precision):
-    from sst_kernels.ops.core_outer.kernel import core_outer
-
-    core_outer(lefts, rights, spans, scale, out, precision)
-
-
-@_core_outer.register_fake
-def _(lefts, rights, spans, scale, out, precision):
-    return None

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.factor_moments.op import factor_moments
-from sst_kernels.ops.spans import sample_sums
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import gradients, layout
 
 
 def eigen_moments(
@@ -50,32 +50,26 @@ def rotates_tokens(S: int, N: int, p: int, q: int) -> bool:
     return N * min(p, q) > S
 
 
-@torch.library.custom_op(
-    "sst_kernels::eigen_moments",
-    mutates_args=("out",),
-    schema="(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor u_left, Tensor u_right, Tensor(a!) out,"
-    " str precision) -> ()",
-    device_types="cpu",
-)
-def _eigen_moments(left, right, spans, scale, u_left, u_right, out, precision):
-    checks.span_values(spans, left.shape[0])
+def _cpu(left, right, spans, scale, u_left, u_right, out, precision):
+    left, right = left.float(), right.float()
     if rotates_tokens(left.shape[0], len(spans), left.shape[1], right.shape[1]):
-        factor_moments(left.float() @ u_left, right.float() @ u_right, spans, scale, None, out)
+        torch.ops.sst_kernels.factor_moments(left @ u_left, right @ u_right, spans, scale, None, out, precision)
         return
+    # The tokens of the narrow side are rotated, which is cheap, and by the wide side the gradients.
+    narrow_left = left.shape[1] <= right.shape[1]
+    left, right = (left @ u_left, right) if narrow_left else (left, right @ u_right)
     batch = torch.zeros_like(out)
-    for _, G in sample_sums(left, right, spans, scale):
-        rotated = (u_left.T @ G) @ u_right if left.shape[1] <= right.shape[1] else u_left.T @ (G @ u_right)
-        batch += rotated.square_().sum(0)
+    for run in layout(len(left), spans, scale).runs:
+        for piece in run.pieces(left.shape[1] * right.shape[1]):
+            G = gradients(piece, left, right)
+            G, u = (G, u_right) if narrow_left else (G.mT, u_left)
+            G = torch.mm(G.reshape(-1, G.shape[2]), u).view(*G.shape[:2], -1).square_().sum(0)
+            batch += G if narrow_left else G.T
     out += batch
 
 
-@_eigen_moments.register_kernel("cuda")
-def _(left, right, spans, scale, u_left, u_right, out, precision):
-    from sst_kernels.ops.eigen_moments.kernel import eigen_moments
-
-    eigen_moments(left, right, spans, scale, u_left, u_right, out, precision)
-
-
-@_eigen_moments.register_fake
-def _(left, right, spans, scale, u_left, u_right, out, precision):
-    return None
+_eigen_moments = register(
+    "eigen_moments(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor u_left, Tensor u_right,"
+    " Tensor(a!) out, str precision) -> ()",
+    _cpu,
+)

@@ -193,7 +193,7 @@ def plan(p: int, q: int, wide: bool, chip: Chip) -> dict:
         "BP": BP,
         "BQ": BQ,
         "num_warps": 4,
-        "num_stages": 2 if wide else 4,
+        "num_stages": 4,
         "maxnreg": 255,
     }
 

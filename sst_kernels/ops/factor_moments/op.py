@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import held_tokens, sample_sums, weighted
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import gradients, layout
 
 
 def factor_moments(
@@ -41,40 +42,43 @@ def factor_moments(
         _factor_moments(left, right, spans, scale, sum, sumsq, precision)
 
 
-@torch.library.custom_op(
-    "sst_kernels::factor_moments",
-    mutates_args=("sum", "sumsq"),
-    schema="(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor(a!)? sum, Tensor(b!) sumsq, str precision)"
-    " -> ()",
-    device_types="cpu",
-)
-def _factor_moments(left, right, spans, scale, sum, sumsq, precision):
-    checks.span_values(spans, left.shape[0])
-    if int((spans[:, 1] - spans[:, 0]).max()) <= 1:  # rank-one samples: (s l rᵀ)² = s² l² (r²)ᵀ
-        held, weight = held_tokens(len(left), spans, scale, power=2)
-        a, b = left[held].float(), right[held].float()
-        sumsq += weighted(a.square(), weight).T @ b.square()
+def _cpu(left, right, spans, scale, sum, sumsq, precision):
+    runs = layout(len(left), spans, scale).runs
+    left, right = left.float(), right.float()
+    # The sums of a batch are added to those of all at its end, with one rounding.
+    square = sumsq if len(runs) == 1 else torch.zeros_like(sumsq)
+    total = sum if sum is None or len(runs) == 1 else torch.zeros_like(sum)
+    for run in runs:
+        for piece in run.pieces(sumsq.numel()):
+            _add_moments(piece, left, right, total, square)
+    if len(runs) > 1:
+        sumsq += square
         if sum is not None:
-            _, weight = held_tokens(len(left), spans, scale, power=1)
-            sum += weighted(a, weight).T @ b
+            sum += total
+
+
+def _add_moments(run, left, right, total, square):
+    if run.length == 1:  # rank one: (s l rᵀ)² = s² l² (r²)ᵀ
+        a, b = run.windows(left)[:, :, 0], run.windows(right)[:, :, 0]
+        a = a * (run.scale if isinstance(run.scale, float) else run.scale[:, 0])
+        square.addmm_(a.square().T, b.square())
+        if total is not None:
+            total.addmm_(a.T, b)
         return
-    total, square = torch.zeros_like(sumsq), torch.zeros_like(sumsq)
-    for _, G in sample_sums(left, right, spans, scale):
-        if sum is not None:
-            total += G.sum(0)
-        square += G.square_().sum(0)
-    sumsq += square
-    if sum is not None:
-        sum += total
+    G = gradients(run, left, right)
+    if len(G) == 1:
+        G = G[0]
+        square.addcmul_(G, G)
+        if total is not None:
+            total += G
+        return
+    if total is not None:
+        total += G.sum(0)
+    square += G.square_().sum(0)
 
 
-@_factor_moments.register_kernel("cuda")
-def _(left, right, spans, scale, sum, sumsq, precision):
-    from sst_kernels.ops.factor_moments.kernel import factor_moments
-
-    factor_moments(left, right, spans, scale, sum, sumsq, precision)
-
-
-@_factor_moments.register_fake
-def _(left, right, spans, scale, sum, sumsq, precision):
-    return None
+_factor_moments = register(
+    "factor_moments(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor(a!)? sum, Tensor(b!) sumsq,"
+    " str precision) -> ()",
+    _cpu,
+)

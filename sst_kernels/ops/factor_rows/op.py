@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import sample_sums
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import gradients, layout
 
 
 def factor_rows(
@@ -30,26 +31,21 @@ def factor_rows(
     return out
 
 
-@torch.library.custom_op(
-    "sst_kernels::factor_rows",
-    mutates_args=("out",),
-    schema="(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
-    device_types="cpu",
+def _cpu(left, right, spans, scale, out, precision):
+    of = layout(len(left), spans, scale)
+    runs, empty = of.runs, of.empty
+    left, right = left.float(), right.float()
+    rows = out.view(-1, left.shape[1], right.shape[1])
+    for run in runs:
+        into = rows[run.first : run.last]
+        if out.dtype == torch.float32:
+            gradients(run, left, right, into)
+        else:
+            into.copy_(gradients(run, left, right))
+    if empty:
+        rows[empty] = 0
+
+
+_factor_rows = register(
+    "factor_rows(Tensor left, Tensor right, Tensor spans, Tensor? scale, Tensor(a!) out, str precision) -> ()", _cpu
 )
-def _factor_rows(left, right, spans, scale, out, precision):
-    checks.span_values(spans, left.shape[0])
-    out.zero_()
-    for samples, G in sample_sums(left, right, spans, scale):
-        out[samples] = G.flatten(1).to(out.dtype)
-
-
-@_factor_rows.register_kernel("cuda")
-def _(left, right, spans, scale, out, precision):
-    from sst_kernels.ops.factor_rows.kernel import factor_rows
-
-    factor_rows(left, right, spans, scale, out, precision)
-
-
-@_factor_rows.register_fake
-def _(left, right, spans, scale, out, precision):
-    return None

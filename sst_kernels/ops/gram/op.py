@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import held_tokens, weighted
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import weighted_rows
 
 _TILE = 128
+_BLOCK = 128  # of the diagonal, formed whole, at most
 
 
 def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -41,31 +43,39 @@ def symmetrize_(out: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op(
-    "sst_kernels::gram",
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision) -> ()",
-    device_types="cpu",
-)
-def _gram(x, spans, scale, out, precision):
-    checks.span_values(spans, x.shape[0])
+def _cpu(x, spans, scale, out, precision):
+    # A piece of its own reads and writes `out`, d² numbers; a copy those of its tokens, and again where it is weighted.
+    for rows, weight in weighted_rows(x, spans, scale, least=x.shape[1] // 2):
+        if isinstance(weight, Tensor):
+            rows, weight = rows * weight.sqrt(), 1.0
+        _add_lower(rows, weight, out)
+
+
+def _add_lower(x: Tensor, weight: float, out: Tensor) -> None:
+    """out += weight · XᵀX, the lower triangle alone: halves against halves, then the blocks on the diagonal in one product."""
     d = x.shape[1]
-    held, weight = held_tokens(len(x), spans, scale, power=2)
-    x = x[held].float()
-    left = weighted(x, weight)
-    for i in range(0, d, _TILE):
-        rows = left[:, i : i + _TILE].T
-        out[i : i + _TILE, :i] += rows @ x[:, :i]
-        out[i : i + _TILE, i : i + _TILE] += (rows @ x[:, i : i + _TILE]).tril_()
+    block = _BLOCK if len(x) < 128 else _BLOCK // 2  # of few tokens few products, each of them wider
+    blocks, at = d // block, d // block * block
+    _add_below(x, weight, out, block)
+    if blocks:
+        b = x[:, :at].unflatten(1, (blocks, block))
+        G = torch.bmm(b.permute(1, 2, 0), b.transpose(0, 1)).tril_()
+        out.as_strided(G.shape, (block * (out.stride(0) + 1), *out.stride()), out.storage_offset()).add_(
+            G, alpha=weight
+        )
+    if at < d:
+        rest = x[:, at:]
+        out[at:, at:].add_((rest.T @ rest).tril_(), alpha=weight)
 
 
-@_gram.register_kernel("cuda")
-def _(x, spans, scale, out, precision):
-    from sst_kernels.ops.gram.kernel import gram
+def _add_below(x: Tensor, weight: float, out: Tensor, block: int) -> None:
+    d = x.shape[1]
+    if d > block:
+        half = -(-d // 2 // block) * block
+        low, high = x[:, :half], x[:, half:]
+        out[half:, :half].addmm_(high.T, low, alpha=weight)
+        _add_below(low, weight, out[:half, :half], block)
+        _add_below(high, weight, out[half:, half:], block)
 
-    gram(x, spans, scale, out, precision)
 
-
-@_gram.register_fake
-def _(x, spans, scale, out, precision):
-    return None
+_gram = register("gram(Tensor x, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision) -> ()", _cpu)

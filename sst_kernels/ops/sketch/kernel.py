@@ -1,8 +1,8 @@
-"""Triton: Z = XΩ, then Y += XᵀZ, over chunks of tokens small enough that the second read of X comes from the L2 cache.
+"""Triton: W = diag(weights) X Ω, then [X, diag(weights)⁻¹ W]ᵀ W, added to `out` in place: two launches, X read twice.
 
 Holding a block of rows on chip would need a d-wide tile and a d×l accumulator per program; the two stages instead
-exchange Z, which is d/l times smaller than X. Both split their sum where parallelism demands it and add the parts in
-order.
+exchange W, which is d/l times smaller than X. For bfloat16 tokens W is rounded to bfloat16, once: both products then run on
+tensor cores as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sst_kernels.ops.sketch.op import rounded
 from sst_kernels.ops.tiles import (
     Chip,
     add_partials,
@@ -19,14 +20,12 @@ from sst_kernels.ops.tiles import (
     dot,
     launch,
     load_tile,
+    load_tile_t,
     odd,
     rows_contiguous,
     split,
     token_weights,
 )
-
-# Bytes of X per chunk: what an H100's 50 MiB second-level cache still holds when the second stage reads it.
-CHUNK_BYTES = 24 << 20
 
 
 @triton.jit
@@ -79,46 +78,72 @@ def project_kernel(
         if tl.program_id(1) == 0:
             tl.store(squares + k * tl.num_programs(0) + tl.program_id(0), tl.sum(norm, 0))
     p_z = z + (k.to(tl.int64) * S + o_t[:, None]) * l + o_l[None, :]
-    tl.store(p_z, acc, mask=(o_t < S)[:, None] & (o_l < l)[None, :])
+    tl.store(p_z, acc.to(z.dtype.element_ty), mask=(o_t < S)[:, None] & (o_l < l)[None, :])
 
 
 @triton.jit
 def back_kernel(
     x,
-    z,
+    w,
     weights,
-    y,
+    squares,
+    out,
+    trace,
     S,
     d,
     l,
-    part,
+    count,
     x_stride,
+    out_stride,
     BT: tl.constexpr,
     BD: tl.constexpr,
     BL: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
-    OVERWRITE: tl.constexpr,
+    HAS_TRACE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y[k] += x[slice k, :]ᵀ z[slice k, :] (= with OVERWRITE), slices of `part` tokens; padding may hold NaN in x and is not read."""
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    """out[:d] += xᵀ w, out[d:] += wᵀ diag(weights)⁻¹ w, trace += Σ squares [count]. Padding may hold NaN in x and is not read."""
+    tiles = tl.cdiv(d, BD)
+    i = tl.program_id(0)
     o_l = tl.program_id(1) * BL + tl.arange(0, BL)
-    k = tl.program_id(2)
-    last = tl.minimum((k + 1) * part, S)
     acc = tl.zeros([BD, BL], tl.float32)
-    for t in range(k * part, last, BT):
-        o_t = (t + tl.arange(0, BT)).to(tl.int64)
-        held = o_t < last
-        if HAS_WEIGHTS:
-            held &= tl.load(weights + o_t, mask=held, other=0.0) != 0.0
-        b_x = tl.load(x + o_t[None, :] * x_stride + o_d[:, None], mask=held[None, :] & (o_d < d)[:, None], other=0.0)
-        b_z = load_tile(z, o_t, o_l, l, last, l)
-        acc = dot(b_x, b_z, acc, PRECISION)
-    p_y = y + (k.to(tl.int64) * d + o_d[:, None]) * l + o_l[None, :]
+    if i < tiles:
+        o_d = i * BD + tl.arange(0, BD)
+        for t in range(0, S, BT):
+            o_t = (t + tl.arange(0, BT)).to(tl.int64)
+            held = o_t < S
+            if HAS_WEIGHTS:
+                held &= tl.load(weights + o_t, mask=held, other=0.0) != 0.0
+            p_x = x + o_t[None, :] * x_stride + o_d[:, None]
+            b_x = tl.load(p_x, mask=held[None, :] & (o_d < d)[:, None], other=0.0)
+            acc = dot(b_x, load_tile(w, o_t, o_l, l, S, l), acc, PRECISION)
+        _add_rows(out, acc, o_d, o_l, d, l, out_stride)
+    else:
+        o_d = (i - tiles) * BD + tl.arange(0, BD)
+        for t in range(0, S, BT):
+            o_t = t + tl.arange(0, BT)
+            b_left = load_tile_t(w, o_t, o_d, l, S, l)
+            b_right = load_tile(w, o_t, o_l, l, S, l)
+            if HAS_WEIGHTS:
+                b_weights = tl.load(weights + o_t, mask=o_t < S, other=0.0)
+                b_weights = tl.where(b_weights != 0.0, b_weights, 1.0)  # w is zero there
+                acc = dot(b_left, b_right.to(tl.float32) / b_weights[:, None], acc, PRECISION)
+            else:
+                acc = dot(b_left, b_right, acc, PRECISION)
+        _add_rows(out + d.to(tl.int64) * out_stride, acc, o_d, o_l, l, l, out_stride)
+        if HAS_TRACE and (i == tiles) & (tl.program_id(1) == 0):
+            total = tl.zeros([BT], tl.float64)
+            for k in range(0, count, BT):
+                o_k = k + tl.arange(0, BT)
+                total += tl.load(squares + o_k, mask=o_k < count, other=0.0).to(tl.float64)
+            tl.store(trace, tl.load(trace) + tl.sum(total, 0))
+
+
+@triton.jit
+def _add_rows(out, tile, o_d, o_l, d, l, stride):
+    p_out = out + o_d.to(tl.int64)[:, None] * stride + o_l[None, :]
     mask = (o_d < d)[:, None] & (o_l < l)[None, :]
-    if not OVERWRITE:
-        acc += tl.load(p_y, mask=mask, other=0.0)
-    tl.store(p_y, acc, mask=mask)
+    tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + tile, mask=mask)
 
 
 def plan_project(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) -> dict:
@@ -137,19 +162,19 @@ def plan_project(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) ->
     } | _bound(wide, chip)
 
 
-def plan_back(S: int, d: int, l: int, wide: bool, chip: Chip) -> dict:
-    """Tile and launch options; `parts` slices of the tokens keep every processor busy."""
-    BD, BL = (64, block(l, 64)) if wide else (128, block(l, 64))
-    tiles = triton.cdiv(d, BD) * triton.cdiv(l, BL)
-    parts = min(max(1, chip.processors // tiles), triton.cdiv(S, 256))
-    return {
-        "parts": parts,
-        "BT": 64 if chip.reads_shared and not wide else 32,
-        "BD": BD,
-        "BL": BL,
-        "num_warps": 4 if chip.reads_shared or wide else 8,
-        "num_stages": 3,
-    } | _bound(wide, chip)
+def plan_sketch(S: int, d: int, l: int, wide: bool, small: bool, chip: Chip) -> tuple[dict, dict]:
+    """Tiles and launch options of both stages. Neither splits its sum: tiles shrink until every processor has one."""
+    project, back = (plan_project(S, d, l, wide, small, chip) | {"parts": 1} for _ in range(2))
+    while (
+        triton.cdiv(S, project["BT"]) * triton.cdiv(l, project["BL"]) < chip.processors * 15 // 16
+        and project["BT"] > 32
+    ):
+        project["BT"] //= 2
+    back |= {"BT": 64 if chip.reads_shared and not wide else 32, "BD": 32 if wide else 128}
+    del back["parts"]
+    while triton.cdiv(d, back["BD"]) * triton.cdiv(l, back["BL"]) < chip.processors * 15 // 16 and back["BD"] > 32:
+        back["BD"] //= 2
+    return project, back
 
 
 def _bound(wide: bool, chip: Chip) -> dict:
@@ -157,26 +182,32 @@ def _bound(wide: bool, chip: Chip) -> dict:
     return {"maxnreg": 255} if wide and chip.reads_shared else {}
 
 
-def project(x, u, precision, weights=None, squares=None, **override):
-    """diag(weights) x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded; Σ_t weights_t ‖x_t‖² goes in parts
-    to the list `squares`."""
+def project(x, u, precision, **override):
+    """x [S, d] @ u [d, l] in float32, any mix of dtypes, no operand rounded."""
     x, u = rows_contiguous(x), rows_contiguous(u)
+    meta = plan_project(*x.shape, u.shape[1], x.element_size() == 4, _small(x, u), chip(x.device)) | override
+    part, parts = split(x.shape[1], meta.pop("parts"), meta["BD"])
+    z = torch.empty(parts, len(x), u.shape[1], dtype=torch.float32, device=x.device)
+    _project(x, u, None, z, None, part, precision, meta)
+    if parts > 1:
+        add_partials(z[1:], z[0])
+    return z[0]
+
+
+def _small(x, u) -> bool:
+    return odd(x) or odd(u) or (x.dtype == torch.float16 and u.dtype == torch.float32)
+
+
+def _project(x, u, weights, z, squares, part, precision, meta):
     (S, d), l = x.shape, u.shape[1]
-    small = odd(x) or odd(u) or (x.dtype == torch.float16 and u.dtype == torch.float32)
-    meta = plan_project(S, d, l, x.element_size() == 4, small, chip(x.device)) | override
-    part, parts = split(d, meta.pop("parts"), meta["BD"])
-    z = torch.empty(parts, S, l, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), parts)
-    if squares is not None:
-        squares.append(torch.empty(parts * grid[0], dtype=torch.float32, device=x.device))
     launch(
         project_kernel,
-        grid,
+        (triton.cdiv(S, meta["BT"]), triton.cdiv(l, meta["BL"]), triton.cdiv(d, part)),
         x,
         u,
         weights,
         z,
-        squares[-1] if squares else None,
+        squares,
         S,
         d,
         l,
@@ -188,43 +219,36 @@ def project(x, u, precision, weights=None, squares=None, **override):
         PRECISION=precision,
         **meta,
     )
-    return z[0] if parts == 1 else _reduced(z)
-
-
-def _reduced(parts):
-    add_partials(parts[1:], parts[0])
-    return parts[0]
 
 
 def sketch(x, omega, spans, scale, out, precision, trace=None, **override):
-    x = rows_contiguous(x)
+    x, omega = rows_contiguous(x), rows_contiguous(omega)
     (S, d), l, device = x.shape, omega.shape[1], x.device
     weights = None if spans is None else token_weights(S, spans, scale)
-    chunks = min(triton.cdiv(S, 512), triton.cdiv(S * d * x.element_size(), CHUNK_BYTES))
-    step = min(S, split(S, chunks, 128)[0])
-    meta = plan_back(step, d, l, x.element_size() == 4, chip(device)) | override
-    part, parts = split(step, meta.pop("parts"), meta["BT"])
-    y = torch.empty(parts, d, l, dtype=torch.float32, device=device)
-    squares = None if trace is None else []
-    for t in range(0, S, step):
-        rows, w = x[t : t + step], None if weights is None else weights[t : t + step]
-        launch(
-            back_kernel,
-            (triton.cdiv(d, meta["BD"]), triton.cdiv(l, meta["BL"]), triton.cdiv(len(rows), part)),
-            rows,
-            project(rows, omega, precision, w, squares),
-            w,
-            y,
-            len(rows),
-            d,
-            l,
-            part,
-            x.stride(0),
-            HAS_WEIGHTS=weights is not None,
-            OVERWRITE=t == 0,
-            PRECISION=precision,
-            **meta,
-        )
-    add_partials(y, out)
-    if squares:
-        trace += torch.cat(squares).sum(dtype=torch.float64)
+    project, back = plan_sketch(S, d, l, x.element_size() == 4, _small(x, omega), chip(device))
+    project, back = project | {k: v for k, v in override.items() if k in ("BT", "num_warps")}, back | override
+    del project["parts"]
+    w = torch.empty(S, l, dtype=rounded(x.dtype), device=device)
+    count = triton.cdiv(S, project["BT"])
+    squares = None if trace is None else torch.empty(count, dtype=torch.float32, device=device)
+    _project(x, omega, weights, w, squares, d, precision, project)
+    launch(
+        back_kernel,
+        (triton.cdiv(d, back["BD"]) + triton.cdiv(l, back["BD"]), triton.cdiv(l, back["BL"])),
+        x,
+        w,
+        weights,
+        squares,
+        out,
+        trace,
+        S,
+        d,
+        l,
+        count,
+        x.stride(0),
+        out.stride(0),
+        HAS_WEIGHTS=weights is not None,
+        HAS_TRACE=trace is not None,
+        PRECISION=precision,
+        **back,
+    )

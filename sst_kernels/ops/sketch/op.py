@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sst_kernels.ops import checks
-from sst_kernels.ops.spans import held_tokens, weighted
+from sst_kernels.ops.registry import register
+from sst_kernels.ops.spans import weighted_rows
 
 
 def sketch(
@@ -19,15 +20,17 @@ def sketch(
     trace: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """Add Xᵀ D (X Ω) to `out` in place, D = diag(scale²) over the tokens of the spans: Y += F Ω without F.
+    """Add [X, D⁻¹W]ᵀ W to `out` in place, W = D X Ω and D = diag(scale²) over the tokens of the spans.
+
+    `out` [d + l, l] float32: above Y = Xᵀ W, which is F Ω of F = Xᵀ D X but for the rounding of W, below C = Wᵀ D⁻¹ W, which
+    is Ωᵀ F Ω likewise. For bfloat16 x, W is rounded to bfloat16 once, so that tensor cores take it as it is. Whatever it is
+    rounded to, **Y C⁺ Yᵀ ⪯ F**: both are products of D^½ X with one matrix D^-½ W, and Y C⁺ Yᵀ = Xᵀ D^½ P D^½ X, P the projector
+    on its range (Nyström; Gittens & Mahoney 1303.1849). Nothing else is rounded below float32, and nothing of float32 and float16 x.
 
     `trace` [] float64, or None: tr F = Σ scale² ‖x_t‖² is added to it, from the same read of X.
 
-    x [S, d]: float32, bfloat16 or float16; omega [d, l] float32 or the dtype of x; spans [N, 2] int64, or None for
-    all tokens; scale [N] float32 or None; out [d, l] float32. The inner product Z = XΩ is never rounded below
-    float32, so ΩᵀY stays symmetric positive semi-definite to float32 and a Nyström factor can be taken from it. For
-    bfloat16 x the float32 operand is split into three bfloat16 terms, which is exact, and tensor cores do the rest.
-    `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
+    x [S, d]: float32, bfloat16 or float16; omega [d, l] float32 or the dtype of x; spans [N, 2] int64, or None for all
+    tokens; scale [N] float32 or None. `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
     """
@@ -37,7 +40,7 @@ def sketch(
         raise ValueError(
             f"omega: expected [{x.shape[1]}, l] float32 or {x.dtype}, got {list(omega.shape)} {omega.dtype}"
         )
-    checks.accumulator("out", out, tuple(omega.shape), x)
+    checks.accumulator("out", out, (x.shape[1] + omega.shape[1], omega.shape[1]), x)
     if trace is not None:
         checks.accumulator("trace", trace, (), x, (torch.float64,))
     checks.precision(precision)
@@ -46,28 +49,27 @@ def sketch(
     return out
 
 
-@torch.library.custom_op(
-    "sst_kernels::sketch",
-    mutates_args=("out", "trace"),
-    schema="(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace) -> ()",
-    device_types="cpu",
+def rounded(dtype: torch.dtype) -> torch.dtype:
+    """What W is rounded to for tokens of this dtype: float16, which X Ω could overflow, is not kept."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _cpu(x, omega, spans, scale, out, precision, trace):
+    d, omega = x.shape[1], omega.float()
+    for rows, weight in weighted_rows(x, spans, scale):
+        if trace is not None:
+            trace += (torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() * weight).sum(dtype=torch.float64)
+        z, alpha = torch.mm(rows, omega), weight if isinstance(weight, float) else 1.0
+        w = z if isinstance(weight, float) else z * weight
+        if rounded(x.dtype) != w.dtype:
+            w = w.to(rounded(x.dtype)).float()
+            z = w if isinstance(weight, float) else w / weight
+        out[:d].addmm_(rows.T, w, alpha=alpha)
+        out[d:].addmm_(z.T, w, alpha=alpha)
+
+
+_sketch = register(
+    "sketch(Tensor x, Tensor omega, Tensor? spans, Tensor? scale, Tensor(a!) out, str precision, Tensor(b!)? trace)"
+    " -> ()",
+    _cpu,
 )
-def _sketch(x, omega, spans, scale, out, precision, trace):
-    checks.span_values(spans, x.shape[0])
-    held, weight = held_tokens(len(x), spans, scale, power=2)
-    x = x[held].float()
-    if trace is not None:
-        trace += weighted(torch.linalg.vector_norm(x, dim=1, keepdim=True).square(), weight).sum(dtype=torch.float64)
-    out += x.T @ weighted(x @ omega.float(), weight)
-
-
-@_sketch.register_kernel("cuda")
-def _(x, omega, spans, scale, out, precision, trace):
-    from sst_kernels.ops.sketch.kernel import sketch
-
-    sketch(x, omega, spans, scale, out, precision, trace)
-
-
-@_sketch.register_fake
-def _(x, omega, spans, scale, out, precision, trace):
-    return None

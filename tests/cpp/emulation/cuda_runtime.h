@@ -19,6 +19,7 @@
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct CUstream_st*;
 
 extern "C" {
@@ -34,6 +35,8 @@ EMULATED std::uint64_t emulation_waits();
 cudaError_t cudaMallocHost(std::int64_t** memory, std::size_t bytes);
 cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream);
 const char* cudaGetErrorName(cudaError_t error);
 inline cudaError_t cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
 template <class T>
@@ -105,6 +108,12 @@ inline void mma_8x8x4(const char* file, int line, double (&c)[2], double a, doub
             const double right = handed_in<double>(warp + sizeof a, 4 * (column + h) + k);
             c[h] = std::fma(handed_in<double>(warp, 4 * row + k), right, c[h]);
         }
+}
+
+/// mma.m16n8k4: A(l/4 + {0, 8}, l%4), B(l%4, l/4), C(l/4 + {0, 8}, 2 (l%4) + {0, 1}).
+inline void mma_16x8x4(const char* file, int line, double (&upper)[2], double (&lower)[2], double a_upper, double a_lower, double b) {
+    mma_8x8x4(file, line, upper, a_upper, b);
+    mma_8x8x4(file, line, lower, a_lower, b);
 }
 
 }  // namespace emulation

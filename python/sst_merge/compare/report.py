@@ -1,0 +1,143 @@
+"""The report of a comparison: JSON, Markdown, a plot, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..io.output import output_file
+
+UNITS = (
+    "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratios: benign KL of "
+    "plain addition at the same refusal NLL, or at the same share refused, over this one; above 1 the method is cheaper. Brackets: 95 % bootstrap over prompts."
+)
+COLUMNS = (
+    "method",
+    "strength",
+    "refusal NLL",
+    "refused",
+    "benign KL",
+    "benign NLL",
+    "over-refusal",
+    "ratio at equal NLL",
+    "ratio at equal rate",
+    "merge s",
+    "data",
+)
+
+
+def write(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """report.json, report.md, pareto.png and compare.html, each replaced as a whole."""
+    _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / "report.md", markdown(report))
+    _replace(folder / "compare.html", html(report, rows))
+    plot(report, folder / "pareto.png")
+
+
+def markdown_table(report: Mapping[str, Any]) -> list[str]:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in report["rows"]:
+        spans, star = row["intervals"], " *" if row["front"] else ""
+        cells = (
+            row["method"] + star, f"{row['strength']:g}", _span(spans["refusal_nll"], 3), _rate(row["refusal_rate"]),
+            _span(spans["kl"], 4), _number(row["benign_nll"], 3), _rate(row["over_refusal"]), _span(spans["ratio"], 2),
+            _span(spans.get("rate_ratio", (None,) * 3), 2), _number(row["merge_seconds"], 2), ", ".join(row["needs"]) or "none",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    nll, kl = report["context"]["corner"]
+    parts = [
+        "# Comparison of merging methods",
+        "",
+        *markdown_table(report),
+        "",
+        f"* not dominated by any other row. {UNITS}",
+        "",
+    ]
+    parts += ["## Dominated area", "", f"Share of the rectangle up to refusal NLL {nll:.3f} (no patch) and benign KL {kl:.4f} (plain addition at its strongest).", ""]  # fmt: skip
+    parts += ["| method | area | what is computed | source |", "| --- | --- | --- | --- |"]
+    ranked = sorted(report["methods"], key=lambda m: -(m["hypervolume"][0] or 0))
+    parts += [
+        f"| {m['name']} | {_span(m['hypervolume'], 3)} | {m['variant']}; strength: {m['strength']} | {m['source']} |"
+        for m in ranked
+    ]
+    if report["refused"]:
+        parts += [
+            "",
+            "## Not run",
+            "",
+            *(f"- {r['method']} {r['strength']:g}: {r['error']}" for r in report["refused"]),
+        ]
+    return "\n".join([*parts, "", "![Pareto plot](pareto.png)", ""])
+
+
+def html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page, with the report and every prompt in it; it loads nothing from anywhere."""
+    from jinja2 import Environment
+
+    template = files("sst_merge").joinpath("templates/compare.html").read_text(encoding="utf-8")
+    prompts = [r["prompts"] for r in rows if "error" not in r]
+    environment = Environment(autoescape=True, trim_blocks=True)
+    return environment.from_string(template).render(data=_script({"report": report, "prompts": prompts}), units=UNITS)
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Refusal NLL against benign KL, one line per method."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["tab20"]
+        for number, method in enumerate(report["methods"]):
+            points = sorted((r["refusal_nll"], r["benign_kl"]) for r in report["rows"] if r["method"] == method["name"])
+            points = [(x, y) for x, y in points if y > 0]
+            if points:
+                style = (
+                    {"color": "black", "linewidth": 2} if method["name"] == "plain" else {"color": colours(number % 20)}
+                )
+                axes.plot(*zip(*points), "o-", markersize=3.5, label=method["name"], **style)
+        axes.set(
+            yscale="log",
+            xlabel="refusal NLL, nats per token (left: refuses more)",
+            ylabel="benign KL, nats per token (down: costs less)",
+        )
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, ncols=2)
+        with output_file(path, force=True) as partial:
+            figure.savefig(partial, format="png")
+
+
+def _script(value: Any) -> Any:
+    """JSON that is safe inside a <script> element."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, ensure_ascii=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _replace(path: Path, text: str) -> None:
+    with output_file(path, force=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _span(values: Sequence[float | None], digits: int) -> str:
+    value, low, high = values
+    if value is None:
+        return "–"
+    return _number(value, digits) + (f" [{_number(low, digits)}, {_number(high, digits)}]" if low is not None else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:z.{digits}f}"
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"

@@ -1,0 +1,94 @@
+"""What comes after a merge: commands that serve and measure the adapter, and a full model for servers that take no adapters."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from .adapters import Adapter
+from .models import base_layer, check_fit, fitted, layer_shape
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+
+
+def commands(base: str, folder: str | Path, rank: int) -> str:
+    """Markdown with a command each for PEFT, vLLM, llama.cpp and lm-eval.
+
+    Args:
+        base: folder or hub name of the base model.
+        folder: of the adapter.
+        rank: of its modules, all of which have it (`adapters.one_rank`).
+    """
+    path, model = shlex.quote(str(folder)), shlex.quote(base)
+    allowed = next((r for r in VLLM_RANKS if r >= rank), None)
+    vllm = f"vllm serve {model} --enable-lora --max-lora-rank {allowed} --lora-modules merged={path}"
+    if allowed is None:
+        vllm = f"# vLLM takes ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}: merge again with --rank, or export the full model"
+    name = Path(folder).name or "adapter"
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})
+```
+
+```bash
+{vllm}
+lm_eval --model hf --model_args {shlex.quote(f"pretrained={base},peft={folder}")} --tasks arc_easy
+python convert_lora_to_gguf.py --base {model} {path} --outfile {shlex.quote(name + ".gguf")}  # of llama.cpp; then llama-server --lora
+```
+
+All modules have rank {rank} and one alpha, so that servers with one of each scale every module rightly."""
+
+
+def export_full(
+    model: Any, adapter: Adapter, folder: str | Path, *, tokenizer: Any = None, max_shard_size: str | int = "5GB"
+) -> None:
+    """Write the base model with the adapter in its weights, W + scaling · B A, as a model folder in safetensors.
+
+    The sum is taken in float32 (float64 for weights of float32) and rounded once to the dtype of the weight. `model` is left as it is; while
+    the folder is written, the changed weights exist twice.
+
+    Args:
+        model: the base as transformers loads it, with or without PEFT adapters on it, none of them merged.
+        folder: to create or fill; see `output.output_folder` for the atomic way.
+        tokenizer: written beside the model.
+        max_shard_size: of a file, as `save_pretrained` takes it.
+
+    Raises:
+        ModelError: the adapter does not fit, changes one of two tied embeddings or single experts that the model keeps as one parameter, or the
+            weights are quantised or not in memory.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    adapter = fitted(model, adapter)
+    if tied := check_fit(model, adapter):
+        raise ModelError(f"cannot be exported: {tied[0]}. Serve the adapter instead")
+    if adapter.experts:
+        raise ModelError(
+            "cannot be exported: the adapter changes linears of single experts, which this model keeps as one parameter; use PEFT's "
+            "merge_and_unload, or serve the adapter"
+        )
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = dict(plain.named_modules())
+    state = {
+        key.replace(".base_layer.", "."): value for key, value in plain.state_dict().items() if ".lora_" not in key
+    }
+    for name, term in adapter.terms.items():
+        weight = base_layer(modules[name]).weight
+        shape = layer_shape(modules[name]) or ()
+        if weight.is_meta or not weight.is_floating_point() or tuple(weight.shape) not in (shape, shape[::-1]):
+            raise ModelError(
+                f"cannot be exported: {name} has its weight quantised or not in memory; load the base whole, in bfloat16 or float32"
+            )
+        exact = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        delta = term.scaling * (term.B.to(weight.device, exact) @ term.A.to(weight.device, exact))
+        turned = delta.T if isinstance(base_layer(modules[name]), Conv1D) else delta
+        state[f"{name}.weight"] = (weight.detach().to(exact) + turned).to(weight.dtype)
+    plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

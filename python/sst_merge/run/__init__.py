@@ -1,0 +1,1 @@
+"""What runs a model: one reading of the data, passes, ranks, checkpoints, memory."""

@@ -1,0 +1,174 @@
+"""A KL budget is measured on rows that are in no pencil, and kept, or it is said why it could not be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from sst_merge.evaluate import Evaluation
+from sst_merge.io.data import load_dataset
+from sst_merge.merge import pipeline, trust
+from sst_merge.progress import Reporter
+from sst_merge.recipe import Recipe
+from sst_merge.report import spent
+from tests import merge_cases as cases
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trust")
+    cases.model_folder(root / "model")
+    cases.adapter_folder(root / "task", seed=1, r=2)
+    cases.adapter_folder(root / "safety", seed=2, scale=0.3)
+    for name, n, word in (("harm", 8, "steal"), ("benign", 20, "bake"), ("other", 6, "translate to French")):
+        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(n, word))
+    return root
+
+
+def recipe(world, output, **more):
+    given = {"model": str(world / "model"), "safety": world / "safety", "task": world / "task", "device": "cpu"}
+    given |= {"harm_data": world / "harm.jsonl", "benign_data": world / "benign.jsonl", "generate_tokens": 0}
+    return Recipe.parse({**given, "output": output, "folds": 2, "tokens_per_batch": 400, **more})
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.02, 0.001])
+def test_a_merge_stays_within_its_budget_on_rows_it_has_not_seen(world, tmp_path, budget):
+    report = pipeline.merge(recipe(world, tmp_path / "out", kl_budget=budget), reporter=QUIET)
+    found = report["budget"]
+    assert found["rows"] == report["inputs"]["data"]["eval_benign"]["sequences"] == 4
+    assert report["inputs"]["data"]["benign"]["sequences"] == 16
+    assert report["fisher"]["benign"]["sequences"] == 32
+    assert 0 < found["kl"] <= budget
+    assert found["kl"] == report["evaluation"]["merged"]["benign_kl"]  # of the adapter that was written
+    assert found["low"] <= found["kl"] <= found["high"]
+    assert "4 of 20 benign rows are held out" in " ".join(report["inputs"]["data"]["benign"]["notes"])
+    for name in ("report.md", "README.md"):
+        assert found["words"] in (tmp_path / "out" / name).read_text()
+    assert json.loads((tmp_path / "out/report.json").read_text())["budget"]["kept"] is True
+
+
+def test_few_rows_whose_predictions_are_far_too_small_end_within_the_budget(world, tmp_path):
+    """Eight benign rows, of another kind than those measured: what is predicted on them says nothing about the others."""
+    given = {"limit": 8, "eval_benign_data": world / "other.jsonl", "kl_budget": 0.02}
+    trusting = pipeline.merge(recipe(world, tmp_path / "trusting", **given | {"holdout": 0}), reporter=QUIET)
+    tried = trusting["budget"]["tried"]
+    assert trusting["budget"]["kl"] <= 0.02
+    assert tried[0][0] == 0.02
+    if tried[0][1] > 0.02:
+        assert "backed off from a measured" in trusting["budget"]["words"]
+    assert len(tried) <= trust.TRIALS + 1
+
+
+@dataclass
+class Pretended:
+    """A patch whose predicted cost is what was allowed, up to all there is, and whose measured KL is any function of that."""
+
+    law: object
+    whole: float = 1.0
+    measured: list = field(default_factory=list)
+
+    def choose(self, allowed):
+        cost = min(allowed, self.whole)
+        patch = SimpleNamespace(prediction=SimpleNamespace(cost_per_label=cost))
+        return trust.Choice(allowed, patch, None)
+
+    def measure(self, choice):
+        kl = self.law(choice.patch.prediction.cost_per_label)
+        self.measured.append(kl)
+        prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": kl} for i in (1, 2)]
+        return Evaluation(benign_kl=kl, prompts=prompts)
+
+
+ROWS = SimpleNamespace(examples=[SimpleNamespace(line=1, labels=3), SimpleNamespace(line=2, labels=5)])
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.2, 5.0, 2000.0])
+@pytest.mark.parametrize("whole", [1.0, 1e-3])
+def test_strengths_are_backed_off_until_the_measurement_agrees(factor, whole):
+    world = Pretended(lambda cost: factor * cost, whole)
+    choice, found, budget = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert found.benign_kl <= 0.02
+    assert budget.kept
+    assert len(world.measured) <= trust.TRIALS + 1
+    if factor * min(0.02, whole) <= 0.02:
+        assert len(world.measured) == 1  # a prediction that was right costs one measurement
+    else:
+        assert found.benign_kl >= 0.5 * 0.02  # and one that was not, no more safety than it has to
+    assert budget.tried[-1][0] >= choice.allowed or len(budget.tried) > 1
+
+
+def test_where_nothing_stays_within_the_budget_nothing_is_kept_and_said():
+    world = Pretended(lambda cost: 1.0 if cost else 0.0)
+    choice, found, budget = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert (choice.allowed, found.benign_kl) == (0.0, 0.0)
+    assert "No strength that keeps anything stays within the budget" in budget.words()
+
+
+def test_measurements_that_are_no_numbers_keep_nothing():
+    world = Pretended(lambda cost: float("nan") if cost else 0.0)
+    choice, _, budget = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert choice.allowed == 0.0
+    assert budget.kl == 0.0
+
+
+def test_rows_that_are_too_few_to_tell_ask_for_more():
+    kls = iter([0.001, 0.03])
+    base = Pretended(lambda cost: 0.01)
+
+    def measure(choice):
+        found = base.measure(choice)
+        found.prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": next(kls)} for i in (1, 2)]
+        return found
+
+    budget = trust.within(0.012, base.choose, measure, ROWS)[2]
+    assert budget.high > 1.5 * 0.012
+    assert budget.more_rows > 0
+    assert f"some {budget.more_rows} more would tell" in budget.words()
+    assert [r["benign_kl"] for r in budget.worst] == [0.03, 0.001]
+
+
+def test_what_is_held_out(world):
+    data = {"benign": load_dataset(world / "benign.jsonl", cases.tokenizer()), "harm": None}
+    kept = trust.hold_out(data, 0.2)
+    assert (len(kept["benign"]), len(kept["eval_benign"])) == (16, 4)
+    assert not {e.line for e in kept["benign"].examples} & {e.line for e in kept["eval_benign"].examples}
+    assert trust.hold_out(data, 0) == data
+    assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:4]}, 0.2)
+    two = trust.hold_out({"benign": data["benign"][:5]}, 0.2)
+    assert (len(two["benign"]), len(two["eval_benign"])) == (3, 2)
+    given = {**data, "eval_benign": data["benign"][:1]}
+    assert trust.hold_out(given, 0.2) == given
+
+
+def test_a_failing_measurement_costs_no_merge(world, tmp_path, monkeypatch, capsys):
+    def fails(self, *_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("sst_merge.evaluate.Evaluator._benign", fails)
+    report = pipeline.merge(recipe(world, tmp_path / "out", kl_budget=0.02), reporter=Reporter())
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    assert report["budget"] is None
+    assert "not measured" in spent(report)
+    assert "could not be measured, so its prediction stands" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_strength_from_evidence_is_measured_on_the_rows_held_out_of_it(world, tmp_path, capsys):
+    first = pipeline.merge(recipe(world, tmp_path / "first", kl_budget=0.3), reporter=QUIET)
+    given = {"evidence": tmp_path / "first/evidence.safetensors", "kl_budget": 0.02}
+    later = pipeline.merge(recipe(world, tmp_path / "later", **given), reporter=QUIET)
+    anew = pipeline.merge(recipe(world, tmp_path / "anew", kl_budget=0.02), reporter=QUIET)
+    assert later["budget"] == anew["budget"]
+    assert later["budget"]["rows"] == first["budget"]["rows"] == 4
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("later", "anew"))
+    assert one == two
+    for change in ({"holdout": 0.25}, {"limit": 12}, {"benign_data": world / "other.jsonl"}):
+        other = pipeline.merge(recipe(world, tmp_path / "other", **given, **change), force=True, reporter=Reporter())
+        assert other["budget"] is None
+        assert "so no row is known to be unseen" in " ".join(capsys.readouterr().err.split())
+    blind = pipeline.merge(recipe(world, tmp_path / "blind", **given, model=None), reporter=QUIET)
+    assert "not measured" in spent(blind)
