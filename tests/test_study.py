@@ -103,9 +103,10 @@ def test_recipes_fit_and_report_on_the_splits_that_they_name():
     fitted = Recipe.load(STUDY / "fit.yml")
     for recipe, split in ((reported, "final"), (chosen, "select")):
         assert (recipe.eval_harm_data.stem, recipe.eval_benign_data.stem) == (f"{split}_harm", f"{split}_benign")
-        for name in ("model", "task", "safety", "harm_data", "benign_data", "collection"):
+        for name in ("model", "task", "safety", "harm_data", "benign_data"):
             assert getattr(recipe, name) == getattr(fitted, name)
         assert recipe.from_evidence
+    assert chosen.collection == fitted.collection
     assert fitted.harm_data.stem == "fit_harm"
 
 
