@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.io.data import load_dataset
 from sst_merge.merge import pipeline, trust
@@ -172,3 +173,12 @@ def test_another_strength_from_evidence_is_measured_on_the_rows_held_out_of_it(w
         assert "so no row is known to be unseen" in " ".join(capsys.readouterr().err.split())
     blind = pipeline.merge(recipe(world, tmp_path / "blind", **given, model=None), reporter=QUIET)
     assert "not measured" in spent(blind)
+
+
+def test_evidence_is_not_measured_on_another_model(world, tmp_path):
+    pipeline.merge(recipe(world, tmp_path / "first", kl_budget=0.3), reporter=QUIET)
+    cases.model(seed=5).save_pretrained(tmp_path / "other")
+    cases.tokenizer().save_pretrained(tmp_path / "other")
+    given = {"evidence": tmp_path / "first/evidence.safetensors", "model": str(tmp_path / "other")}
+    with pytest.raises(MergeError, match="collected from another model, or in another dtype"):
+        pipeline.merge(recipe(world, tmp_path / "second", **given), reporter=QUIET)

@@ -19,7 +19,7 @@ from ..errors import MergeError, headlined
 from ..io.adapters import Adapter
 from ..io.data import Dataset, batches
 from ..run.checkpoints import Continuity
-from ..run.collect import OPENING, REST, activate, collect, input_pass
+from ..run.collect import OPENING, REST, activate, collect, input_pass, model_digest
 from ..run.launch import world
 from ..run.passes import fisher_pass
 from ..session import SAFETY, TASK, Session
@@ -258,5 +258,10 @@ def load_evidence(path: Path, session: Session) -> sst.Evidence:
     if evidence.about.get("task", task) != task:
         raise MergeError(
             f"{path} was collected with another task adapter (or none): give that one with --task, or collect again"
+        )
+    if session.loaded and evidence.about.get("model") != model_digest(session.model):
+        raise MergeError(
+            f"{path} was collected from another model, or in another dtype, than the one given: measuring on that would say nothing about it; "
+            "give the model and dtype of the collection, or collect again"
         )
     return evidence
