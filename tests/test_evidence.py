@@ -123,7 +123,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, frozen):
             model.train()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        settings = {"labels": "model", "draws": 2, "generator": torch.Generator().manual_seed(3)}
+        settings = {"labels": "mc", "draws": 2, "generator": torch.Generator().manual_seed(3)}
         evidence = sst.Evidence.of(model, "safety")
         found.append(collect(evidence, batches(1), batches(20), halves, **settings))
     for side in ("gain", "cost"):

@@ -116,7 +116,7 @@ class Evidence:
         ...         reading.backward(batch, weights=sst.opening_weights(batch["labels"]))
         >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
         ...     for batch in benign_batches:
-        ...         reading.backward(batch, labels="model", draws=2)
+        ...         reading.backward(batch, labels="mc", draws=2)
         >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
         >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
         >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP

@@ -65,7 +65,7 @@ class Source:
         return self._once("decisions", condense)
 
     def patch(self, input_filter: float) -> Adapter:
-        """The safety adapter with what it reads closed to benign inputs at this price; 0 leaves it."""
+        """The safety adapter with its inputs filtered, benign ones weighing this much; 0 leaves it."""
         if input_filter == 0:
             return self.session.safety
 
