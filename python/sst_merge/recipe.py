@@ -171,7 +171,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _something_is_read(self, info: ValidationInfo) -> Recipe:
-        if info.context is not None and not info.context["reads"]:
+        if info.context is not None and not info.context["complete"]:
             return self
         if self.evidence is None:
             for name in ("model", "harm_data", "benign_data"):
@@ -258,13 +258,13 @@ class Recipe(BaseModel):
         return "global" if self.keeps_rows else self.scope
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "recipe", *, reads: bool = True) -> Recipe:
+    def parse(cls, values: dict[str, Any], where: str = "recipe", *, complete: bool = True) -> Recipe:
         """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones.
 
-        reads: whether it is to be run, so that model and data, or evidence, have to be there.
+        complete: whether it is to be run, so that model and data, or evidence, have to be there.
         """
         try:
-            return cls.model_validate(values, context={"reads": reads})
+            return cls.model_validate(values, context={"complete": complete})
         except ValidationError as error:
             lines = []
             for e in error.errors():
