@@ -79,9 +79,9 @@ class TwoSided(Structure):
         return d
 
     def _update(self, batch: TokenBatch) -> None:
-        left, right, terms = token_factors(batch, self.approx)
-        self._add_left(*left, later=batch.later)
-        self._add_right(*right, later=batch.later)
+        (left, *of_left), (right, *of_right), terms = token_factors(batch, self.approx)
+        self._add_left(left, *of_left, batch.later)
+        self._add_right(right, *of_right, batch.later)
         self._terms += terms
 
     @abstractmethod
