@@ -39,8 +39,9 @@ HEAD = """# What the kernels should take
 
 Written by `python -m bench.machine`: the quick sizes of `bench.ops` on an H100, bfloat16, before any measurement. Launches, CTAs,
 registers and shared memory are those of the launchers and of the compiler for sm_90. The floor is the larger of bytes at 3.0 TB/s and
-operations at 620 Tflop/s. The prediction divides it by the share of the last wave that works, and adds 2.5 µs a launch; the three
-rates are assumed. `bench.ops` on a GPU states the prediction beside its measurement.
+operations at 620 Tflop/s. In the prediction the processor with the most CTAs is waited for, and each launch takes 2.5 µs more; the three
+rates are assumed, and nothing is taken off for too few warps, latency or instructions. `bench.ops` on a GPU states the
+prediction beside its measurement.
 
 | op | size | floor µs | launches | largest kernel | CTAs, warps | registers, shared KiB | CTAs a processor, waves | predicted µs |
 | --- | --- | ---: | ---: | --- | --- | --- | --- | ---: |
@@ -113,9 +114,9 @@ def resident(registers: int, shared: int, warps: int) -> int:
     return min(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), SHARED // (shared + 1024), WARPS // warps, CTAS)
 
 
-def predicted_ms(floor_ms: float, waves: float, launches: int) -> float:
-    """The floor, stretched by what of the last wave is idle, and the launches."""
-    return floor_ms * max(1.0, -(-waves // 1) / waves) + 1e3 * LAUNCH * launches
+def predicted_ms(floor_ms: float, ctas: int, launches: int) -> float:
+    """The floor, where the processor with the most CTAs is waited for, and the launches."""
+    return floor_ms * -(-ctas // SMS) * SMS / ctas + 1e3 * LAUNCH * launches
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -135,7 +136,7 @@ def rows() -> Iterator[dict[str, Any]]:
                     "op": case.op, "width": case.width, "batch": size.B, "length": size.T, "rank": size.r, "bytes": case.bytes,
                     "flops": case.flops, "floor_ms": floor, "launches": len(found), "kernel": kernel.fn.__name__, "ctas": ctas,
                     "warps": warps, **used, "ctas_per_sm": per_sm, "waves": waves,
-                    "predicted_ms": predicted_ms(floor, waves, len(found)),
+                    "predicted_ms": predicted_ms(floor, ctas, len(found)),
                 }  # fmt: skip
 
 

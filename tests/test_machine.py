@@ -52,5 +52,5 @@ def test_a_multiprocessor_holds_what_its_scarcest_resource_allows():
     assert machine.resident(registers=57, shared=12288, warps=1) == 17  # shared memory: 13 KiB each of 228
     assert machine.resident(registers=230, shared=1024, warps=4) == 2  # 232 registers of 128 threads
     assert machine.resident(registers=32, shared=0, warps=1) == 32  # the limit of CTAs
-    assert machine.predicted_ms(1.0, waves=1.5, launches=2) == pytest.approx(1.0 * 2 / 1.5 + 0.005)
-    assert machine.predicted_ms(1.0, waves=2.0, launches=1) == pytest.approx(1.0025)
+    assert machine.predicted_ms(1.0, ctas=198, launches=2) == pytest.approx(2 / 1.5 + 0.005)
+    assert machine.predicted_ms(1.0, ctas=264, launches=1) == pytest.approx(1.0025)
