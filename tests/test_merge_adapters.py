@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sst_kernels.testing import tolerance
 from sst_merge.errors import AdapterError, ModelError, OutputError
 from sst_merge.io.adapters import Adapter, LoraTerm, load_adapter, write_adapter
-from sst_merge.io.models import attach, check_fit
+from sst_merge.io.fit import attach, check_fit
 from sst_merge.io.output import output_file, output_folder
 from sst_merge.merge.algebra import concatenate, recompress, squared_norms, transform
 from tests import merge_cases as cases

@@ -10,7 +10,7 @@ import torch
 from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
 from sst_merge.io.adapters import load_adapter
 from sst_merge.io.data import load_dataset
-from sst_merge.io.models import attach
+from sst_merge.io.fit import attach
 from sst_merge.merge.algebra import concatenate
 from tests import merge_cases as cases
 

@@ -14,7 +14,8 @@ from .errors import ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, load_adapter
 from .io.data import Dataset
-from .io.models import attach, check_fit, fitted, load_model
+from .io.fit import attach, check_fit, fitted
+from .io.models import load_model
 from .io.output import output_file
 from .merge.algebra import concatenate, transform
 from .progress import Reporter

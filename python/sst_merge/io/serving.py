@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ModelError
 from .adapters import Adapter
-from .models import base_layer, check_fit, fitted, layer_shape
+from .fit import base_layer, check_fit, fitted, layer_shape
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 

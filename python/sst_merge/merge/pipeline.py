@@ -19,7 +19,7 @@ from ..errors import MergeError, RecipeError
 from ..evaluate import Evaluation, Evaluator, write_prompts
 from ..io.adapters import Adapter, for_output, write_adapter
 from ..io.data import Dataset, load_dataset
-from ..io.models import check_fit
+from ..io.fit import check_fit
 from ..io.output import check_output, output_file, output_folder
 from ..progress import Reporter
 from ..recipe import Recipe

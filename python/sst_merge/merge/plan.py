@@ -11,7 +11,8 @@ import torch
 from sst_kernels.inputs.moments import columns
 
 from ..io.adapters import Adapter, load_adapter
-from ..io.models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
+from ..io.loading import loading
+from ..io.models import DTYPES, model_folder, prepare_tokenizer, resolve_device
 from ..io.output import check_output
 from ..io.paths import expanded
 from ..recipe import Recipe
