@@ -231,7 +231,7 @@ def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
         | {f"{name}_data": path for name, path in data.items()} | {f"eval_{name}_data": path for name, path in data.items()}
     )  # fmt: skip
     monkeypatch.setattr(PeftModelForCausalLM, "generate", lambda *_, **__: 1 / 0)
-    report = pipeline.merge(recipe, reporter=Reporter(quiet=True))
+    report = pipeline.merge(recipe, yes=True, reporter=Reporter(quiet=True))
     assert report["failed_evaluations"]["merged"] == "ZeroDivisionError: division by zero"
     assert report["evaluation"]["merged"]["refusal_nll"] > 0
     assert report["evaluation"]["merged"]["refusal_rate"] is None
