@@ -144,11 +144,8 @@ def _about_adapters(safety: Adapter, task: Adapter | None) -> list[Finding]:
     product = sum(inner(safety, task).values())
     if product**2 > 0.99 * squared["safety"] * squared["task"]:
         times = product / squared["task"]
-        which = (
-            "one adapter twice"
-            if abs(times - 1) < 0.01
-            else f"the safety adapter is {times:.3g} times the task adapter"
-        )
+        scaled = f"the same but for size, the safety adapter {times:.3g} times the task adapter"
+        which = "one adapter twice" if abs(times - 1) < 0.01 else scaled
         found.append(Finding(f"safety {safety.path} and task {task.path} are {which}", True))
     names = Path(safety.path).name, Path(task.path).name
     if _SAFE.search(names[1]) and not _SAFE.search(names[0]):
