@@ -115,14 +115,17 @@ def open_session(
     device: str = "auto",
     quantization: Mapping[str, Any] | None = None,
     weights: bool = True,
+    loaded: tuple[Any, Any] | None = None,
     reporter: Reporter,
 ) -> Session:
-    """Adapters, and a model that is loaded when asked for; on meta tensors without `weights`.
+    """Adapters, and a model that is loaded when asked for, if it is not given as `loaded` (with its tokenizer); on meta tensors without `weights`.
 
     Raises AdapterError, and ModelError when the model is loaded.
     """
 
     def load() -> tuple[Any, Any]:
+        if loaded is not None:
+            return loaded
         if model is None:
             raise ModelError("this needs the model: give --model")
         read = load_model if weights else load_skeleton

@@ -58,7 +58,7 @@ def load_model(
         ):  # bitsandbytes would pack 4-bit weights on some CPUs, which gradients do not pass
             module.support_avx512bf16_for_cpu = False
     prepare_tokenizer(tokenizer, network.config)
-    _check_vocabulary(source, network, tokenizer)
+    check_vocabulary(source, network, tokenizer)
     network = network.requires_grad_(False).eval()
     return network if quantised else network.to(place), tokenizer
 
@@ -79,7 +79,7 @@ def load_skeleton(
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         network = AutoModelForCausalLM.from_config(config)
     prepare_tokenizer(tokenizer, config)
-    _check_vocabulary(source, network, tokenizer)
+    check_vocabulary(source, network, tokenizer)
     return network, tokenizer
 
 
@@ -120,7 +120,8 @@ def _check_files(source: str | Path, folder: Path) -> None:
             raise ModelError(f"model {source}: {name} is not readable ({error}); copy the model again") from error
 
 
-def _check_vocabulary(source: str | Path, network: Any, tokenizer: Any) -> None:
+def check_vocabulary(source: str | Path, network: Any, tokenizer: Any) -> None:
+    """ModelError for a tokenizer with more tokens than the model embeds."""
     rows = len(network.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         raise ModelError(

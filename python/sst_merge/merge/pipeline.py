@@ -42,11 +42,13 @@ from .trust import Budget, Choice, hold_out, within
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
-def session_of(recipe: Recipe, reporter: Reporter, *, weights: bool = True) -> Session:
-    """The model and adapters of a recipe; the model on meta tensors without `weights`."""
+def session_of(
+    recipe: Recipe, reporter: Reporter, *, weights: bool = True, loaded: tuple[Any, Any] | None = None
+) -> Session:
+    """The model and adapters of a recipe; the model on meta tensors without `weights`. loaded: model and tokenizer, where they are at hand."""
     return open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization,
-        weights=weights, reporter=reporter,
+        weights=weights, loaded=loaded, reporter=reporter,
     )  # fmt: skip
 
 
@@ -89,11 +91,12 @@ def merge(
     keep_evidence: bool = True,
     exports: Sequence[str] = (),
     yes: bool = False,
+    loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
 
     Inputs that are likely a mistake (`findings`) end it before the first pass, unless `yes`. `exports`: "full" and "gguf-lora", beside the
-    adapter (`serving.export`).
+    adapter (`serving.export`). loaded: model and tokenizer, where they are at hand.
 
     `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
     share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
@@ -111,7 +114,7 @@ def merge(
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
-        session = session_of(recipe, reporter)
+        session = session_of(recipe, reporter, loaded=loaded)
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
