@@ -133,7 +133,7 @@ def test_a_patch_goes_on_the_model_it_was_read_from(evidence):
     for name, s in patch.coordinates.items():
         layer = model.get_base_model().get_submodule(name)
         expected = (
-            filtered.weights.scaling[name] * evidence.weights.b[name].double() @ s @ filtered.reads[name].double()
+            filtered.weights.scaling[name] * evidence.weights.b[name].double() @ s @ filtered.lora_A[name].double()
         )
         assert torch.allclose(layer.get_delta_weight("safety").double(), expected, rtol=1e-5, atol=1e-8)
 

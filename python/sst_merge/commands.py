@@ -198,7 +198,7 @@ def evaluate(
     folders = adapter or ([Path(entries["safety"])] if "safety" in entries else [])
     kept = {name: value for name, value in entries.items() if name in MEASURE}
     # Two entries that this command has no use for.
-    settings = Recipe.parse({**kept, **given, "safety": ".", "output": output or "-"}, where="flags", reads=False)
+    settings = Recipe.parse({**kept, **given, "safety": ".", "output": output or "-"}, where="flags", complete=False)
     results = evaluate_folders(settings, folders, output=output, force=force, reporter=Reporter(quiet, verbose))
     table = {name: result.summary() for name, result in results.items()}
     if as_json:
