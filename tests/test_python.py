@@ -115,7 +115,7 @@ def test_importing_costs_nothing():
 def evidence():
     model = tiny_lora()
     found = sst.Evidence.of(model, adapter="safety")
-    for side, seeds, labels in (("gain", range(3), {}), ("cost", range(3, 6), {"labels": "model"})):
+    for side, seeds, labels in (("gain", range(3), {}), ("cost", range(3, 6), {"labels": "mc"})):
         with found.accumulate(side) as reading:
             for seed in seeds:
                 reading.backward(tiny_batch(4, seed=seed), **labels)

@@ -83,7 +83,7 @@ def _flag(name: str, entry: Any) -> inspect.Parameter:
 
 def _read(name: str, value: Any, annotation: Any) -> Any:
     """The value of an entry from what its flag was given. RecipeError for a flag given twice and for no mapping."""
-    spelled = "--" + name.replace("_", "-")
+    spelled = " or ".join(["--" + name.replace("_", "-"), *ALIASES.get(name, ())])
     if not isinstance(value, list):
         return value
     if _holds(annotation, dict):

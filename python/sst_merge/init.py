@@ -109,7 +109,8 @@ def recipe_text(chosen: Mapping[str, Sequence[str]]) -> str:
             value, said = 0.02, f"{said}; or mu, or k"
         if others := chosen.get(name, ())[1:]:
             said += f"; also found: {', '.join(others)}"
-        written = yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True, width=10_000).strip()
+        flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).split("\n")[0]
+        written = f"{name}: {flow}"
         kept = name in chosen or name == "kl_budget"
         lines += [f"# {line}" for line in textwrap.wrap(said, 110)]
         lines += [written if kept else f"# {written}{'  <- needed' if name in _NEEDED else ''}", ""]

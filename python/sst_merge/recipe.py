@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
 _SPELLED = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
-    "kfac": "kronecker", "k_fac": "kronecker", "ekfac": "eigen_kronecker", "diag": "diagonal",
+    "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
 }  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
