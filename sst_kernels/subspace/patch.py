@@ -17,6 +17,11 @@ class Prediction:
     cost_per_label, cost_per_sequence: of the filtered patch. in_sample_cost_per_label: the same on the pencil's own rows.
     plain_cost_per_label: of the whole patch, by the same quadratic. gain_kept: zᵀF_gain z of the filtered patch over that of
     the whole patch.
+
+    Example:
+        >>> prediction = sst.subspace(gain, cost, folds=2).soft(kl_budget=0.01).prediction
+        >>> prediction.held_out, prediction.cost_per_label <= 0.01
+        (True, True)
     """
 
     held_out: bool
@@ -33,6 +38,11 @@ class Patch:
 
     filter: "soft", "top_k" or "threshold"; parameter: its μ, infinite where a budget keeps nothing, or k. kept: per module ‖ΔW'‖²_F / ‖ΔW‖²_F; above 1
     where the filter moves cheap directions further to make up for dear ones.
+
+    Example:
+        >>> patch = sst.subspace(gain, cost, folds=2).soft(kl_budget=0.01)
+        >>> patch.coordinates["model.layers.0.self_attn.q_proj"].shape
+        torch.Size([3, 3])
     """
 
     coordinates: dict[str, Tensor]
