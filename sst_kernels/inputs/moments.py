@@ -211,7 +211,7 @@ class InputMoments(Mapping[str, Moment]):
     """
 
     def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
-        self.reads = {site.name: whole_weight(site.lora_a).clone() for site in sites}
+        self.lora_A = {site.name: whole_weight(site.lora_a).clone() for site in sites}
         self.sums = MomentSums({site.name: width_of(site) for site in sites}, rank, seed)
         self._model, self._sites, self._group = model, sites, group
         self._seen: set[str] = set()  # modules that this batch has passed
