@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -315,7 +316,14 @@ def render(results: Results) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     sections = (_verdict, _targets, _sizes, _tables, _gates)
     context = {key: text for section in sections for key, text in section(results).items()}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
+    return "\n".join(line if line.startswith("|") else fill(line) for line in text.split("\n"))
+
+
+def fill(line: str) -> str:
+    """A line of prose within 120 columns."""
+    after = "  " * line.startswith("- ")
+    return textwrap.fill(line, 120, subsequent_indent=after, break_long_words=False, break_on_hyphens=False) or line
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -84,6 +84,19 @@ def escaped(line: str) -> str:
     return "".join(out)
 
 
+def read_page(app, docname, source) -> None:
+    """Markdown files outside of docs/ are no pages of the site: links to them lead to copies."""
+    source[0] = re.sub(r"\[([^\]]+)\]\(((?:\.\./)+[a-z]\S+\.md)\)", keep_or_copy(app.env.doc2path(docname)), source[0])
+
+
+def keep_or_copy(page):
+    def replaced(match):
+        outside = not (Path(page).parent / match[2]).resolve().is_relative_to(ROOT / "docs")
+        return f"{{download}}`{match[1]} <{match[2]}>`" if outside else match[0]
+
+    return replaced
+
+
 def read_docstring(app, what, name, obj, options, lines) -> None:
     lines[:] = as_rst(lines)
 
@@ -106,5 +119,6 @@ def raise_skip() -> None:
 
 def setup(app):
     app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))
+    app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", read_docstring, priority=1)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
