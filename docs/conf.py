@@ -60,6 +60,8 @@ def as_rst(lines: list[str]) -> list[str]:
             fence = bool(text)
             out.append(line)
             continue
+        if section in ("Args", "Attributes"):  # a field of several names has to be one word
+            line = re.sub(r"^(\s+)(\w+(?:, \w+)+)(?=: )", lambda m: m[1] + m[2].replace(", ", "/"), line)
         before = out[-1] if out else ""
         if text and section not in ("Args", "Attributes", "Raises"):
             if indent and before.strip() and not before.startswith((" ", "|")):
