@@ -52,7 +52,7 @@ docs: $(VENV)/ready
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs-output
 	@echo "docs-output/index.html"
 
-# The notebook's outputs, anew: the real model, some two minutes on one core.
+# The notebook's outputs, anew: the real model, some two and a half minutes of one core.
 notebook: $(VENV)/model
 	HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --inplace docs/notebook.ipynb
 
