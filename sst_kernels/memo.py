@@ -49,7 +49,7 @@ def _same(x: Any, seen: Any) -> bool:
     if type(seen) is not _Seen:
         return not isinstance(x, Tensor) and bool(x == seen)
     return (
-        x is not None
+        isinstance(x, Tensor)
         and x is seen.tensor()
         and seen.version is not None
         and x._version == seen.version
