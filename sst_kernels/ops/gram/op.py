@@ -25,7 +25,7 @@ def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, 
 
     Example:
         >>> from sst_kernels.ops import gram
-        >>> gram(torch.ones(5, 2), None, None, torch.zeros(2, 2))  # the lower triangle
+        >>> gram(torch.ones(5, 2), None, None, torch.zeros(2, 2)).tril()
         tensor([[5., 0.],
                 [5., 5.]])
     """
