@@ -17,9 +17,10 @@ from .errors import MergeError, out_of_memory
 from .flags import takes
 from .io.paths import expanded
 from .io.refusals import command as refusals
+from .page.facts import unspent
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
-from .report import print_table, spent, unspent
+from .report import print_table, spent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +58,7 @@ def merge(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card, recipe and evidence.
+    """Merge a safety adapter into a task adapter; write adapter, report, model card, recipe and evidence.
 
     With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
     """

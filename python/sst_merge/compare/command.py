@@ -19,7 +19,7 @@ def compare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe with `methods`, `strengths` and evaluation data.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")] = False,
 ) -> None:
-    """Compare merging methods on held-out prompts: Pareto table and plot, at equal refusal, as Markdown, JSON and HTML."""
+    """Compare merging methods on held-out prompts: a table at equal refusal as Markdown and JSON, and a page with chart and answers."""
     from .compare import compare as run
     from .recipe import Comparison
     from .report import markdown_table
@@ -27,6 +27,4 @@ def compare(
     comparison = Comparison.load(recipe, **given)
     report = run(comparison, reporter=Reporter(quiet))
     typer.echo("\n".join(markdown_table(report)))
-    typer.echo(
-        f"\nwritten to {expanded(comparison.output).absolute()}: report.md, report.json, compare.html, pareto.png"
-    )
+    typer.echo(f"\nwritten to {expanded(comparison.output).absolute()}: report.md, report.json, compare.html")

@@ -90,7 +90,7 @@ def merge(
     resume: bool = False,
     keep_evidence: bool = True,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
+    """Run a recipe: write the merged adapter with report, model card, recipe and evidence; return the report.
 
     `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
     share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
@@ -137,7 +137,7 @@ def merge(
             report["calibration"] = [calibration_point(patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_report(report, folder)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     return report
 
 
