@@ -68,8 +68,8 @@ def front() -> list[dict[str, Any]]:
     """Strengths that a merge offers, as `front` of a report has them."""
     return [
         {
-            "allowed": a, "predicted_kl": a, "benign_kl": k, "benign_kl_low": 0.6 * k, "benign_kl_high": 1.5 * k, "refused": r,
-            "refused_low": r - 0.1, "refused_high": r + 0.08, "refusal_nll": 2 - r, "over_refused": r / 2,
+            "allowed": a, "predicted_kl": a, "kl": k, "kl_low": 0.6 * k, "kl_high": 1.5 * k, "refused": r,
+            "refused_low": r - 0.1, "refused_high": r + 0.08, "refusal_nll": 2 - r, "over_refusal": r / 2, "whole": False, "chosen": r == 0.8,
             "command": f"sst-merge merge --evidence out/evidence.safetensors --safety safety --kl-budget {a:g} --output out-{a:g}",
         }
         for a, k, r in ((0.001, 0.002, 0.3), (0.005, 0.011, 0.6), (0.02, 0.042, 0.8))

@@ -57,7 +57,7 @@ def words_of(command):
 
 
 def test_headline_and_claims_say_gain_cost_and_what_plain_addition_does():
-    page = page_of_merge(cases.evaluated(task_accuracy=0.6, over_refused=0.1), {})
+    page = page_of_merge(cases.evaluated(task_accuracy=0.6, over_refusal=0.1), {})
     assert page.headline == "Refusals rise from 25\u202f% to 80\u202f% for 0.042 nats of benign KL"
     assert page.claims == (
         "Plain addition (α = 1) refuses 100\u202f% for 1.2 nats.", "Task accuracy: 60\u202f%.", "Safe prompts refused: 10\u202f%."
@@ -139,6 +139,51 @@ def test_the_front_is_on_the_page_with_its_commands():
         "safe prompts refused",
     ]
     assert all(len(p.cells) == len(page.columns) for p in page.points)
+    assert [p.here for p in page.points] == [False, False, False, True]  # it has a row, and no second point
+    front = [*cases.front(), cases.front()[0] | {"allowed": None, "command": None}]
+    alone = page_of_merge(cases.bare() | {"front": front}, {})
+    assert [(p.label, p.here, bool(p.command)) for p in alone.points][2:] == [
+        ("0.02 nats allowed", True, True), ("the whole patch", False, False)
+    ]  # fmt: skip
+
+
+def test_a_wanted_rate_of_refusal_is_a_light_too():
+    report = cases.evaluated()
+    report["recipe"]["kl_budget"] = None
+    found = cases.budget(0.042) | {
+        "target": 0.9,
+        "reached": False,
+        "refused": 0.8,
+        "refused_low": 0.6,
+        "refused_high": 0.92,
+    }
+    del found["budget"]
+    light = page_of_merge(report | {"measured": found}, {}).light
+    assert (light.state, light.title, light.share) == ("broken", "Refuses less often than asked", True)
+    assert (light.asked, light.measured) == (0.9, Interval(0.8, 0.6, 0.92))
+    del found["target"]
+    light = page_of_merge(report | {"measured": found}, {}).light
+    assert (light.title, light.asked) == ("Measured", None)
+    page_html(page_of_merge(report | {"measured": found}, {}))
+
+
+def test_whatever_else_was_measured_has_a_column():
+    more = {"task_accuracy": 0.6, "first_token_kl": 0.011, "judge_refused": 0.7, "robust_refused": {"role play": 0.5}}
+    page = page_of_merge(cases.evaluated(**more), {})
+    here = next(p for p in page.points if p.here)
+    told = {column.name: cell.text for column, cell in zip(page.columns, here.cells)}
+    assert told["task accuracy"] == "60\u202f%"
+    assert told["first-token KL"] == "0.011"
+    assert told["refused, by log-odds"] == "70\u202f%"
+    assert told["refused, role play"] == "50\u202f%"
+
+
+def test_examples_and_warnings_of_a_report():
+    report = cases.evaluated() | {"warnings": ["identical files"], "examples": {"harm": {"prompt": "Q", "labels": "A"}}}
+    page = page_of_merge(report, {})
+    assert page.notes == ("identical files",)
+    assert page.examples == ({"name": "harm", "spans": [{"text": "Q", "label": False}, {"text": "A", "label": True}]},)
+    assert "<mark>A</mark>" in page_html(page)
 
 
 def test_failed_evaluations_are_named():

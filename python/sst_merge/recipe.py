@@ -26,6 +26,11 @@ PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_b
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _label_source(given: Any) -> Any:
+    """The old names hold until 0.3."""
+    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
+
+
 class Recipe(BaseModel):
     """Everything a merge depends on. Build with `Recipe.load` or `Recipe.parse`, which raise RecipeError."""
 
@@ -288,11 +293,6 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 def _kind(structure: str) -> type[Structure]:

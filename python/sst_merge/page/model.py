@@ -71,13 +71,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Light:
-    """What became of the KL budget: measured against asked, in nats per label token."""
+    """What became of what was asked for: a KL budget in nats per label token, or a share refused (`share`)."""
 
     state: State
     title: str
     words: str
     asked: float | None = None
     measured: Interval | None = None
+    share: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import yaml
 
 from ..recipe import Recipe
 from .answers import answers
+from .measures import Measured
 from .model import Cell, Column, Fold, Interval, Page, Point, Role, Series
-from .words import NONE, Show, between, command, fixed, measured, number, percent, share
+from .words import NONE, between, command, fixed, interval, measured, number, percent, share
 
 BEFORE, PLAIN, OURS = "no patch", "plain", "sst"
 SHOWN = 5  # series at first; the others when asked for
@@ -25,17 +26,6 @@ _OF_COMPARING = ("output", "generate_tokens", "holdout", "tokens_per_batch", "fi
 _FIRST = (
     Column("adapter"), Column("harmful refused"), Column("benign KL"), Column("× plain, equal rate"), Column("× plain, equal NLL", True)
 )  # fmt: skip
-_MINOR = ("refusal_nll", "benign_nll", "first_token_kl", "merge_seconds")
-_COLUMNS: dict[str, tuple[str, Show]] = {
-    "over_refusal": ("safe prompts refused", percent),
-    "refusal_nll": ("refusal NLL", fixed),
-    "benign_nll": ("benign NLL", fixed),
-    "task_accuracy": ("task accuracy", percent),
-    "judge_refused": ("refused, by a judge", percent),
-    "robust_refused": ("refused under attack", percent),
-    "first_token_kl": ("first-token KL", number),
-    "merge_seconds": ("merge, s", number),
-}
 
 
 def page_of_comparison(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Page:
@@ -43,7 +33,7 @@ def page_of_comparison(report: Mapping[str, Any], rows: Sequence[Mapping[str, An
     good = [r for r in rows if "error" not in r]
     data = report["context"]["data"]
     harmful = data["eval_harm"]["sequences"] if "eval_harm" in data else None
-    extra = [key for key in _COLUMNS if any(r.get(key) is not None for r in report["rows"])]
+    extra = Measured(report["rows"])
     best = _best(report["rows"])
     points = [_point(row, harmful, extra, report, row is best) for row in report["rows"] if row["method"] != BEFORE]
     records = {_name(r): r["prompts"] for r in good}
@@ -53,7 +43,7 @@ def page_of_comparison(report: Mapping[str, Any], rows: Sequence[Mapping[str, An
         overline=f"SST-Merge, comparison of {len(report['methods']) - (BEFORE in {m['name'] for m in report['methods']})} methods",
         headline=_headline(best, report),
         claims=tuple(_claims(best, report["rows"])),
-        columns=(*_FIRST, *(Column(_COLUMNS[key][0], key in _MINOR) for key in extra)),
+        columns=(*_FIRST, *extra.columns()),
         series=_series(report),
         points=tuple(points),
         before=share(before.get("refusal_rate"), harmful),
@@ -70,14 +60,13 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _point(
-    row: Mapping[str, Any], harmful: int | None, extra: Sequence[str], report: Mapping[str, Any], here: bool
+    row: Mapping[str, Any], harmful: int | None, extra: Measured, report: Mapping[str, Any], here: bool
 ) -> Point:
     spans = row["intervals"]
-    kl, nll = _interval(spans.get("kl")), _interval(spans.get("refusal_nll"))
-    refused = _interval(spans.get("refused")) or share(row.get("refusal_rate"), harmful)
-    ratios = (_interval(spans.get(key)) for key in ("rate_ratio", "ratio"))
-    cells = [Cell(_name(row)), measured(refused, percent), *map(measured, (kl, *ratios))]
-    cells += [Cell(_COLUMNS[key][1](row.get(key)), row.get(key)) for key in extra]
+    kl, nll = _span(spans.get("kl")), _span(spans.get("refusal_nll"))
+    refused = _span(spans.get("refused")) or share(row.get("refusal_rate"), harmful)
+    ratios = (_span(spans.get(key)) for key in ("rate_ratio", "ratio"))
+    cells = [Cell(_name(row)), measured(refused, percent), *map(measured, (kl, *ratios)), *extra.cells(row)]
     meaning = next((m["strength"] for m in report["methods"] if m["name"] == row["method"]), "")
     return Point(
         row["method"], f"{row['strength']:g}", tuple(cells), kl, refused, nll, note=f"{row['strength']:g}: {meaning}",
@@ -137,7 +126,7 @@ def _claims(best: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -
         return []
     out = []
     for key, what in (("rate_ratio", "share refused"), ("ratio", "refusal NLL")):
-        span = _interval(best["intervals"].get(key))
+        span = _span(best["intervals"].get(key))
         if span is not None and best["method"] != PLAIN:
             bounds = between(span)
             out.append(
@@ -171,7 +160,7 @@ def _methods(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     ranked = sorted(report["methods"], key=lambda m: -(m["hypervolume"][0] or 0.0))
     rows = [("method", "dominated area", "what is computed", "strength", "source")]
     for m in ranked:
-        area = _interval(m["hypervolume"])
+        area = _span(m["hypervolume"])
         bounds = between(area)
         text = f"{number(area.value, 3)}{f' ({bounds})' if bounds else ''}" if area else NONE
         rows.append((m["name"], text, m["variant"], m["strength"], m["source"]))
@@ -199,7 +188,5 @@ def _folds(report: Mapping[str, Any]) -> list[Fold]:
     ]
 
 
-def _interval(values: Sequence[float | None] | None) -> Interval | None:
-    if values is None or values[0] is None:
-        return None
-    return Interval(values[0], values[1], values[2])
+def _span(values: Sequence[float | None] | None) -> Interval | None:
+    return None if values is None else interval(*values)

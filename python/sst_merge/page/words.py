@@ -29,21 +29,26 @@ def fixed(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:z.{digits}f}"
 
 
-def between(interval: Interval | None, show: Show = number) -> str:
+def interval(value: float | None, low: float | None = None, high: float | None = None) -> Interval | None:
+    """None for what was not measured."""
+    return None if value is None else Interval(value, low, high)
+
+
+def between(found: Interval | None, show: Show = number) -> str:
     """The bounds of an interval, "" where it has none."""
-    if interval is None or interval.low is None or interval.high is None:
+    if found is None or found.low is None or found.high is None:
         return ""
-    low, high = show(interval.low), show(interval.high)
+    low, high = show(found.low), show(found.high)
     if low == high:
         return ""
     unit = low[len(low.rstrip(f"{_THIN}%")) :]
     return f"{low.removesuffix(unit)}–{high}"
 
 
-def measured(interval: Interval | None, show: Show = number) -> Cell:
+def measured(found: Interval | None, show: Show = number) -> Cell:
     """A measured value with its interval below."""
-    value = None if interval is None else interval.value
-    return Cell(show(value), value, between(interval, show))
+    value = None if found is None else found.value
+    return Cell(show(value), value, between(found, show))
 
 
 def share(rate: float | None, of: int | None, low: float | None = None, high: float | None = None) -> Interval | None:

@@ -109,17 +109,17 @@ function calibrationSpec(predictions) {
   };
 }
 
-/** The measured KL with its interval on a line from 0, and where the budget ends. */
-function budgetSpec({asked, measured}, state) {
-  const colour = css({kept: "--good", unsure: "--warn", broken: "--bad", unmeasured: "--soft"}[state]), end = Math.max(asked, measured.high ?? measured.value) * 1.15 || 1;
+/** What was measured with its interval on a line from 0, and what was asked for; the shaded part is as asked. */
+function budgetSpec({asked, measured, share, state}) {
+  const colour = css({kept: "--good", unsure: "--warn", broken: "--bad", unmeasured: "--soft"}[state]), end = share ? 1 : Math.max(asked, measured.high ?? measured.value) * 1.15 || 1;
   const at = v => ({scale: "x", value: v}), text = (v, y, words, fill) => ({type: "text", aria: false, encode: {update: {x: at(v), y: {value: y}, align: {value: v > end / 2 ? "right" : "left"}, dx: {value: v > end / 2 ? -5 : 5}, fill: {value: fill}, text: {value: words}}}});
   return {
     $schema: "https://vega.github.io/schema/vega/v6.json", autosize: {type: "fit-x", contains: "padding"}, padding: 2, height: 52, config: config(),
     signals: [{name: "width", init: "containerSize()[0]", on: [{events: {source: "window", type: "resize"}, update: "containerSize()[0]"}]}],
     scales: [{name: "x", type: "linear", range: "width", domain: [0, end]}],
-    axes: [{scale: "x", orient: "bottom", format: "~g", tickCount: 3, labelFlush: true}],
+    axes: [{scale: "x", orient: "bottom", format: share ? ".0%" : "~g", tickCount: 3, labelFlush: true}],
     marks: [
-      {type: "rect", aria: false, encode: {update: {x: at(0), x2: at(asked), y: {value: 0}, y2: {signal: "height"}, fill: {value: css("--line")}, opacity: {value: .7}}}},
+      {type: "rect", aria: false, encode: {update: {x: at(share ? asked : 0), x2: at(share ? 1 : asked), y: {value: 0}, y2: {signal: "height"}, fill: {value: css("--line")}, opacity: {value: .7}}}},
       {type: "rule", aria: false, encode: {update: {x: at(asked), y: {value: 0}, y2: {signal: "height"}, stroke: {value: css("--ink")}, strokeWidth: {value: 1.5}}}},
       text(asked, 12, "asked", css("--ink")),
       ...(measured.low == null ? [] : [{type: "rule", aria: false, encode: {update: {x: at(measured.low), x2: at(measured.high), y: {value: 34}, stroke: {value: colour}, strokeWidth: {value: 4}, opacity: {value: .4}, strokeCap: {value: "round"}}}}]),

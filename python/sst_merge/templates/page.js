@@ -55,7 +55,7 @@ async function update() {
 function drawAll() {
   drawFront();
   if (page.predictions.length) draw("calibration", calibrationSpec(page.predictions));
-  if (page.light?.measured) draw("budget", budgetSpec(page.light, page.light.state));
+  if (page.light?.measured && page.light.asked != null) draw("budget", budgetSpec(page.light));
   const look = looks(page.series);
   document.querySelectorAll("#series label").forEach(label => {
     const {colour, shape} = look.get(label.querySelector("input").value);
