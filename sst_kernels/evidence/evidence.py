@@ -235,13 +235,18 @@ class Evidence:
         return self.gain.nbytes + self.cost.nbytes
 
     def accumulate(
-        self, side: SideName, *, sequences: int | None = None, resume: str | os.PathLike | None = None
+        self,
+        side: SideName,
+        *,
+        sequences: int | None = None,
+        losses: int = 1,
+        resume: str | os.PathLike | None = None,
     ) -> Reading:
         """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
 
         In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
         The adapter is off while the context is open. What was read is added when it is left; after an error the evidence is as it was
-        before. `sequences`: how many rows this process will bring (each draw is one), if known:
+        before. `sequences`: how many rows this process will bring of each of its `losses` (each draw is a row), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
         if side not in ("gain", "cost"):
@@ -253,7 +258,7 @@ class Evidence:
         own = getattr(self, side).empty()
         reading = self._open(own, partial(self._take_in, side))
         if sequences is not None:
-            size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
+            size = whole("sequences", sequences, 0) * whole("losses", losses) * own.width * own.dtype.itemsize
             where = own.device or reading.sites[0].device
             half = {} if own.dtype == torch.bfloat16 else {'dtype="bfloat16"': Estimate(size // 2, size // 2)}
             require(

@@ -96,14 +96,14 @@ class MomentSums(Mapping[str, Moment]):
         """The sums of y = Q x, with Q [m, d_in] of each module: Q X Qᵀ, kept whole."""
         out = MomentSums({name: len(q) for name, q in columns.items()}, None, self.seed)
         out.tokens = self.tokens
-        means: dict[str, Moment] = {}
+        halves: dict[str, Triangle | Columns] = {}
         for name, leader in self.shared.items():
-            mean = means.get(leader)
-            if mean is None:
-                means = {leader: (mean := self[leader])}
-            q = columns[name].to(mean.device, torch.float64)
+            half = halves.get(leader)
+            if half is None:
+                halves = {leader: (half := self.half(leader))}
+            q = columns[name].to(half.device, torch.float64)
             out.shared[name] = name
-            out._sum(name, mean.device).sum.copy_(self.tokens * (q @ (mean @ q.mT)))
+            out._sum(name, half.device).sum.copy_(self.tokens * (q @ (half @ q.mT)))
         return out
 
     def all_reduce(self, group: Any, devices: Mapping[str, torch.device]) -> None:
