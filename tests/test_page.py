@@ -117,6 +117,8 @@ def test_the_light_follows_the_measured_budget(budget, state):
     assert budget["words"][1:] in light.words
     here = next(p for p in page_of_merge(report, {}).points if p.here)
     assert here.kl == light.measured  # its interval is the budget's
+    told = report | {"calibration": [{"parameter": 1.0, "predicted_kl": 0.01, "measured_kl": budget["kl"]}]}
+    assert [p.measured for p in page_of_merge(told, {}).predictions] == [light.measured] * bool(budget["kl"])
 
 
 def test_a_budget_measured_only_by_the_evaluation_is_judged():

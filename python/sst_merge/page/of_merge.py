@@ -11,7 +11,7 @@ import yaml
 from .answers import answers
 from .facts import facts
 from .measures import Measured
-from .model import Cell, Column, Fold, Page, Point, Prediction, Role, Series
+from .model import Cell, Column, Fold, Interval, Page, Point, Prediction, Role, Series
 from .verdict import BEFORE, HERE, PLAIN, alpha, asked_for, claims, headline, light, written
 from .words import command, interval, measured, number, percent, share
 
@@ -69,16 +69,20 @@ def _points(report: Mapping[str, Any], extra: Measured) -> list[Point]:
 
 def _evaluated(name: str, row: Mapping[str, Any], report: Mapping[str, Any], extra: Measured) -> Point:
     plain, here = name.startswith(PLAIN), name == written(report["evaluation"])
-    kl, refused = interval(row.get("benign_kl")), share(row.get("refusal_rate"), _harmful(report))
-    found = asked_for(report)
-    if here and found and kl is not None and kl.value == found["kl"]:  # the same rows, with their interval
-        kl = interval(kl.value, found["low"], found["high"])
+    kl = _bounded(row.get("benign_kl"), report) if here else interval(row.get("benign_kl"))
+    refused = share(row.get("refusal_rate"), _harmful(report))
     label = alpha(name) if plain else name.removeprefix("SST, ")
     cells = (Cell(f"{PLAIN}, {label}" if plain else name), measured(refused, percent), measured(kl), *extra.cells(row))
     return Point(
         PLAIN if plain else "SST", label, cells, kl, refused, interval(row.get("refusal_nll")),
         command=_again(report) if name == HERE else "", answers=name, here=here,
     )  # fmt: skip
+
+
+def _bounded(kl: float | None, report: Mapping[str, Any]) -> Interval | None:
+    """A measured KL, with the interval of what was asked for where it is that."""
+    found = asked_for(report) or {}
+    return interval(kl, found["low"], found["high"]) if found and kl == found["kl"] else interval(kl)
 
 
 def _offered(point: Mapping[str, Any], extra: Measured) -> Point:
@@ -113,7 +117,11 @@ def _predictions(report: Mapping[str, Any]) -> list[Prediction]:
     ]
     for point in report.get("calibration") or []:
         pairs.append(
-            (names.get(point["measured_kl"], "this adapter"), point["predicted_kl"], interval(point["measured_kl"]))
+            (
+                names.get(point["measured_kl"], "this adapter"),
+                point["predicted_kl"],
+                _bounded(point["measured_kl"], report),
+            )
         )
     out: dict[tuple[float, float], Prediction] = {}
     for label, predicted, found in pairs:
