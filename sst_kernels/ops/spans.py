@@ -31,6 +31,12 @@ def spans_from_lengths(
     Nothing is copied to the host, so lengths on a GPU cost no synchronisation and are not range-checked there.
 
     Raises ValueError for another `padding`, a wrong number of lengths, or (on the CPU) lengths outside [0, T].
+
+    Example:
+        >>> from sst_kernels.ops import spans_from_lengths
+        >>> spans_from_lengths(2, 4, torch.tensor([3, 2]), padding="left")
+        tensor([[1, 4],
+                [6, 8]])
     """
     if padding not in ("right", "left"):
         raise ValueError(f'padding: expected "right" or "left", got {padding!r}')
@@ -50,7 +56,14 @@ def spans_from_lengths(
 
 
 def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
-    """Spans [N, 2] of a packed batch from its cumulative lengths [N + 1], as varlen attention takes them."""
+    """Spans [N, 2] of a packed batch from its cumulative lengths [N + 1], as varlen attention takes them.
+
+    Example:
+        >>> from sst_kernels.ops import spans_from_cu_seqlens
+        >>> spans_from_cu_seqlens(torch.tensor([0, 3, 5]))
+        tensor([[0, 3],
+                [3, 5]])
+    """
     if cu.ndim != 1 or len(cu) == 0:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with a leading 0, got {list(cu.shape)}")
     cu = cu.to(torch.int64)

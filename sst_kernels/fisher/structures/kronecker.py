@@ -17,8 +17,10 @@ from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_e
 from sst_kernels.fisher.structures.moment import add_moment
 from sst_kernels.memo import Memo
 
+Side = tuple[Tensor, Tensor | None, Tensor | None]  # x, spans, scale
 
-def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, int]:
+
+def token_factors(batch: TokenBatch, approx: str) -> tuple[Side, Side, int]:
     """What the two second moments are summed over: `(x, spans, scale)` of the left and the right side, and the number
     of terms of the right sum.
 

@@ -30,6 +30,13 @@ def core_outer(
     Accumulation is float32; `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import core_outer
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> lefts, rights = [torch.ones(5, 2)] * 3, [torch.ones(5, 2)] * 3  # three modules of rank 2
+        >>> core_outer(lefts, rights, spans, None, torch.empty(2, 12))[:, 0]
+        tensor([3., 2.])
     """
     if len(lefts) != len(rights):
         raise ValueError(f"expected as many lefts as rights, got {len(lefts)} and {len(rights)}")

@@ -29,6 +29,13 @@ def eigen_moments(
     `precision` says how float32 products are formed on tensor cores: "tf32x3" (float32 accuracy), "ieee" or "tf32".
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import eigen_moments
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> eigen_moments(torch.ones(5, 2), torch.ones(5, 2), spans, None, torch.eye(2), torch.eye(2), torch.zeros(2, 2))
+        tensor([[13., 13.],
+                [13., 13.]])
     """
     checks.tokens("left", left)
     checks.tokens("right", right, left.shape[0])

@@ -29,6 +29,14 @@ def factor_moments(
     `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import factor_moments
+        >>> square = torch.zeros(2, 2)
+        >>> factor_moments(torch.ones(5, 2), torch.ones(5, 2), torch.tensor([[0, 3], [3, 5]]), None, None, square)
+        >>> square  # 3² + 2²
+        tensor([[13., 13.],
+                [13., 13.]])
     """
     checks.tokens("left", left)
     checks.tokens("right", right, left.shape[0])

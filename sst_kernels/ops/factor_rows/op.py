@@ -20,6 +20,12 @@ def factor_rows(
     `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import factor_rows
+        >>> factor_rows(torch.ones(5, 2), torch.ones(5, 2), torch.tensor([[0, 3], [3, 5]]), None, torch.empty(2, 4))
+        tensor([[3., 3., 3., 3.],
+                [2., 2., 2., 2.]])
     """
     checks.tokens("left", left)
     checks.tokens("right", right, left.shape[0])

@@ -22,6 +22,12 @@ def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, 
     `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import gram
+        >>> gram(torch.ones(5, 2), None, None, torch.zeros(2, 2)).tril()
+        tensor([[5., 0.],
+                [5., 5.]])
     """
     checks.tokens("x", x)
     checks.spans_and_scale(x, spans, scale)
@@ -33,7 +39,14 @@ def gram(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, *, 
 
 
 def symmetrize_(out: Tensor) -> Tensor:
-    """Copy the strict lower triangle of `out` [d, d] onto the upper one, in place and blockwise; returns `out`."""
+    """Copy the strict lower triangle of `out` [d, d] onto the upper one, in place and blockwise; returns `out`.
+
+    Example:
+        >>> from sst_kernels.ops import symmetrize_
+        >>> symmetrize_(torch.tensor([[5.0, 0.0], [4.0, 3.0]]))
+        tensor([[5., 4.],
+                [4., 3.]])
+    """
     d = out.shape[0]
     for i in range(0, d, _TILE):
         block = out[i : i + _TILE, i : i + _TILE]

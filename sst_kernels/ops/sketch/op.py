@@ -33,6 +33,11 @@ def sketch(
     tokens; scale [N] float32 or None. `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import sketch
+        >>> sketch(torch.ones(5, 3), torch.ones(3, 1), None, None, torch.zeros(4, 1)).flatten()  # Y, then C
+        tensor([15., 15., 15., 45.])
     """
     checks.tokens("x", x)
     checks.spans_and_scale(x, spans, scale)
