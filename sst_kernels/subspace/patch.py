@@ -24,6 +24,11 @@ class Prediction:
     cost_per_label, cost_per_sequence: of the filtered patch. in_sample_cost_per_label: the same on the pencil's own rows.
     plain_cost_per_label: of the whole patch, by the same quadratic. gain_kept: zᵀF_gain z of the filtered patch over that of
     the whole patch.
+
+    Example:
+        >>> prediction = sst.subspace(gain, cost, folds=2).soft(kl_budget=0.01).prediction
+        >>> prediction.held_out, prediction.cost_per_label <= 0.01
+        (True, True)
     """
 
     held_out: bool
@@ -43,6 +48,9 @@ class Patch:
     made from `Evidence` knows and one made from Fishers does not.
 
     Example:
+        >>> patch = sst.subspace(gain, cost, folds=2).soft(kl_budget=0.01)
+        >>> patch.coordinates["model.layers.0.self_attn.q_proj"].shape
+        torch.Size([3, 3])
         >>> patch = evidence.subspace().soft(kl_budget=0.02)  # doctest: +SKIP
         >>> patch.apply(model)                                # the adapter on the model becomes the filtered patch  # doctest: +SKIP
         >>> patch.save("patch")                               # a PEFT adapter of its own  # doctest: +SKIP

@@ -59,6 +59,12 @@ def subspace(
 
     Raises TypeError for what is no Fisher; ValueError when the Fishers hold no sequences or too few for the folds, do not describe
     one adapter, are in factor space, or lie at different points without being asked for.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, scope="module", folds=2)
+        >>> patch = space.soft(kl_budget=0.01)
+        >>> 0 < patch.prediction.gain_kept < 1
+        True
     """
     for fisher, name in ((gain, "gain"), (cost, "cost")):
         if not isinstance(fisher, Fisher):
@@ -105,7 +111,16 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
 
 @dataclass(frozen=True)
 class Subspace:
-    """The solved pencil. Filters return a `Patch`."""
+    """The solved pencil. Filters return a `Patch`.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, folds=2)
+        >>> len(space.values)  # as many λ as gain rows
+        8
+        >>> strengths = [patch.parameter for patch in space.path([0.001, 0.01])]
+        >>> strengths[0] > strengths[1]  # a larger budget, a smaller μ
+        True
+    """
 
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)

@@ -21,6 +21,10 @@ class Merged:
     Attributes:
         report: what `report.json` holds: evaluation, budget, patch, inputs, versions.
         folder: where it lies until it is saved, a temporary folder that goes with this object.
+
+    Example:
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm="harm.jsonl", benign="benign.jsonl")  # doctest: +SKIP
+        >>> merged.save("out")  # doctest: +SKIP
     """
 
     def __init__(self, report: dict[str, Any], home: Path):
