@@ -165,7 +165,7 @@ def check(
 def _check(recipe: Recipe, *, force: bool, yes: bool, as_json: bool) -> None:
     from .merge.check import check
 
-    told = check(recipe, force=force)
+    told = check(recipe, force=force, reporter=Reporter())
     print(json.dumps(told.facts(), ensure_ascii=False) if as_json else told.text())
     if told.mistakes and not yes:
         raise MergeError(f"{len(told.mistakes)} likely mistakes (above); a merge of this would need --yes")

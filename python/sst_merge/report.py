@@ -135,7 +135,7 @@ adapter that buy much refusal per unit of change in benign behaviour.
 
 ## Use it
 
-{commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
+{commands(base, recipe["output"], max(report["adapter"]["ranks"]), report["adapter"]["heads"])}
 
 {evaluation}
 {spent(report)}.
