@@ -46,7 +46,7 @@ class Merged:
         return attach(model, name, self.adapter)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write adapter, report, plots, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
+        """Write adapter, report, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
 
         Raises OutputError where something stands there already; `force` replaces an earlier output.
         """
