@@ -18,8 +18,8 @@ from .flags import takes
 from .io.paths import expanded
 from .io.refusals import command as refusals
 from .progress import Reporter
-from .recipe import Recipe, read_yaml
-from .report import print_table, spent, unspent
+from .recipe import STRENGTHS, Recipe, read_yaml
+from .report import front_table, print_rows, print_table, spent, unspent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +35,6 @@ CheckpointEvery = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an interrupted run.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")]
-STRENGTHS = ("kl_budget", "mu", "k")
 READ = (
     "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
@@ -52,6 +51,9 @@ def merge(
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
     keep_evidence: Annotated[bool, typer.Option(help="Leave the evidence in the output, for other strengths.")] = True,
+    pick: Annotated[
+        int | None, typer.Option(help="Point of the front in the report beside --evidence: its adapter, in seconds.")
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     force: Force = False,
@@ -61,7 +63,8 @@ def merge(
 
     With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
     """
-    recipe = _recipe(given, config)
+    entries, front = _picked(given, pick)
+    recipe = _recipe({**entries, **given}, config)
     if dry_run:
         from .merge.plan import lines, plan
 
@@ -79,11 +82,14 @@ def merge(
             checkpoint_every=checkpoint_every,
             resume=resume,
             keep_evidence=keep_evidence,
+            front=front,
         )
     if not report:
         return
     if report["evaluation"]:
         print_table(report["evaluation"])
+    if report.get("front"):
+        print_rows(front_table(report["front"]))
     print(spent(report))
     if note := unspent(report):
         print(note)
@@ -170,6 +176,19 @@ def evaluate(
 
 app.command()(compare)
 app.command("refusals")(refusals)
+
+
+def _picked(given: dict[str, Any], number: int | None) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """The recipe entries of a point of a front, and that front."""
+    if number is None:
+        return {}, None
+    from .merge.front import picked
+
+    if given.get("evidence") is None:
+        raise MergeError("--pick: takes --evidence, the file in the output whose report has the front")
+    if strengths := given.keys() & {*STRENGTHS, "filter", "input_filter", "sweep"}:
+        raise MergeError(f"--pick: the point says how strong; leave out {', '.join(sorted(strengths))}")
+    return picked(expanded(given["evidence"]), number)
 
 
 def _recipe(given: dict[str, Any], config: Path | None) -> Recipe:
