@@ -197,6 +197,7 @@ def test_what_is_held_out(world):
     assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:4]}, 0.2)
     two = trust.hold_out({"benign": data["benign"][:5]}, 0.2)
     assert (len(two["benign"]), len(two["eval_benign"])) == (3, 2)
+    assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:5]}, 0.2, 4)  # as many as there are folds
     given = {**data, "eval_benign": data["benign"][:1]}
     assert trust.hold_out(given, 0.2) == given
 

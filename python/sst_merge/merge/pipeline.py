@@ -55,7 +55,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "columns": recipe.columns,
     }
     given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
-    return hold_out(given, recipe.holdout)
+    return hold_out(given, recipe.holdout, recipe.folds if recipe.keeps_rows else 1)
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:

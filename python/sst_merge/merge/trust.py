@@ -251,10 +251,10 @@ class Knee(Measured):
         return f"{super().words()}; the knee of the measured curve, since neither a budget nor a rate was asked for"
 
 
-def hold_out(data: Mapping[str, Dataset], share: float) -> dict[str, Dataset]:
+def hold_out(data: Mapping[str, Dataset], share: float, least: int = 1) -> dict[str, Dataset]:
     """The data with about this share of the rows of either side taken out to measure on, where no others are given for that.
 
-    At least two of them, and never the half: with fewer than five rows nothing is taken out.
+    At least two of them, and never the half: nothing is taken out of fewer than five rows, or where fewer than `least` would be left.
     """
     out = dict(data)
     for side, what in (("harm", "refusal is"), ("benign", "the budget is")):
@@ -262,6 +262,8 @@ def hold_out(data: Mapping[str, Dataset], share: float) -> dict[str, Dataset]:
             continue
         rows = data[side]
         step = max(2, min(round(1 / share), len(rows) // 2))
+        if len(rows) - len(rows) // step < least:
+            continue
         rest = tuple(example for i, example in enumerate(rows.examples) if i % step != step - 1)
         held = rows[step - 1 :: step]
         note = f"{len(held)} of {len(rows)} {side} rows are held out: {what} measured on them (holdout)"
@@ -353,7 +355,7 @@ def rate_interval(found: Evaluation) -> tuple[float | None, float | None, float 
         return None, None, None, n
     middle = (rate + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n * n))
-    return rate, max(0.0, middle - half), min(1.0, middle + half), n
+    return rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)), n
 
 
 def _number(x: float) -> float | None:
