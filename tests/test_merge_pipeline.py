@@ -21,10 +21,10 @@ from sst_merge.merge import decide, pipeline, source
 from sst_merge.merge.plan import lines, plan
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
-from sst_merge.specs import Strength
 from sst_merge.report import PLOTS, energy_grid, markdown, table
 from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
+from sst_merge.specs import Strength
 from tests import merge_cases as cases
 from tests.pencil_cases import fisher_of, pair
 
