@@ -145,7 +145,7 @@ def evaluate(
     from .session import evaluate_folders
 
     # The two entries of a recipe that this command has no use for.
-    recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", reads=False)
+    recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", complete=False)
     files = [given.get("harm_data"), given.get("benign_data")]
     if not any(files):
         raise MergeError("nothing to measure on: give --harm-data, --benign-data or both")

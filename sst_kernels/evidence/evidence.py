@@ -30,7 +30,7 @@ from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint
 from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
-from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
+from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_lora_A
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
 from sst_kernels.subspace import Metric, Scope, Subspace, subspace
@@ -80,12 +80,12 @@ class Weights:
 class Filtered:
     """The patch with its inputs filtered, cost inputs weighing `mu`: its row space A', and both Fishers of its core.
 
-    reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
+    lora_A: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
     `fisher_accumulate(point="reference")` would take them of a model that carries A'.
     """
 
     mu: float
-    reads: dict[str, Tensor]
+    lora_A: dict[str, Tensor]
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
     weights: Weights = field(repr=False)
@@ -98,7 +98,7 @@ class Filtered:
         """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
         return {
             name: (
-                self.reads[name],
+                self.lora_A[name],
                 (self.weights.b[name].double() @ s.cpu().double()).float(),
                 self.weights.scaling[name],
             )
@@ -116,7 +116,7 @@ class Evidence:
         ...         reading.backward(batch, weights=sst.opening_weights(batch["labels"]))
         >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
         ...     for batch in benign_batches:
-        ...         reading.backward(batch, labels="model", draws=2)
+        ...         reading.backward(batch, labels="mc", draws=2)
         >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
         >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
         >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP
@@ -235,13 +235,18 @@ class Evidence:
         return self.gain.nbytes + self.cost.nbytes
 
     def accumulate(
-        self, side: SideName, *, sequences: int | None = None, resume: str | os.PathLike | None = None
+        self,
+        side: SideName,
+        *,
+        sequences: int | None = None,
+        losses: int = 1,
+        resume: str | os.PathLike | None = None,
     ) -> Reading:
         """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
 
         In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
         The adapter is off while the context is open. What was read is added when it is left; after an error the evidence is as it was
-        before. `sequences`: how many rows this process will bring (each draw is one), if known:
+        before. `sequences`: how many rows this process will bring of each of its `losses` (each draw is a row), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
         if side not in ("gain", "cost"):
@@ -253,7 +258,7 @@ class Evidence:
         own = getattr(self, side).empty()
         reading = self._open(own, partial(self._take_in, side))
         if sequences is not None:
-            size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
+            size = whole("sequences", sequences, 0) * whole("losses", losses) * own.width * own.dtype.itemsize
             where = own.device or reading.sites[0].device
             half = {} if own.dtype == torch.bfloat16 else {'dtype="bfloat16"': Estimate(size // 2, size // 2)}
             require(
@@ -301,7 +306,7 @@ class Evidence:
             reads = reads if mu else dict(self.weights.a)
         elif mu:
             columns = {
-                n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()
+                n: new for n, (new,) in filtered_lora_A(given, self.gain.moments, self.cost.moments, [mu]).items()
             }
             reads = {name: a.to("cpu", torch.float32) for name, a in columns.items()}
         else:

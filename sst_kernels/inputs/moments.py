@@ -96,14 +96,14 @@ class MomentSums(Mapping[str, Moment]):
         """The sums of y = Q x, with Q [m, d_in] of each module: Q X Qᵀ, kept whole."""
         out = MomentSums({name: len(q) for name, q in columns.items()}, None, self.seed)
         out.tokens = self.tokens
-        means: dict[str, Moment] = {}
+        halves: dict[str, Triangle | Columns] = {}
         for name, leader in self.shared.items():
-            mean = means.get(leader)
-            if mean is None:
-                means = {leader: (mean := self[leader])}
-            q = columns[name].to(mean.device, torch.float64)
+            half = halves.get(leader)
+            if half is None:
+                halves = {leader: (half := self.half(leader))}
+            q = columns[name].to(half.device, torch.float64)
             out.shared[name] = name
-            out._sum(name, mean.device).sum.copy_(self.tokens * (q @ (mean @ q.mT)))
+            out._sum(name, half.device).sum.copy_(self.tokens * (q @ (half @ q.mT)))
         return out
 
     def all_reduce(self, group: Any, devices: Mapping[str, torch.device]) -> None:
@@ -197,7 +197,7 @@ class InputMoments(Mapping[str, Moment]):
     """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module."""
 
     def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
-        self.reads = {site.name: whole_weight(site.lora_a).clone() for site in sites}
+        self.lora_A = {site.name: whole_weight(site.lora_a).clone() for site in sites}
         self.sums = MomentSums({site.name: width_of(site) for site in sites}, rank, seed)
         self._model, self._sites, self._group = model, sites, group
         self._seen: set[str] = set()  # modules that this batch has passed
