@@ -223,8 +223,9 @@ class AcrossModules(RowPencil):
             inside = others(gain, held)
             self._gain_folds.append(Fold.of_complement(own, inside, held, self._images[inside], self._images[held]))
         if not self.held_out:
-            sides = zip((grams[0] @ mix).split([len(gain), len(cost)]), (self._images, self._cost_images))
-            self._gain_folds, self._cost_folds = ([Fold(*with_rest(self.values, *side))] for side in sides)
+            gain_part, cost_part = (grams[0] @ mix).split([len(gain), len(cost)])
+            self._gain_folds = [Fold(*with_rest(self.values, gain_part, self._images))]
+            self._cost_folds = [Fold(*with_rest(self.values, cost_part, self._cost_images))]
         return unseen(own, rows.gain_folds, self.frobenius.size)
 
     def _from_span(self, damping: float) -> tuple[float, float]:
