@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -88,12 +89,12 @@ class Pretended:
         cost = choice.patch.prediction.cost_per_label
         kl, refused = self.law(cost), round(self.rate(cost) * self.prompts)
         self.measured.append(kl)
-        prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": kl} for i in (1, 2)]
+        prompts = [{"set": "benign", "line": e.line, "prompt": "x", "benign_kl": kl} for e in ROWS.examples]
         prompts += [{"set": "harmful", "line": i, "refused": i < refused} for i in range(self.prompts)]
         return trust.Trial(choice, Evaluation(benign_kl=kl, refusal_rate=refused / self.prompts, prompts=prompts))
 
 
-ROWS = SimpleNamespace(examples=[SimpleNamespace(line=1, labels=3), SimpleNamespace(line=2, labels=5)])
+ROWS = SimpleNamespace(examples=[SimpleNamespace(line=i, labels=3 + i % 3) for i in range(400)])
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.2, 5.0, 2000.0])
@@ -125,20 +126,49 @@ def test_measurements_that_are_no_numbers_keep_nothing():
     assert budget.kl == 0.0
 
 
-def test_rows_that_are_too_few_to_tell_ask_for_more():
-    kls = iter([0.001, 0.03])
-    base = Pretended(lambda cost: 0.01)
+@pytest.mark.parametrize("kls", [(0.5, 1.5), (1.0, 1.0)])
+def test_two_rows_hold_a_patch_back_and_ask_for_more(kls):
+    """However well they agree: the interval has to end below 1.5 budgets."""
+    base = Pretended(lambda cost: cost)
+    rows = SimpleNamespace(examples=[SimpleNamespace(line=i, labels=4) for i in (1, 2)])
 
     def measure(choice):
         trial = base.measure(choice)
-        trial.found.prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": next(kls)} for i in (1, 2)]
+        kl = trial.found.benign_kl
+        trial.found.prompts = [
+            {"set": "benign", "line": i, "prompt": "x", "benign_kl": kl * share} for i, share in zip((1, 2), kls)
+        ]
         return trial
 
-    budget = trust.within(0.012, base.choose, measure, ROWS)[1]
-    assert budget.high > 1.5 * 0.012
+    _, budget, _ = trust.within(0.02, base.choose, measure, rows)
+    assert 0 < budget.kl < 0.02 / 2
+    assert 0.8 * 0.03 <= budget.high <= 0.03
     assert budget.more_rows > 0
-    assert f"some {budget.more_rows} more would tell" in budget.words()
-    assert [r["benign_kl"] for r in budget.worst] == [0.03, 0.001]
+    assert f"with some {budget.more_rows} more the budget could be spent" in budget.words()
+    assert [r["benign_kl"] for r in budget.worst] == sorted((budget.kl * share for share in kls), reverse=True)
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("n", [2, 8, 40])
+def test_intervals_of_kls_cover_what_they_should(shape, n):
+    """Rows drawn from gamma distributions, as uneven as KLs are and more even ones; labels of different lengths."""
+    generator = np.random.default_rng(0)
+    rows = SimpleNamespace(
+        examples=[SimpleNamespace(line=i, labels=int(x)) for i, x in enumerate(generator.integers(5, 40, n))]
+    )
+    weights = np.array([e.labels for e in rows.examples])
+    above = below = 0
+    for _ in range(600):
+        kls = generator.gamma(shape, 1 / shape, n)
+        mean = float(weights @ kls / weights.sum())
+        found = Evaluation(
+            benign_kl=mean, prompts=[{"set": "benign", "line": i, "benign_kl": x} for i, x in enumerate(kls)]
+        )
+        kl, low, high = trust.kl_interval(found, rows)
+        assert low < kl == mean < high
+        above, below = above + (high < 1), below + (low > 1)
+    assert above / 600 <= (0.09 if shape >= 1 else 0.16)  # 0.025 is meant; few uneven rows tell less
+    assert below / 600 <= 0.09
 
 
 @pytest.mark.parametrize("middle", [1e-3, 0.02, 0.3])

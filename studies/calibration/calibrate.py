@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sst_merge
+from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluator
 from sst_merge.io.data import Dataset, load_dataset
 from sst_merge.merge.decide import decide
@@ -36,7 +37,7 @@ DEMO_PAIR = {
 }
 COLUMNS = (
     "pair", "rows", "seed", "budget", "held_out", "allowed", "predicted", "kl", "low", "high", "third_rows", "third_kl", "third_low", "third_high",
-    "ratio", "more_rows", "trials", "growth", "whole",
+    "ratio", "more_rows", "trials", "growth", "whole", "gave_up",
 )  # fmt: skip
 KEYS = COLUMNS[:4]
 
@@ -77,6 +78,8 @@ def calibrate(name: str, entries: dict[str, Any], given: argparse.Namespace, don
     )
     session = session_of(recipe, Reporter(quiet=True))
     pool = {side: load_dataset(recipe.files[side], session.tokenizer, max_length=256) for side in ("harm", "benign")}
+    mixed = random.Random(f"third {name}").sample(pool["benign"].examples, len(pool["benign"]))
+    pool["benign"] = replace(pool["benign"], examples=tuple(mixed))
     third = pool["benign"][-given.third :]
     judge = Evaluator(session.model, session.tokenizer, benign=third, reference=session.reference)
     made = 0
@@ -98,10 +101,16 @@ def calibrate(name: str, entries: dict[str, Any], given: argparse.Namespace, don
             if made >= left:
                 return made
             one = recipe.model_copy(update={"kl_budget": budget})
-            decision = decide(one, session, source, {"eval_benign": data["eval_benign"]})
-            assert isinstance(decision.outcome, Budget)
-            found = session.measure(judge, decision.choice.adapter, name)
-            row = described(name, rows, seed, decision.outcome, decision.choice, kl_interval(found, third), len(third))
+            row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | dict(zip(KEYS, (name, rows, seed, budget)))
+            row |= {"held_out": len(data["eval_benign"]), "third_rows": len(third)}
+            try:
+                decision = decide(one, session, source, {"eval_benign": data["eval_benign"]})
+            except MergeError:  # without a task adapter nothing is left to write where nothing stays within the budget
+                row |= {"gave_up": 1, "more_rows": 0, "ratio": 0.0}
+            else:
+                assert isinstance(decision.outcome, Budget)
+                found = session.measure(judge, decision.choice.adapter, name)
+                row |= described(decision.outcome, decision.choice, kl_interval(found, third))
             append(given.csv, row)
             done[key(name, rows, seed, budget)] = row
             made += 1
@@ -120,16 +129,13 @@ def drawn(pool: dict[str, Dataset], rows: int, given: argparse.Namespace, seed: 
     return {"harm": data["harm"], **hold_out({"benign": data["benign"]}, 0.2, 4)}
 
 
-def described(
-    name: str, rows: int, seed: int, found: Budget, choice: Any, third: tuple[float | None, ...], count: int
-) -> dict[str, Any]:
+def described(found: Budget, choice: Any, third: tuple[float | None, ...]) -> dict[str, Any]:
     kl = third[0]
     assert kl is not None
     return {
-        "pair": name, "rows": rows, "seed": seed, "budget": found.budget, "held_out": found.rows, "allowed": choice.allowed,
-        "predicted": found.predicted, "kl": found.kl, "low": found.low, "high": found.high, "third_rows": count, "third_kl": kl,
+        "allowed": choice.allowed, "predicted": found.predicted, "kl": found.kl, "low": found.low, "high": found.high, "third_kl": kl,
         "third_low": third[1], "third_high": third[2], "ratio": kl / found.budget, "more_rows": found.more_rows,
-        "trials": len(found.tried), "growth": math.sqrt(max(choice.patch.kept.values())), "whole": int(choice.whole),
+        "trials": len(found.tried), "growth": math.sqrt(max(choice.patch.kept.values())), "whole": int(choice.whole), "gave_up": 0,
     }  # fmt: skip
 
 
@@ -143,7 +149,7 @@ def verdict(rows: list[dict[str, str]]) -> str:
     warned = sum(bool(int(r["more_rows"])) for r in rows)
     return (
         f"{len(rows)} merges: KL on third rows at most 1.5 budgets in {within:.1%}, largest {max(ratios):.2f} budgets; {silent} above 3 without a "
-        f"warning ({warned} warned)"
+        f"warning ({warned} warned, {sum(int(r['gave_up']) for r in rows)} said that nothing stays within the budget)"
     )
 
 

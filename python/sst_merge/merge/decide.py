@@ -13,6 +13,7 @@ from ..evaluate import Evaluation, Evaluator
 from ..io.adapters import for_output
 from ..io.data import Dataset
 from ..recipe import DEFAULT_BUDGET, Recipe
+from ..run.launch import world
 from ..session import Session
 from ..specs import Pencil, Strength
 from . import front
@@ -59,10 +60,10 @@ def decide(recipe: Recipe, session: Session, source: Source, data: Mapping[str, 
     except MergeError:
         raise
     except Exception as error:  # no measurement costs a merge
-        budget = asked if given else Strength(asked.filter, kl_budget=asked.kl_budget or DEFAULT_BUDGET)
-        session.reporter.warn(
-            f"the budget could not be measured, so its prediction stands: {type(error).__name__}: {error}"
-        )
+        budget = asked if given or asked.kl_budget is not None else Strength(asked.filter, kl_budget=DEFAULT_BUDGET)
+        what = "the budget" if budget is asked else "what was asked for"
+        stands = "its prediction" if budget is asked else f"a predicted budget of {DEFAULT_BUDGET:g} nats"
+        session.reporter.warn(f"{what} could not be measured, so {stands} stands: {type(error).__name__}: {error}")
         return Decision(_chooser(recipe, session, source, recipe.pencil, budget)(None))
     session.seconds["decide"] = time.monotonic() - start
     return decision
@@ -114,7 +115,7 @@ def _chooser(
 
 def _closer(recipe: Recipe, session: Session, source: Source) -> list[Callable[[float | None], Choice]]:
     """Strengths of the patch with its inputs filtered less, and not at all: its whole refuses more, and costs more."""
-    if not recipe.from_evidence:
+    if not recipe.from_evidence or world() is not None:  # ranks solve pencils together, and only the first decides
         return []
     made = []
     for price in (recipe.input_filter / 10, 0.0) if recipe.input_filter else ():

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.stats import chi2
 
 from sst_kernels import Patch
 
@@ -27,7 +28,7 @@ _NEAR = 0.8  # share of the budget that is spent well enough
 _CLEAR = 1.5  # of the budget: an interval that reaches further says that the rows are too few to tell
 _CLOSE = 1.25  # of two strengths: nearer ones are not told apart by some tens of answers
 _STEP = 4.0  # from a strength that refuses too little to the next, and back
-_DRAWS, _WORST = 1000, 5
+_WORST = 5
 _Z = 1.959964  # 95 %
 
 
@@ -70,18 +71,23 @@ class Question(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """The strongest patch whose measured benign KL is at most `budget`."""
+    """The strongest patch whose measured benign KL is at most `budget`, with an interval over `rows` that ends below 1.5 budgets."""
 
     budget: float
+    rows: Dataset
 
     def beyond(self, found: Evaluation) -> bool:
-        return not found.benign_kl <= self.budget
+        return not self._spent(found) <= self.budget
 
     def enough(self, found: Evaluation, low: float, high: float) -> bool:
-        return not self.beyond(found) and (found.benign_kl >= _NEAR * self.budget or math.isinf(high))
+        return not self.beyond(found) and (self._spent(found) >= _NEAR * self.budget or math.isinf(high))
 
     def factor(self, found: Evaluation) -> float:
-        return max(self.budget / found.benign_kl, 1e-2) * 0.9
+        return max(self.budget / self._spent(found), 1e-2) * 0.9
+
+    def _spent(self, found: Evaluation) -> float:
+        kl, _, high = kl_interval(found, self.rows)
+        return math.nan if kl is None or high is None else max(kl, high / _CLEAR)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def search(
 class Measured:
     """What was measured of the adapter that was chosen, on rows that stood in no pencil; the strength was chosen on them, too.
 
-    kl: nats per label token, with its 95 % bootstrap interval over `rows` benign rows. refused: share of `prompts` harmful prompts, with
+    kl: nats per label token, with its 95 % interval over `rows` benign rows (`kl_interval`). refused: share of `prompts` harmful prompts, with
     its 95 % Wilson interval; None where no answers were generated. predicted: KL. tried: (allowed by prediction, measured) of every
     strength. worst: rows with the largest KL per token.
     """
@@ -185,9 +191,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget(Measured):
-    """What became of a KL budget, in nats per label token."""
+    """What became of a KL budget, in nats per label token. held_back: the interval, not the KL, kept a stronger patch out."""
 
     budget: float = 0.0
+    held_back: bool = False
 
     @property
     def kept(self) -> bool:
@@ -195,13 +202,14 @@ class Budget(Measured):
 
     @property
     def more_rows(self) -> int:
-        """How many rows as these would bring the interval's upper end to 1.5 budgets; 0 where they do."""
-        if self.kl is None or self.high is None:
+        """How many rows as these would do to spend most of the budget; 0 where it is spent, or where there is no more to spend it on.
+
+        With them the interval of a KL of 0.8 budgets would end below 1.5.
+        """
+        if not self.held_back or not self.kl or self.high is None:
             return 0
-        width = self.high - self.kl
-        if not self.kept or self.high <= _CLEAR * self.budget or width <= 0:
-            return 0
-        return math.ceil(self.rows * (width / (_CLEAR * self.budget - self.kl)) ** 2) - self.rows
+        wanted = math.log(_CLEAR / _NEAR)
+        return max(1, math.ceil(self.rows * (math.log(self.high / self.kl) / wanted) ** 2) - self.rows)
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"kept": self.kept, "more_rows": self.more_rows}
@@ -215,7 +223,10 @@ class Budget(Measured):
         if self.kl == 0:
             text += ". No strength that keeps anything stays within the budget on these rows: the adapter is the task adapter alone"
         elif self.more_rows:
-            text += f". These rows are too few to be sure: some {self.more_rows} more would tell whether it stays below {_CLEAR * self.budget:g}"
+            text += (
+                f". These rows are too few to be sure of more: the interval has to end below {_CLEAR * self.budget:g}; with some {self.more_rows} "
+                "more the budget could be spent"
+            )
         return text
 
 
@@ -279,13 +290,16 @@ def within(
 
     Starts where the prediction allows the budget. Where nothing is within it, nothing of the patch is kept.
     """
-    tried = search(budget, choose, measure, Within(budget))
-    kept = [trial for trial in tried if not Within(budget).beyond(trial.found)]
+    question = Within(budget, rows)
+    tried = search(budget, choose, measure, question)
+    kept = [trial for trial in tried if not question.beyond(trial.found)]
     if not kept:
         kept = [measure(choose(0.0))]
         tried.append(kept[0])
     best = max(kept, key=lambda trial: trial.choice.allowed)
-    return best, Budget(**measured(best, tried, rows), budget=budget), tried
+    stopped = [trial for trial in tried if question.beyond(trial.found)]
+    held_back = bool(stopped) and best.found.benign_kl < _NEAR * budget
+    return best, Budget(**measured(best, tried, rows), budget=budget, held_back=held_back), tried
 
 
 def reaching(
@@ -335,17 +349,27 @@ def measured(trial: Trial, tried: Sequence[Trial], rows: Dataset | None) -> dict
 
 
 def kl_interval(found: Evaluation, rows: Dataset | None) -> tuple[float | None, float | None, float | None]:
-    """Measured KL with its 95 % bootstrap interval over rows; three times None where it was not measured."""
+    """Measured KL with its 95 % interval over rows; three times None where it was not measured.
+
+    The mean of positive and skewed numbers is taken to be gamma distributed. Its shape follows from how the rows differ, together with one
+    row more of an exponential distribution: two rows that happen to agree are no certainty.
+    """
     records = [r for r in found.prompts if r["set"] == "benign"]
     if rows is None or not records or not math.isfinite(found.benign_kl):
         return None, None, None
+    if found.benign_kl <= 0:
+        return (found.benign_kl,) * 3
     labels = {example.line: example.labels for example in rows.examples}
     weights = np.array([labels[r["line"]] for r in records], dtype=float)
-    sums = np.array([r["benign_kl"] for r in records]) * weights
+    relative = np.array([r["benign_kl"] for r in records]) / found.benign_kl - 1
     n = len(records)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _DRAWS)
-    low, high = np.quantile((drawn @ sums) / (drawn @ weights), [0.025, 0.975])
-    return found.benign_kl, float(low), float(high)
+    share = (weights / weights.sum()) ** 2
+    spread = (
+        float(share @ relative**2) / float(share.sum()) * n / max(n - 1, 1)
+    )  # squared coefficient of variation of a row
+    shape = 2 / (float(share.sum()) * (1 + (n - 1) * spread) / n)
+    low, high = (found.benign_kl * shape / float(chi2.ppf(level, shape)) for level in (0.975, 0.025))
+    return found.benign_kl, low, high
 
 
 def rate_interval(found: Evaluation) -> tuple[float | None, float | None, float | None, int]:
