@@ -159,12 +159,12 @@ def test_calibration_measures_every_budget_on_rows_that_no_merge_has_seen(tmp_pa
     command += ["--budgets", 0.1, 0.02, "--at-most", 3]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     calibrate.main()
-    first = list(csv.DictReader(table.open()))
+    first = list(csv.DictReader(table.read_text().splitlines()))
     assert [(r["pair"], r["budget"]) for r in first] == [("demo", "0.1"), ("demo", "0.02"), ("demo, no task", "0.1")]
     assert all(float(r["kl"]) <= float(r["budget"]) and float(r["third_kl"]) > 0 for r in first)
     assert {(r["held_out"], r["third_rows"]) for r in first} == {("2", "5")}
     calibrate.main()  # from the saved evidence, what is missing alone
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert rows[:3] == first
     assert len(rows) == 4
     assert "4 merges: KL on third rows at most 1.5 budgets in" in capsys.readouterr().out
