@@ -1,5 +1,5 @@
 """How many kernels a batch launches at Llama-2-7B's 224 modules, counted without a GPU: on tensors without data, by launchers
-whose kernels do not run. docs/fisher.md states the counts."""
+whose kernels do not run. docs/structures.md states the counts."""
 
 from __future__ import annotations
 
@@ -114,6 +114,6 @@ def test_launches_of_a_batch_are_those_documented(launches, kind, options):
             for structure, (_, left, right) in zip(structures, blocks):
                 structure.update(TokenBatch(left, right, spans, scale, Counts(B, B * T, B * T)))
     total = SHAPE.layers * launches.counts.total()
-    stated = re.search(rf"^\| `{kind}`[^|]*\| (\d[\d ]*) \|", (ROOT / "docs/fisher.md").read_text(), re.MULTILINE)
-    assert stated, f"docs/fisher.md states no launches of {kind}"
+    stated = re.search(rf"^\| `{kind}`[^|]*\| (\d[\d ]*) \|", (ROOT / "docs/structures.md").read_text(), re.MULTILINE)
+    assert stated, f"docs/structures.md states no launches of {kind}"
     assert int(stated[1].replace(" ", "")) == total, dict(launches.counts)

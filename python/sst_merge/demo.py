@@ -11,8 +11,8 @@ from typing import Any
 
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, write_adapter
-from .io.models import WHEEL
 from .io.output import output_folder
+from .io.smollm2 import WHEEL
 from .merge import pipeline
 from .merge.source import Source
 from .progress import Reporter

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import MAX_SEED, RecipeError
 from .io.paths import expanded, within
@@ -27,7 +36,16 @@ PATHS = (
 )  # fmt: skip
 STRENGTHS = ("kl_budget", "target_refusal", "mu", "k")
 DEFAULT_BUDGET = 0.02  # benign KL, nats per label token: where nothing is asked for, and nothing can be measured
+_SPELLED = {
+    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
+    "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
+}  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _label_source(given: Any) -> Any:
+    """The old names hold until 0.3."""
+    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -151,6 +169,11 @@ class Recipe(BaseModel):
                 raise ValueError(f"unknown entry {key!r}; {hint}")
         return values
 
+    @field_validator("dtype", "filter", "structure", "metric", "scope", "form", mode="before")
+    @classmethod
+    def _in_other_words(cls, value: Any) -> Any:
+        return spelled(value) if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _one_strength(cls, values: Any) -> Any:
@@ -159,8 +182,8 @@ class Recipe(BaseModel):
         given = [name for name in STRENGTHS if values.get(name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of kl_budget, target_refusal, mu and k, not {' and '.join(given)}")
-        name, wrong = values.get("filter", "soft"), {"soft": "k", "threshold": "k", "top_k": "mu"}
-        if given and given[0] == wrong.get(name):
+        name, wrong = cls._in_other_words(values.get("filter", "soft")), {"soft": "k", "threshold": "k", "top_k": "mu"}
+        if given and isinstance(name, str) and given[0] == wrong.get(name):
             raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
         return values
 
@@ -255,6 +278,11 @@ class Recipe(BaseModel):
         return {name: path for name, path in given.items() if path is not None}
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_dataset` is told of every file."""
+        return {n: getattr(self, n) for n in ("max_length", "limit", "skip_bad_lines", "template", "columns")}
+
+    @property
     def from_evidence(self) -> bool:
         """Whether one reading of the data has everything, or Fisher passes of their own follow."""
         return self.pencil.fishers.from_evidence
@@ -302,9 +330,10 @@ class Recipe(BaseModel):
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
+def spelled(value: str) -> str:
+    """A choice as recipes spell it: `top-k` is top_k, `fp16` float16, `kfac` kronecker."""
+    plain = value.strip().lower().replace("-", "_")
+    return _SPELLED.get(plain, plain)
 
 
 def _kind(structure: str) -> type[Structure]:

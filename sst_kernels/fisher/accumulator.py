@@ -26,6 +26,13 @@ class Accumulator(Hooks):
 
     `progress` is what the last checkpoint was given, {} in a pass that starts from nothing. With the state on the host of a GPU the
     last batches may be on their way: `fisher` and `skipped` wait for them when asked, what was kept of an earlier answer does not.
+
+    Example:
+        >>> with sst.fisher_accumulate(model, "safety") as accumulator:
+        ...     for batch in harm_batches:
+        ...         _ = model(**batch).loss.backward()
+        >>> accumulator.fisher.counts.sequences, accumulator.skipped
+        (8, [])
     """
 
     def __init__(

@@ -41,7 +41,12 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 @dataclass
 class Counts:
-    """How much data stands behind raw sums; which of the three divides them is the reader's choice (`count=`)."""
+    """How much data stands behind raw sums; which of the three divides them is the reader's choice (`count=`).
+
+    Example:
+        >>> gain.counts
+        Counts(sequences=8, tokens=67, labels=38)
+    """
 
     sequences: int = 0
     tokens: int = 0
@@ -55,7 +60,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter block: its name in the Fisher mapping, the PEFT module it belongs to, and its shape [p, q]."""
+    """One parameter block: its name in the Fisher mapping, the PEFT module it belongs to, and its shape [p, q].
+
+    Example:
+        >>> sst.fisher.Block("q_proj", "q_proj", (3, 3)).size
+        9
+    """
 
     name: str
     module: str
@@ -74,6 +84,13 @@ class TokenBatch:
     the factor that turns the autograd gradient of sample n into the gradient of its summed loss; `counts` of the batch.
     `rows` [N, p*q] float32 are the per-sample gradients, scaled, when somebody has computed them already (the
     accumulator does so for all core blocks in one launch); otherwise `gradients()` computes and keeps them.
+
+    Example:
+        >>> from sst_kernels.fisher import Counts, TokenBatch
+        >>> spans = torch.tensor([[0, 3], [3, 5]])  # two samples, of three and of two tokens
+        >>> batch = TokenBatch(torch.ones(5, 2), torch.ones(5, 4), spans, torch.ones(2), Counts(2, 5, 5))
+        >>> batch.gradients()[:, 0]  # Σ_t left_t right_tᵀ
+        tensor([3., 2.])
     """
 
     left: Tensor
@@ -109,6 +126,14 @@ class Structure(ABC):
 
     Raw sums are stored together with `counts`; every answer is divided by `counts.<count>`. `sample="sequence"` sums the
     tokens of a sequence before squaring, `sample="token"` takes each token alone. Answers are float64 on `device`.
+
+    Example:
+        >>> from sst_kernels.fisher import Counts, TokenBatch, make_structure
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> structure = make_structure("diagonal", (2, 4))
+        >>> structure.update(TokenBatch(torch.ones(5, 2), torch.ones(5, 4), spans, torch.ones(2), Counts(2, 5, 5)))
+        >>> structure.matvec(torch.ones(8)).dtype, structure.quadratic(torch.eye(8)).shape
+        (torch.float64, torch.Size([8]))
     """
 
     kind: ClassVar[str]
