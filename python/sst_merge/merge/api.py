@@ -94,7 +94,7 @@ def merge(
             model's behaviour is kept.
         harm, benign, eval_harm, eval_benign: data files, or rows such as `{"prompt": …, "response": …}` (lists, `datasets.Dataset`).
         tokenizer: of a loaded model; by default the one of the folder or name that it was loaded from.
-        kl_budget: benign KL to spend, in nats per label token (0.02 without another strength).
+        kl_budget: benign KL to spend, in nats per label token (without a strength: the knee of what is measured).
         yes: go on where the inputs look like a mistake. progress: bars and notes on stderr.
         settings: further entries of a recipe (`docs/cli.md`): `mu`, `rank`, `input_filter`, `seed`, …
 
