@@ -12,9 +12,10 @@ import typer
 from .errors import MergeError, RecipeError
 from .flags import Config, Force, Json, Quiet, RecipeFile, Verbose, Yes, takes
 from .io.paths import expanded
+from .page.facts import unspent
 from .progress import Reporter
 from .recipe import Recipe, read_yaml
-from .report import print_table, spent, unspent
+from .report import print_table, spent
 
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save the unfinished reading beside the output every so many batches.")
@@ -61,7 +62,7 @@ def merge(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card, recipe and evidence.
+    """Merge a safety adapter into a task adapter; write adapter, report, model card, recipe and evidence.
 
     With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
     """
