@@ -61,7 +61,7 @@ class Evaluator:
     """Measures one model under different adapters on fixed data; the reference's logits are computed once.
 
     Args:
-        model: a PeftModel (see `models.attach`), or a plain model to measure the base alone.
+        model: a PeftModel (see `fit.attach`), or a plain model to measure the base alone.
         tokenizer: of that model.
         harmful, benign: what to measure on; None leaves the corresponding numbers NaN.
         reference: name of the adapter on the model that is the reference, or None for the bare base model.

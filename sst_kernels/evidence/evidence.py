@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, TypedDict, Unpack
 
@@ -34,6 +34,7 @@ from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, f
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
 from sst_kernels.subspace import Metric, Scope, Subspace, subspace
+from sst_kernels.subspace.lora import Lora
 
 SideName = Literal["gain", "cost"]
 
@@ -104,19 +105,16 @@ class Filtered:
     weights: Weights = field(repr=False)
 
     def subspace(self, **options: Unpack[PencilOptions]) -> Subspace:
-        """`sst_kernels.subspace` of both Fishers."""
-        return subspace(self.gain, self.cost, **options)
+        """`sst_kernels.subspace` of both Fishers; its patches know their factors (`Patch.apply`, `Patch.save`)."""
+        return replace(subspace(self.gain, self.cost, **options), lora=self._lora)
 
     def factors(self, coordinates: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
         """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
-        return {
-            name: (
-                self.lora_A[name],
-                (self.weights.b[name].double() @ s.cpu().double()).float(),
-                self.weights.scaling[name],
-            )
-            for name, s in coordinates.items()
-        }
+        return self._lora.at(coordinates)
+
+    @property
+    def _lora(self) -> Lora:
+        return Lora(self.gain.meta["adapter"], self.lora_A, self.weights.b, self.weights.scaling)
 
 
 class Evidence:

@@ -15,6 +15,7 @@ from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import WIDTH, Coordinates, module_width
 from sst_kernels.subspace.crossfit import folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Filter
+from sst_kernels.subspace.lora import Lora
 from sst_kernels.subspace.modules import Blocks, PerModule
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.pencils import AcrossModules, Pencil, Rows
@@ -128,6 +129,7 @@ class Subspace:
     damping: float
     folds: int
     pencil: Pencil = field(repr=False)
+    lora: Lora | None = field(default=None, repr=False)
 
     @cached_property
     def values(self) -> Tensor:
@@ -212,7 +214,7 @@ class Subspace:
             gain_kept=float(pencil.kept_gain(weights, chosen)),
         )
         points = (str(self.gain.meta["point"]), str(self.cost.meta["point"]))
-        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points)
+        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points, self.lora)
 
     @cached_property
     def _plain_cost(self) -> float:

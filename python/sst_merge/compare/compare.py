@@ -184,10 +184,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = session_of(recipe, reporter)
     data = load_data(recipe, session.tokenizer)
     if recipe.eval_safe_data is not None:
-        options: dict[str, Any] = {
-            k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")
-        }
-        data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
+        data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **recipe.reading)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
         if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")

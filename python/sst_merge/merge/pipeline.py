@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from sst_kernels.env import versions
 from ..errors import MergeError, RecipeError
 from ..evaluate import Evaluation, Evaluator, write_prompts
 from ..io.adapters import Adapter, for_output, write_adapter
-from ..io.data import Dataset, load_dataset
-from ..io.models import check_fit
+from ..io.data import Dataset, load_dataset, rendered_example
+from ..io.fit import check_fit
+from ..io.models import model_folder
 from ..io.output import check_output, output_file, output_folder
+from ..io.paths import expanded
+from ..io.serving import export
 from ..progress import Reporter
 from ..recipe import Recipe
 from ..report import write_report
@@ -31,30 +35,26 @@ from ..run.memory import check_pencil
 from ..session import Session, open_session
 from ..specs import Strength
 from .algebra import recompress
+from .findings import about_refusing, findings, heed
 from .source import Source, load_evidence
 from .trust import Budget, Choice, hold_out, within
 
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
-def session_of(recipe: Recipe, reporter: Reporter) -> Session:
-    """The model and adapters of a recipe."""
+def session_of(
+    recipe: Recipe, reporter: Reporter, *, weights: bool = True, loaded: tuple[Any, Any] | None = None
+) -> Session:
+    """The model and adapters of a recipe; the model on meta tensors without `weights`. loaded: model and tokenizer, where they are at hand."""
     return open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization,
-        reporter=reporter,
+        weights=weights, loaded=loaded, reporter=reporter,
     )  # fmt: skip
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     """The recipe's data files, tokenised. Raises DataError."""
-    options: dict[str, Any] = {
-        "max_length": recipe.max_length,
-        "limit": recipe.limit,
-        "skip_bad_lines": recipe.skip_bad_lines,
-        "template": recipe.template,
-        "columns": recipe.columns,
-    }
-    given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
+    given = {name: load_dataset(path, tokenizer, **recipe.reading) for name, path in recipe.files.items()}
     return hold_out(given, recipe.holdout)
 
 
@@ -89,8 +89,14 @@ def merge(
     checkpoint_every: int | None = None,
     resume: bool = False,
     keep_evidence: bool = True,
+    exports: Sequence[str] = (),
+    yes: bool = False,
+    loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
+    """Run a recipe: write the merged adapter with report, model card, recipe and evidence; return the report.
+
+    Inputs that are likely a mistake (`findings`) end it before the first pass, unless `yes`. `exports`: "full" and "gguf-lora", beside the
+    adapter (`serving.export`). loaded: model and tokenizer, where they are at hand.
 
     `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
     share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
@@ -100,16 +106,23 @@ def merge(
     """
     reporter = reporter or Reporter()
     leading = leader()
+    if exports and recipe.model is None:
+        raise RecipeError(f"model: is required for --export {exports[0]}")
     if leading:
         check_output(recipe.output, force=force)
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
-        session = session_of(recipe, reporter)
+        session = session_of(recipe, reporter, loaded=loaded)
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
+            reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
+        told = heed(findings(recipe, session, data), reporter, yes=yes)
+        if "harm" in data:
+            told += heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        examples = {name: d.example for name, d in data.items()}
         if recipe.evidence is not None:
             data = _seen_by_nobody(data, source := open_source(recipe, session, {}), reporter)
         else:
@@ -126,6 +139,7 @@ def merge(
         if keep_evidence and recipe.from_evidence:
             source.decisions.save(folder / EVIDENCE)
         report = describe(session, recipe, data, source, space, patch, adapter)
+        report["examples"], report["warnings"] = examples, told
         report["budget"] = budget.summary() if budget is not None else None
         report["recompression"] = lost.summary() if lost is not None else None
         evaluations = _evaluate(session, recipe, data, adapter, known)
@@ -137,8 +151,20 @@ def merge(
             report["calibration"] = [calibration_point(patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_report(report, folder)
+        report["exports"], report["failed_exports"] = _exported(exports, session, adapter, folder, recipe)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     return report
+
+
+def _exported(
+    kinds: Sequence[str], session: Session, adapter: Adapter, folder: Path, recipe: Recipe
+) -> tuple[dict[str, str], dict[str, str]]:
+    if not kinds:
+        return {}, {}
+    base = str(model_folder(recipe.model or "").absolute())
+    return export(
+        kinds, adapter, folder, expanded(recipe.output).absolute(), base, lambda: (session.model, session.tokenizer)
+    )
 
 
 def _seen_by_nobody(data: Mapping[str, Dataset], source: Source, reporter: Reporter) -> dict[str, Dataset]:
@@ -197,8 +223,12 @@ def collect_to_file(
     reporter: Reporter | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    yes: bool = False,
 ) -> sst.Evidence | None:
-    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first."""
+    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first.
+
+    Inputs that are likely a mistake end it before the reading, unless `yes`.
+    """
     reporter = reporter or Reporter()
     files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
     with (
@@ -206,7 +236,10 @@ def collect_to_file(
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
     ):
         session = session_of(recipe, reporter)
-        source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
+        data = load_data(recipe, session.tokenizer)
+        heed(findings(recipe, session, data), reporter, yes=yes)
+        heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        source = open_source(recipe, session, data, continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
             return None

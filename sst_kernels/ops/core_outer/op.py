@@ -75,7 +75,7 @@ def _equal(runs, members, rows):
     (run,) = runs
     G = torch.empty(len(members), run.last - run.first, *rows.shape[2:])
     for g, (left, right) in zip(G.unbind(0), members):
-        torch.bmm(run.windows(left), run.windows(right).mT, out=g)
+        torch.bmm(run.turned(left), run.windows(right), out=g)
     rows = rows[run.first : run.last].transpose(0, 1)
     torch.mul(G, run.scale, out=rows)
 

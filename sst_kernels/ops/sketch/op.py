@@ -69,7 +69,10 @@ def _cpu(x, omega, spans, scale, out, precision, trace):
         if rounded(x.dtype) != w.dtype:
             w = w.to(rounded(x.dtype)).float()
             z = w if isinstance(weight, float) else w / weight
-        out[:d].addmm_(rows.T, w, alpha=alpha)
+        if len(rows) < 32 * omega.shape[1]:
+            out[:d].addmm_(rows.T, w, alpha=alpha)
+        else:  # of many tokens the narrow result is turned instead of them
+            out[:d].add_((w.T @ rows).T, alpha=alpha)
         out[d:].addmm_(z.T, w, alpha=alpha)
 
 
