@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -247,4 +246,3 @@ def test_the_rival_of_the_page_for_contributors_is_one():
 
 def test_make_docs_is_what_is_tested():
     assert "sphinx -b html -W --keep-going" in text_of("Makefile")
-    assert shutil.which("make")
