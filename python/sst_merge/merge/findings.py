@@ -21,6 +21,7 @@ from ..io.peft_folder import brought
 from ..progress import Reporter
 from ..recipe import Recipe
 from ..session import SAFETY, TASK, Session
+from ..specs import Strength
 from .algebra import concatenate, inner, recompress
 
 FEW = 32  # rows of a side below which predictions are told to be weak
@@ -118,7 +119,7 @@ def _about_strength(recipe: Recipe, data: Mapping[str, Dataset]) -> list[Finding
     ]
     if budget is not None and budget >= _LARGE:
         found.append(Finding(f"kl_budget: {budget:g} nats per label token is another model; usual are 0.001 to 0.1"))
-    if budget and "eval_benign" not in data:
+    if (budget or recipe.strength == Strength(recipe.filter)) and "eval_benign" not in data:
         found.append(
             Finding("the KL budget is not measured, for want of rows that no pencil has seen: it rests on a prediction")
         )

@@ -82,8 +82,8 @@ class TwoSided(Structure):
 
     def _update(self, batch: TokenBatch) -> None:
         left, right, terms = token_factors(batch, self.approx)
-        self._add_left(*left, batch.later)
-        self._add_right(*right, batch.later)
+        self._add_left(*left, later=batch.later)
+        self._add_right(*right, later=batch.later)
         self._terms += terms
 
     @abstractmethod
