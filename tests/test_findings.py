@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sst_merge import cli, report
+from sst_merge import cli
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.io.adapters import load_adapter, write_adapter
@@ -21,14 +21,6 @@ from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_plots():
-    """They take longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_plots", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +56,15 @@ def test_data_that_change_places(world):
     assert [text.split(":")[0] for text in mistakes[1:3]] == ["harm", "benign"]
     mistakes, _ = told(world, benign_data=world / "harm.jsonl")
     assert any(text.startswith("benign: 100% of the answers") for text in mistakes)
-    assert "80% of the prompts of harm stand in benign, too" in mistakes  # the rest is held out
+    assert "100% of the prompts of harm stand in benign, too" in mistakes
     mistakes, _ = told(world, harm_data=world / "benign.jsonl")
     assert any(text.startswith("harm: 100% of the answers") for text in mistakes)
 
 
 def test_some_benign_refusals_are_worth_a_word(world, tmp_path):
     mixed = cases.write_jsonl(tmp_path / "mixed.jsonl", cases.pairs(12, "steal") + cases.pairs(28, "bake"))
-    mistakes, notes = told(world, benign_data=mixed, harm_data=mixed)
-    assert any(text.startswith("benign: 31% of the answers") for text in notes)
+    mistakes, notes = told(world, benign_data=mixed, harm_data=mixed, holdout=0)
+    assert any(text.startswith("benign: 30% of the answers") for text in notes)
     assert any(text.startswith("harm: 70% of the answers") for text in mistakes)
 
 
@@ -129,7 +121,7 @@ def test_budgets_rows_and_places(world):
     _, notes = told(world, kl_budget=1.5)
     assert notes == ["kl_budget: 1.5 nats per label token is another model; usual are 0.001 to 0.1"]
     _, notes = told(world, limit=6)
-    assert [text.split(" rows are few")[0] for text in notes] == ["harm: 6", "benign: 4"]
+    assert [text.split(" rows are few")[0] for text in notes] == ["harm: 4", "benign: 4"]  # two of each are held out
     _, notes = told(world, holdout=0)
     assert notes[0].startswith("the KL budget is not measured")
     mistakes, _ = told(world, output=world / "safety" / "merged")
@@ -140,7 +132,7 @@ def test_budgets_rows_and_places(world):
 
 def test_rows_that_repeat_and_rows_that_were_fitted_on(world, tmp_path):
     twice = cases.write_jsonl(tmp_path / "twice.jsonl", cases.pairs(20, "steal") * 2)
-    _, notes = told(world, harm_data=twice)
+    _, notes = told(world, harm_data=twice, holdout=0)
     assert "harm: 20 of 40 rows stand there twice; they are no further evidence" in notes
     mistakes, _ = told(world, eval_harm_data=twice)
     assert mistakes == ["100% of the prompts of eval_harm stand in harm, too"]
