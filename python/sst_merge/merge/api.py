@@ -23,8 +23,9 @@ class Merged:
         folder: where it lies until it is saved, a temporary folder that goes with this object.
 
     Example:
-        >>> merged = sst_merge.merge(model="base", safety="safety", harm="harm.jsonl", benign="benign.jsonl")  # doctest: +SKIP
-        >>> merged.save("out")  # doctest: +SKIP
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, yes=True)
+        >>> merged.report["recipe"]["mu"]
+        1.0
     """
 
     def __init__(self, report: dict[str, Any], home: Path):
@@ -102,7 +103,9 @@ def merge(
         MergeError: with what to do, for unusable inputs.
 
     Example:
-        >>> sst_merge.merge(model="base", task="task", safety="safety", harm=rows, benign=others, kl_budget=0.02).save("out")  # doctest: +SKIP
+        >>> merged = sst_merge.merge(model="base", task="task", safety="safety", harm=rows, benign=others, mu=1.0, yes=True)
+        >>> print(merged.save("out").name)
+        out
     """
     from ..errors import RecipeError
     from ..progress import Reporter
