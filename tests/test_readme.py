@@ -150,7 +150,7 @@ def test_the_documented_recipe_names_every_entry(tmp_path):
     (tmp_path / "recipe.yml").write_text(blocks("docs/cli.md", "yaml")[0], encoding="utf-8")
     recipe = Recipe.load(tmp_path / "recipe.yml")
     missing = set(Recipe.model_fields) - recipe.model_fields_set
-    assert missing == {"mu", "k", "structure_options"}
+    assert missing == {"target_refusal", "mu", "k", "structure_options"}
     examples = {"model", "safety", "task", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output"}
     examples |= {"kl_budget", "rank", "limit"}
     for name in recipe.model_fields_set - examples:

@@ -14,8 +14,8 @@ from .flags import Config, Force, Json, Quiet, RecipeFile, Verbose, Yes, takes
 from .io.paths import expanded
 from .page.facts import unspent
 from .progress import Reporter
-from .recipe import Recipe, read_yaml
-from .report import print_table, spent
+from .recipe import STRENGTHS, Recipe, read_yaml
+from .report import front_table, print_rows, print_table, spent
 
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save the unfinished reading beside the output every so many batches.")
@@ -30,7 +30,6 @@ class Export(StrEnum):
     gguf_lora = "gguf-lora"
 
 
-STRENGTHS = ("kl_budget", "mu", "k")
 READ = (
     "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "template", "columns", "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype", "quantization",
@@ -54,6 +53,9 @@ def merge(
         typer.Option(help="Also write the merged model in full, or the adapter for llama.cpp; may be repeated."),
     ] = None,
     keep_evidence: Annotated[bool, typer.Option(help="Leave the evidence in the output, for other strengths.")] = True,
+    pick: Annotated[
+        int | None, typer.Option(help="Point of the front in the report beside --evidence: its adapter, in seconds.")
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     yes: Yes = False,
@@ -66,7 +68,8 @@ def merge(
 
     With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
     """
-    checked = recipe_of(given, recipe, config)
+    entries, front = _picked(given, pick)
+    checked = recipe_of({**entries, **given}, recipe, config)
     if dry_run:
         _check(checked, force=force, yes=yes, as_json=as_json)
         return
@@ -82,6 +85,7 @@ def merge(
             checkpoint_every=checkpoint_every,
             resume=resume,
             keep_evidence=keep_evidence,
+            front=front,
             exports=[kind.value for kind in export or ()],
             yes=yes,
         )
@@ -92,6 +96,8 @@ def merge(
     else:
         if report["evaluation"]:
             print_table(report["evaluation"])
+        if report.get("front"):
+            print_rows(front_table(report["front"]))
         print(spent(report))
         if note := unspent(report):
             print(note)
@@ -101,6 +107,19 @@ def merge(
     if report["failed_exports"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report["failed_exports"].items())
         raise MergeError(f"the adapter is written, an export is not: {reasons}")
+
+
+def _picked(given: dict[str, Any], number: int | None) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """The recipe entries of a point of a front, and that front."""
+    if number is None:
+        return {}, None
+    from .merge.front import picked
+
+    if given.get("evidence") is None:
+        raise MergeError("--pick: takes --evidence, the file in the output whose report has the front")
+    if strengths := given.keys() & {*STRENGTHS, "filter", "input_filter", "sweep"}:
+        raise MergeError(f"--pick: the point says how strong; leave out {', '.join(sorted(strengths))}")
+    return picked(expanded(given["evidence"]), number)
 
 
 @takes(Recipe, READ)
@@ -165,7 +184,7 @@ def check(
 def _check(recipe: Recipe, *, force: bool, yes: bool, as_json: bool) -> None:
     from .merge.check import check
 
-    told = check(recipe, force=force)
+    told = check(recipe, force=force, reporter=Reporter())
     print(json.dumps(told.facts(), ensure_ascii=False) if as_json else told.text())
     if told.mistakes and not yes:
         raise MergeError(f"{len(told.mistakes)} likely mistakes (above); a merge of this would need --yes")

@@ -100,7 +100,7 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[dict[str, An
         points.append(pipeline.calibration_point(patch, result.benign_kl))
     session.seconds["evaluate"] = time.monotonic() - start
     assert MATCHED, "the last matched patch is the one written"
-    report = pipeline.describe(session, recipe, data, source, source.subspace(recipe.pencil), patch, adapter)
+    report = pipeline.describe(session, recipe, data, source, recipe.pencil, patch, adapter)
     report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
     report["calibration"] = points
     source.decisions.save(folder / pipeline.EVIDENCE)

@@ -30,17 +30,16 @@ from .specs import Collection, Fishers, Pencil, Strength
 if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
-PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
+PATHS = (
+    "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "evidence", "output",
+)  # fmt: skip
+STRENGTHS = ("kl_budget", "target_refusal", "mu", "k")
+DEFAULT_BUDGET = 0.02  # benign KL, nats per label token: where nothing is asked for, and nothing can be measured
 _SPELLED = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
     "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
 }  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -61,6 +60,7 @@ class Recipe(BaseModel):
     )
     eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
+    eval_safe_data: Path | None = Field(None, description="JSONL: safe prompts that sound dangerous, for over-refusal")
     output: Path = Field(description="folder to create")
 
     input_filter: float = Field(
@@ -117,8 +117,15 @@ class Recipe(BaseModel):
         0.2,
         ge=0,
         le=0.5,
-        description="share of the benign rows kept out of the pencil to measure the budget on, where no eval_benign_data is given; 0: trust predictions",
+        description="share of harm and benign rows kept out of the pencil to measure on, where no evaluation data are given; 0: trust predictions",
     )
+    target_refusal: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of held-out harmful prompts to refuse: the least measured KL that reaches it",
+    )
+    sweep: bool = Field(False, description="measure strengths up to the whole patch too: the report's front")
     mu: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="λ that the soft or threshold filter compares with"
     )
@@ -172,13 +179,11 @@ class Recipe(BaseModel):
     def _one_strength(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        given = [name for name in ("kl_budget", "mu", "k") if values.get(name) is not None]
+        given = [name for name in STRENGTHS if values.get(name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of kl_budget, mu and k, not {' and '.join(given)}")
-        if not given:
-            return {**values, "kl_budget": 0.02}
+            raise ValueError(f"give one of kl_budget, target_refusal, mu and k, not {' and '.join(given)}")
         name, wrong = cls._in_other_words(values.get("filter", "soft")), {"soft": "k", "threshold": "k", "top_k": "mu"}
-        if isinstance(name, str) and given[0] == wrong.get(name):
+        if given and isinstance(name, str) and given[0] == wrong.get(name):
             raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
         return values
 
@@ -210,8 +215,10 @@ class Recipe(BaseModel):
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
                 "run of their own, without evidence"
             )
-        elif self.model is None and (self.eval_harm_data or self.eval_benign_data):
+        elif self.model is None and (self.eval_harm_data or self.eval_benign_data or self.eval_safe_data):
             raise ValueError("model: is required to measure on evaluation data")
+        elif self.model is None and (self.target_refusal or self.sweep):
+            raise ValueError("model: is required to measure refusals (target_refusal, sweep)")
         return self
 
     @model_validator(mode="after")
@@ -250,24 +257,24 @@ class Recipe(BaseModel):
     @property
     def strength(self) -> Strength:
         """How much of the patch is kept."""
-        return Strength(self.filter, self.kl_budget, self.mu, self.k)
+        return Strength(self.filter, self.kl_budget, self.mu, self.k, self.target_refusal)
 
     @property
     def files(self) -> dict[str, Path]:
         """The data files that a run reads: those to fit on, and those to measure on.
 
-        Where evidence stands for the former, the benign one is read with a model at hand: for the rows that were held out of it.
+        Where evidence stands for the former, they are read with a model at hand: for the rows that were held out of it.
         """
         given = {
             "harm": self.harm_data,
             "benign": self.benign_data,
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
+            "eval_safe": self.eval_safe_data,
         }
-        if self.evidence is not None:
-            del given["harm"]
-            if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
-                del given["benign"]
+        for side in ("harm", "benign") if self.evidence is not None else ():
+            if self.model is None or given[f"eval_{side}"] is not None or self.holdout == 0:
+                del given[side]
         return {name: path for name, path in given.items() if path is not None}
 
     @property

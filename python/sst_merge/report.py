@@ -41,7 +41,12 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
 
 def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
     """The evaluation table on stdout."""
-    header, *body = table(rows)
+    print_rows(table(rows))
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A header and rows on stdout."""
+    header, *body = rows
     shown = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
         shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
@@ -55,12 +60,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = ["# SST-Merge report", "", "With charts, answers and examples: [report.html](report.html), one file.", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
-    if report.get("budget"):
-        parts += ["## The budget", "", f"{report['budget']['words']}.", "", "Benign rows that moved most:", ""]
+    if report.get("measured"):
+        parts += ["## Measured on rows that were held out", "", f"{report['measured']['words']}.", ""]
         rows = [["line", "KL per token", "prompt"]]
-        for r in report["budget"]["worst"]:
+        for r in report["measured"]["worst"]:
             rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
-        parts += [*_markdown_table(rows), ""]
+        parts += ["Benign rows that moved most:", "", *_markdown_table(rows), ""] if len(rows) > 1 else []
+    if report.get("front"):
+        parts += ["## The front", "", *_markdown_table(front_table(report["front"])), "", *_commands(report["front"])]
     parts += ["## The patch", "", *(f"- {fact}" for fact in facts(report))]
     for point in report.get("calibration", []):
         parts.append(
@@ -100,11 +107,47 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def spent(report: Mapping[str, Any]) -> str:
-    """What became of the KL budget, in a sentence for the terminal and the card."""
-    if report.get("budget"):
-        return report["budget"]["words"]
+    """What became of what was asked for, in a sentence for the terminal and the card."""
+    if report.get("measured"):
+        return report["measured"]["words"]
+    for number, point in enumerate(report.get("front") or [], 1):
+        if point["chosen"]:
+            rate = (
+                ""
+                if point["refused"] is None
+                else f", {point['refused']:.0%} refused ({point['refused_low']:.0%} to {point['refused_high']:.0%})"
+            )
+            return (
+                f"point {number} of a measured front: benign KL {point['kl']:.4g} ({point['kl_low']:.4g} to {point['kl_high']:.4g}) nats per label "
+                f"token{rate}, as measured with the front"
+            )
     prediction = report["patch"]["prediction"]
     return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+
+
+def front_table(front: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows of a measured front; → marks the point that was chosen."""
+
+    def span(p: Mapping[str, Any], name: str, form: str) -> str:
+        if p[name] is None:
+            return "–"
+        return f"{p[name]:{form}} ({p[name + '_low']:{form}} to {p[name + '_high']:{form}})"
+
+    rows = [["", "benign KL", "predicted", "refused", "refusal NLL", "safe prompts refused"]]
+    for number, p in enumerate(front, 1):
+        others = (
+            "–" if p["refusal_nll"] is None else f"{p['refusal_nll']:.3f}",
+            "–" if p["over_refusal"] is None else f"{p['over_refusal']:.0%}",
+        )
+        name = f"→ {number}" if p["chosen"] else str(number)
+        rows.append([name, span(p, "kl", ".3g"), f"{p['predicted_kl']:.3g}", span(p, "refused", ".0%"), *others])
+    return rows
+
+
+def _commands(front: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands that make the points' adapters."""
+    lines = [p["command"] for p in front if p["command"]]
+    return ["Another point's adapter, in seconds:", "", *(f"    {line}" for line in lines), ""] if lines else []
 
 
 def _cell(text: str, width: int = 80) -> str:
@@ -135,7 +178,7 @@ adapter that buy much refusal per unit of change in benign behaviour.
 
 ## Use it
 
-{commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
+{commands(base, recipe["output"], max(report["adapter"]["ranks"]), report["adapter"]["heads"])}
 
 {evaluation}
 {spent(report)}.

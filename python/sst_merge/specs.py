@@ -68,9 +68,13 @@ class Pencil:
 
 @dataclass(frozen=True)
 class Strength:
-    """How much of the patch is kept: a filter, and a KL budget in nats per label token, a μ, or a k."""
+    """How much of the patch is kept: a filter, and a KL budget in nats per label token, a μ, a k, or a rate of refusal.
+
+    Nothing of these: the knee of the measured curve.
+    """
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
     kl_budget: float | None = None
     mu: float | None = None
     k: int | None = None
+    target_refusal: float | None = None

@@ -23,7 +23,7 @@ ENTRIES = (
 def compare(
     given: dict[str, Any], recipe: RecipeFile = None, config: Config = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Compare merging methods on held-out prompts: a table at equal refusal as Markdown and JSON, and a page with chart and answers.
+    """Compare merging methods on held-out prompts: a table at equal refusal as Markdown and JSON, a page with chart and answers.
 
     The recipe has `methods`, `strengths` and evaluation data.
     """

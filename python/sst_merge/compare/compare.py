@@ -26,7 +26,7 @@ from sst_kernels.env import versions
 from ..errors import MergeError, OutputError, headlined
 from ..evaluate import Evaluator
 from ..io.adapters import Adapter
-from ..io.data import Dataset, load_dataset
+from ..io.data import Dataset
 from ..io.output import check_output, output_file
 from ..io.paths import expanded
 from ..merge.pipeline import load_data, open_source, session_of
@@ -183,8 +183,6 @@ def _claim(output: Path) -> Path:
 def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = session_of(recipe, reporter)
     data = load_data(recipe, session.tokenizer)
-    if recipe.eval_safe_data is not None:
-        data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **recipe.reading)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
         if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")

@@ -23,9 +23,9 @@ class Merged:
         folder: where it lies until it is saved, a temporary folder that goes with this object.
 
     Example:
-        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, yes=True)
-        >>> merged.report["recipe"]["mu"]
-        1.0
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, folds=2, yes=True)
+        >>> sorted(merged.report["patch"]["kept_energy"])[0]
+        'model.layers.0.mlp.down_proj'
     """
 
     def __init__(self, report: dict[str, Any], home: Path):
@@ -47,7 +47,7 @@ class Merged:
         return attach(model, name, self.adapter)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write adapter, report, plots, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
+        """Write adapter, report, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
 
         Raises OutputError where something stands there already; `force` replaces an earlier output.
         """
@@ -95,7 +95,7 @@ def merge(
             model's behaviour is kept.
         harm, benign, eval_harm, eval_benign: data files, or rows such as `{"prompt": …, "response": …}` (lists, `datasets.Dataset`).
         tokenizer: of a loaded model; by default the one of the folder or name that it was loaded from.
-        kl_budget: benign KL to spend, in nats per label token (0.02 without another strength).
+        kl_budget: benign KL to spend, in nats per label token (without a strength: the knee of what is measured).
         yes: go on where the inputs look like a mistake. progress: bars and notes on stderr.
         settings: further entries of a recipe (`docs/cli.md`): `mu`, `rank`, `input_filter`, `seed`, …
 
@@ -103,9 +103,9 @@ def merge(
         MergeError: with what to do, for unusable inputs.
 
     Example:
-        >>> merged = sst_merge.merge(model="base", task="task", safety="safety", harm=rows, benign=others, mu=1.0, yes=True)
-        >>> print(merged.save("out").name)
-        out
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, folds=2, yes=True)
+        >>> merged.save("out").name
+        'out'
     """
     from ..errors import RecipeError
     from ..progress import Reporter

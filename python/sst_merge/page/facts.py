@@ -19,13 +19,13 @@ def unspent(report: Mapping[str, Any]) -> str:
     budget = report["recipe"]["kl_budget"]
     if budget is None or not report["patch"]["whole"]:
         return ""
-    return f"the budget {budget:g} keeps all that F_harm knows of the patch; a larger one changes nothing"
+    return f"the budget {budget:g} keeps the whole patch, its inputs filtered; a larger one changes nothing"
 
 
 def facts(report: Mapping[str, Any]) -> list[str]:
     """How the patch was filtered and what was predicted of it, a line each."""
     patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
-    mu = report["recipe"]["input_filter"]
+    mu = patch.get("input_filter", report["recipe"]["input_filter"])
     inputs = f"A' = A X_harm (X_harm + {mu:g} X_benign)⁻¹ in A's place" if mu else "A as it is"
     strength = math.inf if patch["parameter"] is None else patch["parameter"]
     return [

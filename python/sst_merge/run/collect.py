@@ -73,7 +73,7 @@ def collect(
                     run(batch, item_seed(spec.seed, number))
                 if keep is not None:
                     keep.save()
-    evidence.notes["benign rows"] = rows_digest(benign)
+    evidence.notes |= {"harm rows": rows_digest(harm), "benign rows": rows_digest(benign)}
     session.seconds["reading"] = time.monotonic() - start
     return evidence
 
