@@ -51,9 +51,10 @@ class Patch:
         >>> patch = sst.subspace(gain, cost, folds=2).soft(kl_budget=0.01)
         >>> patch.coordinates["model.layers.0.self_attn.q_proj"].shape
         torch.Size([3, 3])
-        >>> patch = evidence.subspace().soft(kl_budget=0.02)  # doctest: +SKIP
-        >>> patch.apply(model)                                # the adapter on the model becomes the filtered patch  # doctest: +SKIP
-        >>> patch.save("patch")                               # a PEFT adapter of its own  # doctest: +SKIP
+        >>> patch = evidence.subspace(folds=2).soft(kl_budget=0.01)
+        >>> model = patch.apply(model)  # the adapter on the model becomes the filtered patch
+        >>> print(patch.save("patch"))  # a PEFT adapter of its own
+        patch
     """
 
     coordinates: dict[str, Tensor]
