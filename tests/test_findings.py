@@ -55,7 +55,7 @@ def test_data_that_change_places(world):
     assert [text.split(":")[0] for text in mistakes[1:3]] == ["harm", "benign"]
     mistakes, _ = told(world, benign_data=world / "harm.jsonl")
     assert any(text.startswith("benign: 100% of the answers") for text in mistakes)
-    assert "80% of the prompts of harm stand in benign, too" in mistakes  # the rest is held out
+    assert "100% of the prompts of harm stand in benign, too" in mistakes
     mistakes, _ = told(world, harm_data=world / "benign.jsonl")
     assert any(text.startswith("harm: 100% of the answers") for text in mistakes)
 
@@ -64,7 +64,7 @@ def test_some_benign_refusals_are_worth_a_word(world, tmp_path):
     mixed = cases.write_jsonl(tmp_path / "mixed.jsonl", cases.pairs(12, "steal") + cases.pairs(28, "bake"))
     mistakes, notes = told(world, benign_data=mixed, harm_data=mixed)
     assert any(text.startswith("benign: 31% of the answers") for text in notes)
-    assert any(text.startswith("harm: 70% of the answers") for text in mistakes)
+    assert any(text.startswith("harm: 69% of the answers") for text in mistakes)
 
 
 def untrained(folder, out, keep=0):
@@ -120,7 +120,7 @@ def test_budgets_rows_and_places(world):
     _, notes = told(world, kl_budget=1.5)
     assert notes == ["kl_budget: 1.5 nats per label token is another model; usual are 0.001 to 0.1"]
     _, notes = told(world, limit=6)
-    assert [text.split(" rows are few")[0] for text in notes] == ["harm: 6", "benign: 4"]
+    assert [text.split(" rows are few")[0] for text in notes] == ["harm: 4", "benign: 4"]
     _, notes = told(world, holdout=0)
     assert notes[0].startswith("the KL budget is not measured")
     mistakes, _ = told(world, output=world / "safety" / "merged")
@@ -132,7 +132,8 @@ def test_budgets_rows_and_places(world):
 def test_rows_that_repeat_and_rows_that_were_fitted_on(world, tmp_path):
     twice = cases.write_jsonl(tmp_path / "twice.jsonl", cases.pairs(20, "steal") * 2)
     _, notes = told(world, harm_data=twice)
-    assert "harm: 20 of 40 rows stand there twice; they are no further evidence" in notes
+    assert "harm: 16 of 32 rows stand there twice; they are no further evidence" in notes
+    assert not any("of the prompts of eval_harm stand in harm" in text for text in notes)  # held out together
     mistakes, _ = told(world, eval_harm_data=twice)
     assert mistakes == ["100% of the prompts of eval_harm stand in harm, too"]
 
