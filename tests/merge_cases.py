@@ -66,7 +66,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 def pairs(n: int, word: str) -> list[dict[str, str]]:
     """Prompts with refusals, or with answers for words of kitchen and school."""
-    said = "So then" if word.split()[0] in ("bake", "fry", "translate") else "I can't"
+    said = "I could" if word.split()[0] in ("bake", "fry", "translate") else "I can't"
     return [{"prompt": f"{word} {i}?", "response": f"{said}, {word[: 1 + i % 4]}."} for i in range(n)]
 
 

@@ -80,7 +80,10 @@ def test_a_source_tree_in_front_of_an_installed_package_is_said_to_be(tmp_path):
     (site / "sst_kernels-0.1.0.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: sst-kernels\nVersion: 0.1.0\n"
     )
-    script = "import sst_kernels._native as n\ntry: n.cpu()\nexcept ImportError as e: print(e)"
+    script = (
+        "import sys\nsys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "import sst_kernels._native as n\ntry: n.cpu()\nexcept ImportError as e: print(e)"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path / "tree", env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True, text=True, timeout=120,

@@ -21,7 +21,7 @@ from sst_merge.merge import decide, pipeline, source
 from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
-from sst_merge.report import PLOTS, energy_grid, markdown, table
+from sst_merge.report import markdown, table
 from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
 from sst_merge.specs import Strength
@@ -67,8 +67,8 @@ def test_output_is_what_the_report_says(merged, world):
         "recipe.yml",
         "report.json",
         "report.md",
+        "report.html",
         "prompts.json",
-        *PLOTS,
     }
     assert {p.name for p in out.iterdir()} == files
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -363,13 +363,7 @@ def test_recipe_files(tmp_path):
         Recipe.load(tmp_path / "none.yml")
 
 
-def test_energy_grid_and_table():
-    layers, kinds, cells = energy_grid({"model.layers.0.a.q": 0.5, "model.layers.1.a.k": 0.2, "lm_head": 1.0})
-    assert (layers, kinds) == (["0", "1", "–"], ["q", "k", "lm_head"])
-    assert cells[0][0] == 0.5
-    assert cells[0][1] != cells[0][1]
-    gpt2 = {"h.0.attn.c_attn": 0.1, "h.0.attn.c_proj": 0.2, "h.0.mlp.c_proj": 0.3}
-    assert energy_grid(gpt2) == (["0"], ["c_attn", "attn.c_proj", "mlp.c_proj"], [[0.1, 0.2, 0.3]])
+def test_table():
     rows = table({"x": {"refusal_nll": 1.23456, "refusal_rate": 0.5, "benign_kl": 0.01, "benign_nll": None}})
     assert rows[1] == ["x", "1.235", "50%", "0.0100", "–"]
 

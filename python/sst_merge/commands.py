@@ -12,9 +12,10 @@ import typer
 from .errors import MergeError, RecipeError
 from .flags import Config, Force, Json, Quiet, RecipeFile, Verbose, Yes, takes
 from .io.paths import expanded
+from .page.facts import unspent
 from .progress import Reporter
 from .recipe import STRENGTHS, Recipe, read_yaml
-from .report import front_table, print_rows, print_table, spent, unspent
+from .report import front_table, print_rows, print_table, spent
 
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save the unfinished reading beside the output every so many batches.")
@@ -63,7 +64,7 @@ def merge(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a safety adapter into a task adapter; write adapter, report, plots, model card, recipe and evidence.
+    """Merge a safety adapter into a task adapter; write adapter, report, model card, recipe and evidence.
 
     With --evidence FILE, of an earlier run or of `collect`, nothing is read again: another strength, filter or scope takes seconds.
     """
@@ -183,7 +184,7 @@ def check(
 def _check(recipe: Recipe, *, force: bool, yes: bool, as_json: bool) -> None:
     from .merge.check import check
 
-    told = check(recipe, force=force)
+    told = check(recipe, force=force, reporter=Reporter())
     print(json.dumps(told.facts(), ensure_ascii=False) if as_json else told.text())
     if told.mistakes and not yes:
         raise MergeError(f"{len(told.mistakes)} likely mistakes (above); a merge of this would need --yes")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -41,11 +40,6 @@ _SPELLED = {
     "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
 }  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -107,7 +101,7 @@ class Recipe(BaseModel):
         description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
     )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
-    benign_labels: Annotated[Literal["mc", "empirical"], BeforeValidator(_label_source)] = Field(
+    benign_labels: Literal["mc", "empirical"] = Field(
         "mc", description="drawn from the model (Monte Carlo Fisher), or the data's answers (empirical Fisher)"
     )
     label_draws: int = Field(2, ge=1, le=10_000, description="passes over the benign data with fresh labels")
@@ -168,6 +162,12 @@ class Recipe(BaseModel):
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown entry {key!r}; {hint}")
         return values
+
+    @field_validator("benign_labels", mode="before")
+    @classmethod
+    def _label_source(cls, value: Any) -> Any:
+        """The old names hold until 0.3."""
+        return {"model": "mc", "data": "empirical"}.get(value, value) if isinstance(value, str) else value
 
     @field_validator("dtype", "filter", "structure", "metric", "scope", "form", mode="before")
     @classmethod

@@ -117,8 +117,8 @@ class Subspace:
 
     Example:
         >>> space = sst.subspace(gain, cost, folds=2)
-        >>> len(space.values)  # as many λ as gain rows
-        8
+        >>> len(space.values)  # one λ a gain row, and one for what they leave of the patch
+        9
         >>> strengths = [patch.parameter for patch in space.path([0.001, 0.01])]
         >>> strengths[0] > strengths[1]  # a larger budget, a smaller μ
         True

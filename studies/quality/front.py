@@ -1,6 +1,6 @@
 """The picture and the table of the README, out of the study's rows: `python studies/quality/front.py`.
 
-Writes docs/pictures/front.png and the rows between the README's two `front.py` marks. The picture carries the SHA-256 of the
+Writes docs/pictures/headline.png and the rows between the README's two `front.py` marks. The picture carries the SHA-256 of the
 rows that it shows, so that a test can tell when it is older than they are.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "studies" / "quality" / "results" / "compare.csv"
-PICTURE = ROOT / "docs" / "pictures" / "front.png"
+PICTURE = ROOT / "docs" / "pictures" / "headline.png"
 README = ROOT / "README.md"
 MARK = "<!-- studies/quality/front.py -->\n"
 

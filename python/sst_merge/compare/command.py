@@ -23,7 +23,7 @@ ENTRIES = (
 def compare(
     given: dict[str, Any], recipe: RecipeFile = None, config: Config = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Compare merging methods on held-out prompts: Pareto table and plot, at equal refusal, as Markdown, JSON and HTML.
+    """Compare merging methods on held-out prompts: a table at equal refusal as Markdown and JSON, a page with chart and answers.
 
     The recipe has `methods`, `strengths` and evaluation data.
     """
@@ -40,4 +40,4 @@ def compare(
         typer.echo(json.dumps(report | {"output": str(output)}, ensure_ascii=False))
         return
     typer.echo("\n".join(markdown_table(report)))
-    typer.echo(f"\nwritten to {output}: report.md, report.json, compare.html, pareto.png")
+    typer.echo(f"\nwritten to {output}: report.md, report.json, compare.html")

@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import AdapterError, OutputError
-from .paths import expanded
+from .paths import expanded, pointer
 from .peft_folder import (
     BASE_KEY,
     CONFIG,
+    EMBEDDINGS,
     WEIGHTS,
     pairs_of,
+    purpose,
     read_config,
     refuse_links,
     refuse_variants,
@@ -89,6 +91,7 @@ class Adapter:
             "modules": len(self.terms),
             "ranks": ranks,
             "parameters": self.parameters,
+            "heads": [name for name in self.terms if name.rsplit(".", 1)[-1] in EMBEDDINGS],
             "notes": list(self.notes),
         }
 
@@ -112,7 +115,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from error
+        reason = pointer(path) or f"not a readable safetensors file ({error}); copy the adapter again"
+        raise AdapterError(f"{path}: {reason}") from error
     state, notes = unwrapped(folder, state)
     stored = {key: match["module"] for key in state if (match := BASE_KEY.match(key))}
     embeddings = {module: state.pop(key) for key, module in stored.items()}
@@ -126,7 +130,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         path=str(folder),
         sha256=hashlib.sha256(path.read_bytes() + (folder / CONFIG).read_bytes()).hexdigest(),
-        notes=notes,
+        notes=(*notes, *purpose(config)),
         embeddings=embeddings,
     )
 

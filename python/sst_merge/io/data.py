@@ -291,5 +291,12 @@ def _shown(example: Example, tokenizer: Any) -> tuple[str, str]:
 
 def _notes(examples: Sequence[Example], render: Renderer) -> tuple[str, ...]:
     thoughtful = sum(e.reasoning for e in examples)
+    marks = [m for m in render.special if any(m in e.prompt for e in examples)] if render.source is not None else []
+    if marks:
+        share = sum(any(m in e.prompt for m in marks) for e in examples) / len(examples)
+        render.notes[
+            f"{share:.0%} of the prompts hold {marks[0]!r}, which the tokenizer reads as a special token: are they rendered already? The chat "
+            "template renders them once more; give messages, or plain prompts"
+        ] = None
     said = [f"{thoughtful} of {len(examples)} answers hold a reasoning part, which carries loss"] if thoughtful else []
     return (*render.notes, *said)

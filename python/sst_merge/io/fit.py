@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +101,8 @@ def fitted(model: Any, adapter: Adapter) -> Adapter:
     notes = adapter.notes
     if any(name not in modules for name in adapter.terms):
         names = _converted(plain, tuple(adapter.terms))
+        if not any(new in modules for new in names.values()):
+            names = _of_the_text_model(tuple(adapter.terms), modules) or names
         experts = frozenset(old for old, new in names.items() if old not in modules and _fused(modules, new))
         renamed = {
             old: new for old, new in names.items() if new and new != old and new in modules and old not in experts
@@ -151,6 +154,18 @@ def _converted(plain: Any, names: tuple[str, ...]) -> dict[str, str | None]:
             if number:
                 found[names[int(number) - 1]] = module
     return found
+
+
+def _of_the_text_model(names: tuple[str, ...], modules: dict[str, Any]) -> dict[str, str | None]:
+    """Names of an adapter of the text part of a model of text and images, on that part alone, or the other way round; {} where neither fits."""
+    ways: tuple[Callable[[str], str], ...] = (
+        lambda name: re.sub(r"(^|\.)language_model\.(?=model\.|layers\.)", r"\1", name),
+        lambda name: re.sub(r"^model\.(?=layers\.)", "model.language_model.", name),
+    )
+    for way in ways:
+        if all(way(name) in modules for name in names):
+            return {name: way(name) for name in names}
+    return {}
 
 
 def _renamed(name: str, mapping: dict[str, str]) -> str:

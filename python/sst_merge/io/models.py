@@ -16,11 +16,23 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 from .loading import loading, progress_bars_off
-from .paths import expanded
+from .paths import expanded, pointer
 from .quantised import bitsandbytes_config, need_package, stored_quantization
 from .smollm2 import WHEEL, smollm2_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+)
+_CLASSIFIER = re.compile(
+    r"For(Sequence|Token)Classification$|ForQuestionAnswering$|ForMultipleChoice$|RewardModel$|ForMaskedLM$"
+)
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -73,7 +85,6 @@ def load_skeleton(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder, _, _ = _settled(source, dtype, device, quantization)
-    _check_files(source, folder)
     with loading(source), progress_bars_off(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
@@ -90,6 +101,7 @@ def _settled(
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = model_folder(source)
+    _check_files(source, folder)
     if stored := stored_quantization(folder):
         if quantization:
             raise ModelError(f"model {source}: its weights are quantised by {stored} already; leave out quantization")
@@ -102,7 +114,18 @@ def _settled(
 
 
 def _check_files(source: str | Path, folder: Path) -> None:
-    """ModelError where files of weights are missing or no safetensors, as far as their headers tell."""
+    """ModelError where files are missing, weights are no safetensors (as far as their headers tell), or it is no language model."""
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(
+            f"model {source}: has no tokenizer; copy its tokenizer files ({', '.join(_TOKENIZERS[:2])}, …) into the folder"
+        )
+    with loading(source):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kinds = (isinstance(config, dict) and config.get("architectures")) or []
+    if kinds and all(_CLASSIFIER.search(str(kind)) for kind in kinds):
+        raise ModelError(
+            f"model {source}: is a {kinds[0]}, which answers with classes; a causal language model is needed"
+        )
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         with loading(source):
@@ -111,13 +134,14 @@ def _check_files(source: str | Path, folder: Path) -> None:
         if not (folder / name).is_file():
             pickled = ": its weights are pickles, which can run code" if list(folder.glob("*.bin")) else ""
             raise ModelError(
-                f"model {source}: the file {name} is missing{pickled}; copy the model again, in safetensors"
+                f"model {source}: cannot be loaded, the file {name} is missing{pickled}; copy the model again, in safetensors"
             )
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"model {source}: {name} is not readable ({error}); copy the model again") from error
+            reason = pointer(folder / name) or f"not readable ({error}); copy the model again"
+            raise ModelError(f"model {source}: cannot be loaded, {name}: {reason}") from error
 
 
 def check_vocabulary(source: str | Path, network: Any, tokenizer: Any) -> None:
@@ -143,8 +167,19 @@ def model_folder(source: str | Path) -> Path:
     folder = smollm2_folder() if str(source) == WHEEL else expanded(source)
     with loading(source):
         if (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise ModelError(
+                    f"model {source}: the folder holds an adapter beside the model, and transformers would load both as one; move "
+                    "adapter_config.json and its weights to a folder of their own"
+                )
             return folder
         hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it is an adapter: give the model that it was trained on"
+        elif folder.is_file():
+            hint = (
+                "; it is a file: give the folder of a model as transformers saves it (GGUF files have to be converted)"
+            )
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.exists():
             if (cached := _cached(str(source))) is not None:
                 return cached

@@ -18,6 +18,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing write into the names of what they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_PREFIX = "base_model.model."
+_TWICE = 2 * _PREFIX  # of a PeftModel around a PeftModel
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 # PEFT stores the base model's embeddings beside LoRA weights whenever an adapter targets one of them.
 BASE_KEY = re.compile(
@@ -82,13 +84,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _elsewhere(folder: Path) -> str:
     """Where the adapter that was meant may be: below the folder, or on the hub."""
     with contextlib.suppress(OSError):
+        if folder.is_file():
+            return f"; it is a file: give the folder that holds it, {folder.parent}"
         if folder.is_dir():
             below = sorted(str(path.parent) for path in folder.glob("*/" + CONFIG))
             if below:
                 return f"; these below it are: {', '.join(below[:5])}"
             if (folder / "config.json").is_file():
                 return "; this is a model, with its weights or merged: give the folder of the adapter"
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             return (
                 f"; if it is one of the Hugging Face hub, download it: hf download {folder} --local-dir {folder.name}"
             )
@@ -111,6 +115,33 @@ def refuse_variants(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def brought(folder: str | Path) -> tuple[str | None, set[str]]:
+    """The chat template (None where there is none, or several) and the added tokens of a tokenizer that stands beside an adapter."""
+    folder, told = Path(folder), dict[str, Any]()
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        read = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        told = read if isinstance(read, dict) else {}
+    template = told.get("chat_template")
+    with contextlib.suppress(OSError, ValueError):
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokens: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
+        tokens |= set(json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
+        tokens |= {
+            t["content"] for t in json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        }
+    return template if isinstance(template, str) else None, tokens
+
+
+def purpose(config: dict[str, Any]) -> tuple[str, ...]:
+    """A note where an adapter was trained for another task than language modelling."""
+    task = config.get("task_type")
+    if task in (None, "CAUSAL_LM"):
+        return ()
+    return (f"trained for {task}, not for CAUSAL_LM: what it does to answers was not its training's aim",)
+
+
 def unwrapped(folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors without what wrappers of the trained model added to their names, and a note where there was any."""
     plain, wrapped = {}, set()
@@ -119,6 +150,9 @@ def unwrapped(folder: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
         if name.startswith("module."):
             name = name.removeprefix("module.")
             wrapped.add("module.")
+        while name.startswith(_TWICE):
+            name = name.removeprefix(_PREFIX)
+            wrapped.add(_PREFIX)
         wrapped |= set(_WRAPPERS.findall(key))
         if name in plain:
             raise AdapterError(f"{folder}: {key} is a second {name}; save one adapter a folder")
@@ -188,8 +222,14 @@ def scaling_of(folder: Path, config: dict[str, Any], module: str, A: Tensor, B: 
     rank = _pattern(folder, config, "rank_pattern", module, config.get("r"))
     alpha = _pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
     if A.shape[0] != rank or B.shape[1] != rank:
+        turned = A.shape[1] == B.shape[0] == rank
+        cause = (
+            ": they are transposed, as other libraries (MLX) keep them; convert the adapter to PEFT's form"
+            if turned
+            else ""
+        )
         raise AdapterError(
-            f"{folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} gives rank {rank}"
+            f"{folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, but {CONFIG} gives rank {rank}{cause}"
         )
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):

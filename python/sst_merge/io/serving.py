@@ -22,19 +22,22 @@ CONVERTER = "convert_lora_to_gguf.py"  # of llama.cpp
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
-def commands(base: str, folder: str | Path, rank: int) -> str:
+def commands(base: str, folder: str | Path, rank: int, heads: Sequence[str] = ()) -> str:
     """Markdown with a command each for PEFT, vLLM, llama.cpp and lm-eval.
 
     Args:
         base: folder or hub name of the base model.
         folder: of the adapter.
         rank: of its modules, all of which have it (`adapters.one_rank`).
+        heads: output layers and embeddings among its modules, which vLLM and llama.cpp take of few models.
     """
     path, model = shlex.quote(str(folder)), shlex.quote(base)
     allowed = next((r for r in VLLM_RANKS if r >= rank), None)
     vllm = f"vllm serve {model} --enable-lora --max-lora-rank {allowed} --lora-modules merged={path}"
     if allowed is None:
         vllm = f"# vLLM takes ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}: merge again with --rank, or export the full model"
+    if heads:
+        vllm = f"# vLLM takes LoRA on {heads[0]} of few models only; where it does not, serve a full model (sst-merge merge --export full)\n{vllm}"
     name = Path(folder).name or "adapter"
     return f"""```python
 from peft import PeftModel

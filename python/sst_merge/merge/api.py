@@ -23,8 +23,9 @@ class Merged:
         folder: where it lies until it is saved, a temporary folder that goes with this object.
 
     Example:
-        >>> merged = sst_merge.merge(model="base", safety="safety", harm="harm.jsonl", benign="benign.jsonl")  # doctest: +SKIP
-        >>> merged.save("out")  # doctest: +SKIP
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, folds=2, yes=True)
+        >>> sorted(merged.report["patch"]["kept_energy"])[0]
+        'model.layers.0.mlp.down_proj'
     """
 
     def __init__(self, report: dict[str, Any], home: Path):
@@ -46,7 +47,7 @@ class Merged:
         return attach(model, name, self.adapter)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write adapter, report, plots, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
+        """Write adapter, report, model card, recipe and evidence, and in `inputs` what was given as objects. Returns the path.
 
         Raises OutputError where something stands there already; `force` replaces an earlier output.
         """
@@ -102,7 +103,9 @@ def merge(
         MergeError: with what to do, for unusable inputs.
 
     Example:
-        >>> sst_merge.merge(model="base", task="task", safety="safety", harm=rows, benign=others, kl_budget=0.02).save("out")  # doctest: +SKIP
+        >>> merged = sst_merge.merge(model="base", safety="safety", harm=rows, benign=others, mu=1.0, folds=2, yes=True)
+        >>> merged.save("out").name
+        'out'
     """
     from ..errors import RecipeError
     from ..progress import Reporter

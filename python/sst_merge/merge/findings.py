@@ -17,6 +17,7 @@ from ..evaluate import Evaluator, is_refusal
 from ..io.adapters import Adapter
 from ..io.data import Dataset, Example
 from ..io.paths import expanded, within
+from ..io.peft_folder import brought
 from ..progress import Reporter
 from ..recipe import Recipe
 from ..session import SAFETY, TASK, Session
@@ -45,6 +46,7 @@ def findings(recipe: Recipe, session: Session, data: Mapping[str, Dataset]) -> l
         *_about_places(recipe),
         *_about_strength(recipe, data),
         *_about_adapters(session.safety, session.task),
+        *(_about_tokenizers(session) if session.loaded else []),
         *_about_rank(recipe.rank, session.safety, session.task),
         *_about_answers(data),
         *_about_rows(data),
@@ -153,6 +155,22 @@ def _about_adapters(safety: Adapter, task: Adapter | None) -> list[Finding]:
         found.append(
             Finding(f"task is {names[1]} and safety is {names[0]}, by their names: have they changed places?", True)
         )
+    return found
+
+
+def _about_tokenizers(session: Session) -> list[Finding]:
+    """Adapters whose folders bring the tokenizer that they were trained with, where that is another than the model's."""
+    found = []
+    for name, adapter in (("safety", session.safety), ("task", session.task)):
+        template, tokens = brought(adapter.path) if adapter is not None and adapter.path else (None, set())
+        if template is not None and template.strip() != str(getattr(session.tokenizer, "chat_template", "")).strip():
+            text = "brings a chat template that is not the model's: it was trained on prompts of another form"
+            found.append(
+                Finding(f"the {name} adapter {text} (template: {{chat_template: …}} takes the text of another)")
+            )
+        if new := sorted(tokens - session.tokenizer.get_vocab().keys()):
+            text = f"brings tokens that the model's tokenizer does not have, {new[0]!r} among {len(new)}; here they are read in pieces"
+            found.append(Finding(f"the {name} adapter {text}"))
     return found
 
 

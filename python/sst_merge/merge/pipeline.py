@@ -94,7 +94,7 @@ def merge(
     yes: bool = False,
     loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
+    """Run a recipe: write the merged adapter with report, model card, recipe and evidence; return the report.
 
     Inputs that are likely a mistake (`findings`) end it before the first pass, unless `yes`. `exports`: "full" and "gguf-lora", beside the
     adapter (`serving.export`). loaded: model and tokenizer, where they are at hand. front: one that was measured earlier, of which this
@@ -162,7 +162,7 @@ def merge(
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
         report["exports"], report["failed_exports"] = _exported(exports, session, adapter, folder, recipe)
-        write_report(report, folder)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     return report
 
 
