@@ -132,8 +132,9 @@ def test_budgets_rows_and_places(world):
 
 def test_rows_that_repeat_and_rows_that_were_fitted_on(world, tmp_path):
     twice = cases.write_jsonl(tmp_path / "twice.jsonl", cases.pairs(20, "steal") * 2)
-    _, notes = told(world, harm_data=twice, holdout=0)
-    assert "harm: 20 of 40 rows stand there twice; they are no further evidence" in notes
+    _, notes = told(world, harm_data=twice)
+    assert "harm: 16 of 32 rows stand there twice; they are no further evidence" in notes
+    assert not any("of the prompts of eval_harm stand in harm" in text for text in notes)  # held out together
     mistakes, _ = told(world, eval_harm_data=twice)
     assert mistakes == ["100% of the prompts of eval_harm stand in harm, too"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,6 +228,9 @@ def test_what_is_held_out(world):
     two = trust.hold_out({"benign": data["benign"][:5]}, 0.2)
     assert (len(two["benign"]), len(two["eval_benign"])) == (3, 2)
     assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:5]}, 0.2, 4)  # as many as there are folds
+    twice = trust.hold_out({"harm": replace(data["benign"], examples=data["benign"].examples * 2)}, 0.2)
+    assert (len(twice["harm"]), len(twice["eval_harm"])) == (32, 8)
+    assert not {e.prompt for e in twice["harm"].examples} & {e.prompt for e in twice["eval_harm"].examples}
     given = {**data, "eval_benign": data["benign"][:1]}
     assert trust.hold_out(given, 0.2) == given
 

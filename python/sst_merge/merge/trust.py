@@ -263,20 +263,23 @@ class Knee(Measured):
 
 
 def hold_out(data: Mapping[str, Dataset], share: float, least: int = 1) -> dict[str, Dataset]:
-    """The data with about this share of the rows of either side taken out to measure on, where no others are given for that.
+    """The data with about this share of the prompts of either side taken out to measure on, where no others are given for that.
 
-    At least two of them, and never the half: nothing is taken out of fewer than five rows, or where fewer than `least` would be left.
+    At least two of them, and never the half, all rows of a prompt together: nothing is taken out of fewer than five, or where fewer than
+    `least` would be left.
     """
     out = dict(data)
     for side, what in (("harm", "refusal is"), ("benign", "the budget is")):
-        if share == 0 or f"eval_{side}" in data or side not in data or len(data[side]) < 5:
+        if share == 0 or f"eval_{side}" in data or side not in data:
             continue
         rows = data[side]
-        step = max(2, min(round(1 / share), len(rows) // 2))
-        if len(rows) - len(rows) // step < least:
+        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(e.prompt for e in rows.examples))}
+        step = max(2, min(round(1 / share), len(prompts) // 2))
+        if len(prompts) < 5 or len(prompts) - len(prompts) // step < least:
             continue
-        rest = tuple(example for i, example in enumerate(rows.examples) if i % step != step - 1)
-        held = rows[step - 1 :: step]
+        out_of = [prompts[e.prompt] % step == step - 1 for e in rows.examples]
+        rest = tuple(example for example, taken in zip(rows.examples, out_of) if not taken)
+        held = replace(rows, examples=tuple(example for example, taken in zip(rows.examples, out_of) if taken))
         note = f"{len(held)} of {len(rows)} {side} rows are held out: {what} measured on them (holdout)"
         out[side] = replace(rows, examples=rest, notes=(*rows.notes, note))
         out[f"eval_{side}"] = held
