@@ -37,11 +37,11 @@ POINTER = {
 CSV, PAGE = ROOT / "bench/results/machine.csv", ROOT / "docs/machine.md"
 HEAD = """# What the kernels should take
 
-Written by `python -m bench.machine`: the quick sizes of `bench.ops` on an H100, bfloat16, before any measurement. Launches, CTAs,
-registers and shared memory are those of the launchers and of the compiler for sm_90. The floor is the larger of bytes at 3.0 TB/s and
-operations at 620 Tflop/s. In the prediction the processor with the most CTAs is waited for, and each launch takes 2.5 µs more; the three
-rates are assumed, and nothing is taken off for too few warps, latency or instructions. `bench.ops` on a GPU states the
-prediction beside its measurement.
+Written by `python -m bench.machine`: the quick sizes of `bench.ops` on an H100, bfloat16, before any measurement.
+Launches, CTAs, registers and shared memory are those of the launchers and of the compiler for sm_90. The floor is the
+larger of bytes at 3.0 TB/s and operations at 620 Tflop/s. In the prediction the processor with the most CTAs is waited
+for, and each launch takes 2.5 µs more. The three rates are assumed, and nothing is taken off for too few warps, latency
+or instructions. `bench.ops` on a GPU states the prediction beside its measurement.
 
 | op | size | floor µs | launches | largest kernel | CTAs, warps | registers, shared KiB | CTAs a processor, waves | predicted µs |
 | --- | --- | ---: | ---: | --- | --- | --- | --- | ---: |
