@@ -40,7 +40,10 @@ READ = (
     "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
 )  # fmt: skip
-MEASURE = ("model", "task", "harm_data", "benign_data", "generate_tokens", "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype")  # fmt: skip
+MEASURE = (
+    "model", "task", "harm_data", "benign_data", "eval_safe_data", "eval_task_data", "generate_tokens", "task_tokens", "robustness", "judge",
+    "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype",
+)  # fmt: skip
 
 
 @app.command()
@@ -132,33 +135,45 @@ def evaluate(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones."""
+    """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones, over-refusal on safe ones, task accuracy."""
     import torch
 
     from .io.data import load_dataset
+    from .io.wrappers import WRAPPERS
+    from .judges import model_judge
     from .session import evaluate_folders
 
     # The two entries of a recipe that this command has no use for.
     recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", reads=False)
-    files = [given.get("harm_data"), given.get("benign_data")]
-    if not any(files):
-        raise MergeError("nothing to measure on: give --harm-data, --benign-data or both")
+    sides = {"harmful": "harm_data", "benign": "benign_data", "safe": "eval_safe_data", "task": "eval_task_data"}
+    files = {side: path for side, name in sides.items() if (path := getattr(recipe, name)) is not None}
+    if not files:
+        raise MergeError("nothing to measure on: give --harm-data, --benign-data, --safe-data or --task-data")
     if recipe.model is None:
         raise MergeError("model: is required; give --model")
+    if recipe.robustness and "harmful" not in files:
+        raise MergeError("robustness: puts harmful prompts differently; give --harm-data")
+
+    def load(tokenizer: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {"max_length": recipe.max_length, "limit": recipe.limit}
+        found: dict[str, Any] = {side: load_dataset(path, tokenizer, **options) for side, path in files.items()}
+        if recipe.robustness:
+            rows = {n: load_dataset(files["harmful"], tokenizer, wrapper=w, **options) for n, w in WRAPPERS.items()}
+            found["wrapped"] = rows
+        if recipe.judge is not None:
+            found["judge"] = model_judge(recipe.judge)
+        return found | {"tokens_per_batch": recipe.tokens_per_batch, "task_tokens": recipe.task_tokens}
+
     torch.manual_seed(recipe.seed)
     results = evaluate_folders(
         recipe.model,
         adapter or [],
         recipe.task,
-        load=lambda tokenizer: [
-            load_dataset(p, tokenizer, max_length=recipe.max_length, limit=recipe.limit) if p is not None else None
-            for p in files
-        ],
+        load=load,
         output=output,
         force=force,
-        inputs=[path for path in files if path is not None],
+        inputs=list(files.values()),
         generate_tokens=recipe.generate_tokens,
-        tokens_per_batch=recipe.tokens_per_batch,
         device=recipe.device,
         dtype=recipe.dtype,
         reporter=Reporter(quiet),

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origi
 import typer
 from pydantic import BaseModel
 
-ALIASES = {"harm_data": ("--harmful",), "benign_data": ("--benign",), "output": ("-o",)}
+ALIASES = {
+    "harm_data": ("--harmful",), "benign_data": ("--benign",), "eval_safe_data": ("--safe-data",), "eval_task_data": ("--task-data",),
+    "output": ("-o",),
+}  # fmt: skip
 
 
 def takes(

@@ -22,7 +22,9 @@ from .specs import Collection, Fishers, Pencil, Strength
 if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
-PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
+PATHS = (
+    "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
+)  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -44,6 +46,13 @@ class Recipe(BaseModel):
     )
     eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
+    eval_safe_data: Path | None = Field(
+        None, description="JSONL: safe prompts that sound dangerous, to measure over-refusal on"
+    )
+    eval_task_data: Path | None = Field(
+        None,
+        description="JSONL: prompts with exact answers, to measure task accuracy on (sst_merge.judges.final_answer)",
+    )
     output: Path = Field(description="folder to create")
 
     input_filter: float = Field(
@@ -121,6 +130,14 @@ class Recipe(BaseModel):
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
     skip_bad_lines: bool = Field(False, description="leave out data lines that cannot be used; the report counts them")
     generate_tokens: int = Field(24, ge=0, description="length of generated answers in evaluation; 0 generates none")
+    task_tokens: int = Field(128, ge=0, description="length of generated answers to eval_task_data; 0 generates none")
+    robustness: bool = Field(
+        False, description="measure refusal of eval_harm_data put differently, too (sst_merge.io.wrappers)"
+    )
+    judge: str | None = Field(
+        None,
+        description="classifier of refusals, or NLI model, as a second opinion: a folder, or a name in the local cache",
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -182,7 +199,7 @@ class Recipe(BaseModel):
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
                 "run of their own, without evidence"
             )
-        elif self.model is None and (self.eval_harm_data or self.eval_benign_data):
+        elif self.model is None and any(getattr(self, f"eval_{n}_data") for n in ("harm", "benign", "safe", "task")):
             raise ValueError("model: is required to measure on evaluation data")
         return self
 
@@ -235,6 +252,8 @@ class Recipe(BaseModel):
             "benign": self.benign_data,
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
+            "eval_safe": self.eval_safe_data,
+            "eval_task": self.eval_task_data,
         }
         if self.evidence is not None:
             del given["harm"]

@@ -13,7 +13,6 @@ from torch import Tensor
 from .errors import ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, load_adapter
-from .io.data import Dataset
 from .io.models import attach, check_fit, fitted, load_model
 from .io.output import output_file
 from .merge.algebra import concatenate, transform
@@ -120,19 +119,18 @@ def evaluate_folders(
     adapters: Sequence[Path],
     task: Path | None,
     *,
-    load: Callable[[Any], list[Dataset | None]],
+    load: Callable[[Any], dict[str, Any]],
     output: Path | None = None,
     force: bool = False,
     inputs: Sequence[Path] = (),
     generate_tokens: int = 24,
-    tokens_per_batch: int = 1024,
     device: str = "auto",
     dtype: str = "float32",
     reporter: Reporter,
 ) -> dict[str, Evaluation]:
     """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
 
-    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON; `force` replaces a file
+    `load(tokenizer)` gives what to measure on and how: arguments of `Evaluator`. `output` receives per-prompt JSON; `force` replaces a file
     there, but none of the model, the adapters and `inputs`.
     """
     given: list[str | Path] = [model, *adapters, *([task] if task is not None else []), *inputs]
@@ -147,16 +145,7 @@ def evaluate_folders(
         reference = None
         if base_task is not None:
             network, reference = attach(network, TASK, base_task), TASK
-        harmful, benign = load(tokenizer)
-        evaluator = Evaluator(
-            network,
-            tokenizer,
-            harmful=harmful,
-            benign=benign,
-            reference=reference,
-            tokens_per_batch=tokens_per_batch,
-            reporter=reporter,
-        )
+        evaluator = Evaluator(network, tokenizer, reference=reference, reporter=reporter, **load(tokenizer))
         results = {"reference": evaluator(reference, label="reference", generate_tokens=generate_tokens)}
         for name, adapter in folders.items():
             evaluator.model = attach(evaluator.model, CANDIDATE, adapter)

@@ -13,7 +13,21 @@ from ..progress import Reporter
 from ..recipe import Recipe
 
 
-@takes(Recipe, ("output", "evidence", "limit", "seed", "device", "dtype"))
+@takes(
+    Recipe,
+    (
+        "output",
+        "evidence",
+        "eval_safe_data",
+        "eval_task_data",
+        "robustness",
+        "judge",
+        "limit",
+        "seed",
+        "device",
+        "dtype",
+    ),
+)
 def compare(
     given: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="YAML recipe with `methods`, `strengths` and evaluation data.")],

@@ -21,6 +21,8 @@ from ..io.adapters import Adapter, for_output, write_adapter
 from ..io.data import Dataset, load_dataset
 from ..io.models import check_fit
 from ..io.output import check_output, output_file, output_folder
+from ..io.wrappers import WRAPPERS
+from ..judges import model_judge
 from ..progress import Reporter
 from ..recipe import Recipe
 from ..report import write_report
@@ -34,6 +36,7 @@ from .algebra import recompress
 from .source import Source, load_evidence
 from .trust import Budget, Choice, hold_out, within
 
+MEASURED = {"eval_harm", "eval_benign", "eval_safe", "eval_task"}
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
@@ -47,15 +50,13 @@ def session_of(recipe: Recipe, reporter: Reporter) -> Session:
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     """The recipe's data files, tokenised. Raises DataError."""
-    options: dict[str, Any] = {
-        "max_length": recipe.max_length,
-        "limit": recipe.limit,
-        "skip_bad_lines": recipe.skip_bad_lines,
-        "template": recipe.template,
-        "columns": recipe.columns,
-    }
-    given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
+    given = {name: load_dataset(path, tokenizer, **_reading(recipe)) for name, path in recipe.files.items()}
     return hold_out(given, recipe.holdout)
+
+
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's data files are read."""
+    return {k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")}
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
@@ -116,6 +117,8 @@ def merge(
             check_folds(recipe, data)
             check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
             source = open_source(recipe, session, data, continuity)
+        # A judge that is not there, or prompts too long when put differently, are told before the passes.
+        evaluator = evaluator_of(session, recipe, data, forgiving=True) if leading and MEASURED & data.keys() else None
         space = source.subspace(recipe.pencil)
         if not leading:
             return {}
@@ -128,7 +131,7 @@ def merge(
         report = describe(session, recipe, data, source, space, patch, adapter)
         report["budget"] = budget.summary() if budget is not None else None
         report["recompression"] = lost.summary() if lost is not None else None
-        evaluations = _evaluate(session, recipe, data, adapter, known)
+        evaluations = _evaluate(session, recipe, evaluator, adapter, known)
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
         report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
@@ -170,7 +173,7 @@ def _chosen(
     if limit is None or "eval_benign" not in data:
         return choose(recipe.strength), None, None
     start = time.monotonic()
-    evaluator = _evaluator(session, recipe, {"eval_benign": data["eval_benign"]})
+    evaluator = evaluator_of(session, recipe, {"eval_benign": data["eval_benign"]})
     try:
         choice, known, budget = within(
             limit,
@@ -279,27 +282,41 @@ def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | No
     return {"parameter": patch.strength, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
 
 
-def _evaluator(session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False) -> Evaluator:
+def evaluator_of(
+    session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False
+) -> Evaluator:
+    """What measures an adapter on those of the recipe's data whose names begin with `eval_`."""
+    judge = None
+    if recipe.judge is not None and {"eval_harm", "eval_safe"} & data.keys():
+        judge = model_judge(recipe.judge, device=str(next(session.model.parameters()).device))
+    wrapped = {}
+    if recipe.robustness and "eval_harm" in data:
+        path, options = recipe.files["eval_harm"], _reading(recipe)
+        wrapped = {n: load_dataset(path, session.tokenizer, wrapper=w, **options) for n, w in WRAPPERS.items()}
     return Evaluator(
         session.model,
         session.tokenizer,
         harmful=data.get("eval_harm"),
         benign=data.get("eval_benign"),
+        safe=data.get("eval_safe"),
+        task=data.get("eval_task"),
+        wrapped=wrapped,
+        judge=judge,
         reference=session.reference,
         tokens_per_batch=recipe.tokens_per_batch,
+        task_tokens=recipe.task_tokens,
         reporter=session.reporter,
         forgiving=forgiving,
     )
 
 
 def _evaluate(
-    session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter, known: Evaluation | None
+    session: Session, recipe: Recipe, evaluator: Evaluator | None, adapter: Adapter, known: Evaluation | None
 ) -> dict[str, Evaluation]:
     """known: what has been measured of the merged adapter on benign rows."""
-    if not {"eval_harm", "eval_benign"} & data.keys():
+    if evaluator is None:
         return {}
     start = time.monotonic()
-    evaluator = _evaluator(session, recipe, data, forgiving=True)
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
     results = {"no patch": evaluator(session.reference, label="no patch", **options)}
     for name, candidate, seen in (("plain addition", session.plain(1.0), None), ("merged", adapter, known)):
