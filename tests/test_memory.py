@@ -118,7 +118,7 @@ def test_input_moments_take_what_was_estimated(kind, rank):
     with torch.no_grad(), input_moments(model, "safety", rank=rank) as moments:
         model(input_ids=tiny_batch(2)["input_ids"])
     assert [site.name for site in readers] == list(dict.fromkeys(moments.shared.values()))
-    widths = [moments.reads[site.name].shape[1] for site in readers]
+    widths = [moments.lora_A[site.name].shape[1] for site in readers]
     made = estimate_moments([(d, columns(d, rank)) for d in widths])
     assert made.state == pytest.approx(moments.nbytes, rel=0.02)
 

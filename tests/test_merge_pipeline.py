@@ -214,7 +214,7 @@ def test_a_failed_run_leaves_nothing(world, tmp_path, monkeypatch):
 def test_benign_labels_are_drawn_anew_and_repeatably(world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
-    options = {"name": "x", "point": "reference", "labels": "model", "draws": 2}
+    options = {"name": "x", "point": "reference", "labels": "mc", "draws": 2}
     first, same, other = (fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)

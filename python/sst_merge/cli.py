@@ -144,7 +144,7 @@ def evaluate(
     from .session import evaluate_folders
 
     # The two entries of a recipe that this command has no use for.
-    recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", reads=False)
+    recipe = Recipe.parse({**given, "safety": ".", "output": output or "-"}, where="flags", complete=False)
     sides = {"harmful": "harm_data", "benign": "benign_data", "safe": "eval_safe_data", "task": "eval_task_data"}
     files = {side: path for side, name in sides.items() if (path := getattr(recipe, name)) is not None}
     if not files:

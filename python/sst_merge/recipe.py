@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .errors import MAX_SEED, RecipeError
 from .io.paths import expanded, within
@@ -59,7 +59,7 @@ class Recipe(BaseModel):
         3.0,
         ge=0,
         le=1e100,
-        description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); 0: reads as they are",
+        description="μ, what benign inputs weigh in A' = A X_harm (X_harm + μ X_benign)⁻¹, which takes A's place (sst_kernels.filter_inputs); 0: A as it is",
     )
     input_rank: int | None = Field(
         512,
@@ -93,8 +93,8 @@ class Recipe(BaseModel):
         description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
     )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
-    benign_labels: Literal["model", "data"] = Field(
-        "model", description="sampled from the model, or the data's answers"
+    benign_labels: Annotated[Literal["mc", "empirical"], BeforeValidator(_label_source)] = Field(
+        "mc", description="drawn from the model (Monte Carlo Fisher), or the data's answers (empirical Fisher)"
     )
     label_draws: int = Field(2, ge=1, le=10_000, description="passes over the benign data with fresh labels")
 
@@ -188,7 +188,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _something_is_read(self, info: ValidationInfo) -> Recipe:
-        if info.context is not None and not info.context["reads"]:
+        if info.context is not None and not info.context["complete"]:
             return self
         if self.evidence is None:
             for name in ("model", "harm_data", "benign_data"):
@@ -277,13 +277,13 @@ class Recipe(BaseModel):
         return "global" if self.keeps_rows else self.scope
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "recipe", *, reads: bool = True) -> Recipe:
+    def parse(cls, values: dict[str, Any], where: str = "recipe", *, complete: bool = True) -> Recipe:
         """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones.
 
-        reads: whether it is to be run, so that model and data, or evidence, have to be there.
+        complete: whether it is to be run, so that model and data, or evidence, have to be there.
         """
         try:
-            return cls.model_validate(values, context={"reads": reads})
+            return cls.model_validate(values, context={"complete": complete})
         except ValidationError as error:
             lines = []
             for e in error.errors():
@@ -307,6 +307,11 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _label_source(given: Any) -> Any:
+    """The old names hold until 0.3."""
+    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 def _kind(structure: str) -> type[Structure]:

@@ -107,18 +107,18 @@ def markdown(report: Mapping[str, Any]) -> str:
         for r in report["budget"]["worst"]:
             rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
         parts += [*_markdown_table(rows), ""]
-    price = report["recipe"]["input_filter"]
-    reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
+    mu = report["recipe"]["input_filter"]
+    inputs = f"A' = A X_harm (X_harm + {mu:g} X_benign)⁻¹ in A's place" if mu else "A as it is"
     strength = math.inf if patch["parameter"] is None else patch["parameter"]
     parts += [
         "## The patch",
         "",
-        f"- reads {reads}",
+        f"- inputs: {inputs}",
         f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {strength:.4g}, "
         f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
         f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; "
         f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
-        f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these reads",
+        f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these inputs",
         *(f"- {note}" for note in [unspent(report)] if note),
         f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
         f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "

@@ -20,7 +20,7 @@ class Collection:
 
     opening_tokens: int = 4
     opening_weight: float | None = 3.0
-    labels: Literal["model", "data"] = "model"
+    labels: Literal["mc", "empirical"] = "mc"
     draws: int = 2
     tokens_per_batch: int = 1024
     input_rank: int | None = 512
@@ -35,7 +35,7 @@ class Collection:
 class Fishers:
     """Which Fishers of the patch stand in the pencil. The default ones follow from the evidence, others take passes of their own.
 
-    input_filter: the price of benign inputs in what the patch reads, 0 to leave it. opening_weight: what each of the first tokens of
+    input_filter: what benign inputs weigh in the filter of the patch's inputs, 0 to leave A as it is. opening_weight: what each of the first tokens of
     a refusal counts; others 1. harm_points, benign_point: where gradients are taken on the patch's path.
     """
 

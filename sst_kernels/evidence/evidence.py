@@ -30,7 +30,7 @@ from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint
 from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
-from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
+from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_lora_A
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
 from sst_kernels.subspace import Metric, Scope, Subspace, subspace
@@ -80,12 +80,12 @@ class Weights:
 class Filtered:
     """The patch with its inputs filtered, cost inputs weighing `mu`: its row space A', and both Fishers of its core.
 
-    reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
+    lora_A: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
     `fisher_accumulate(point="reference")` would take them of a model that carries A'.
     """
 
     mu: float
-    reads: dict[str, Tensor]
+    lora_A: dict[str, Tensor]
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
     weights: Weights = field(repr=False)
@@ -98,7 +98,7 @@ class Filtered:
         """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
         return {
             name: (
-                self.reads[name],
+                self.lora_A[name],
                 (self.weights.b[name].double() @ s.cpu().double()).float(),
                 self.weights.scaling[name],
             )
@@ -116,7 +116,7 @@ class Evidence:
         ...         reading.backward(batch, weights=sst.opening_weights(batch["labels"]))
         >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
         ...     for batch in benign_batches:
-        ...         reading.backward(batch, labels="model", draws=2)
+        ...         reading.backward(batch, labels="mc", draws=2)
         >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
         >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
         >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP
@@ -301,7 +301,7 @@ class Evidence:
             reads = reads if mu else dict(self.weights.a)
         elif mu:
             columns = {
-                n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()
+                n: new for n, (new,) in filtered_lora_A(given, self.gain.moments, self.cost.moments, [mu]).items()
             }
             reads = {name: a.to("cpu", torch.float32) for name, a in columns.items()}
         else:

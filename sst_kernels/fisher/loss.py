@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,6 +39,22 @@ class Declaration:
             watch(value)
         self.watchers.clear()
         return value
+
+
+LabelSource = Literal["empirical", "mc", "data", "model"]  # the last two are the old names, until 0.3
+Origin = Literal["data", "model"]  # what Fishers keep
+
+
+def label_origin(labels: LabelSource) -> Origin:
+    """Where labels come from. ValueError for an unknown name, DeprecationWarning for an old one."""
+    named: dict[str, Origin] = {"empirical": "data", "mc": "model"}
+    if labels in ("data", "model"):
+        new = next(name for name, origin in named.items() if origin == labels)
+        warnings.warn(f'labels="{labels}" is called labels="{new}" now', DeprecationWarning, stacklevel=3)
+        return labels
+    if labels not in named:
+        raise ValueError(f'labels: expected "empirical" or "mc", got {labels!r}')
+    return named[labels]
 
 
 _declared: ContextVar[Declaration | None] = ContextVar("declared_loss", default=None)
@@ -75,7 +92,7 @@ def current_declaration() -> Declaration | None:
 def sequence_nll(
     model: nn.Module,
     batch: Mapping[str, Any],
-    labels: Literal["data", "model"] = "data",
+    labels: LabelSource = "empirical",
     *,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -83,25 +100,24 @@ def sequence_nll(
 ) -> Tensor:
     """Σ over sequences and label positions of −log p, a scalar in nats, ready for `backward()`.
 
-    batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="data" takes them as
-    they are; labels="model" draws each one anew from the model's own prediction at its position (teacher-forced on the
-    batch's tokens), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL divergence
-    (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="data"
+    batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="empirical" takes them
+    as they are (empirical Fisher); labels="mc" draws each one anew from the model's own prediction at its position (teacher-forced
+    on the batch's tokens; Monte Carlo Fisher), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL
+    divergence (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="empirical"
     only: the Fisher then says "weighted data". Raises FloatingPointError where labels cannot be drawn from logits, and ValueError without `labels` in the batch, with none left unmasked, or with
     weights of another shape or for drawn labels, whose Fisher has none.
     """
-    if labels not in ("data", "model"):
-        raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
+    origin = label_origin(labels)
     if batch.get("labels") is None:
         raise ValueError(NO_LABELS)
-    if weights is not None and labels == "model":
+    if weights is not None and origin == "model":
         raise ValueError(
-            'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
+            'weights go with labels="empirical": the Fisher of drawn labels is that of the model, without weights'
         )
-    source = labels if weights is None else "weighted data"
+    source = origin if weights is None else "weighted data"
     with declared_loss(batch["labels"], source=source, groups=groups) as declaration:
         logits, answers, _ = label_logits(model, batch)
-        if labels == "model":
+        if origin == "model":
             (answers,) = draw_labels(logits, 1, generator)
         return declaration.loss(nll(logits, answers, batch["labels"], weights))
 

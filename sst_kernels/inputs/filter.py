@@ -39,8 +39,8 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
     """
     _check_pair(gain, cost)
     check_mu(mu)
-    found = filtered_reads(gain.reads, gain.sums, cost.sums, [mu])
-    return {name: new.to(gain.reads[name]) for name, (new,) in found.items()}
+    found = filtered_lora_A(gain.lora_A, gain.sums, cost.sums, [mu])
+    return {name: new.to(gain.lora_A[name]) for name, (new,) in found.items()}
 
 
 def check_mu(mu: float) -> None:
@@ -49,7 +49,7 @@ def check_mu(mu: float) -> None:
         raise ValueError(f"mu must lie in 0 … 1e100, got {mu}")
 
 
-def filtered_reads(
+def filtered_lora_A(
     reads: Mapping[str, Tensor], gain: MomentSums, cost: MomentSums, mus: Sequence[float]
 ) -> dict[str, list[Tensor]]:
     """Per module A' [r, d_in] float64 at each of the `mus`. Modules that read one tensor share a factorisation."""
@@ -128,7 +128,7 @@ class Basis(Mapping[str, Tensor]):
         """
         for mu in mus:
             check_mu(mu)
-        found = filtered_reads(reads, gain, cost, mus)
+        found = filtered_lora_A(reads, gain, cost, mus)
         columns, dual, small = {}, {}, {}
         last: tuple[str, tuple] = ("", ())
         for name, own in reads.items():
@@ -156,14 +156,16 @@ def basis_of(gain: InputMoments, cost: InputMoments, mus: Sequence[float] = MUS)
     both sides' prompts. Raises what `filter_inputs` raises.
     """
     _check_pair(gain, cost)
-    return Basis.of(gain.reads, gain.sums, cost.sums, mus)
+    return Basis.of(gain.lora_A, gain.sums, cost.sums, mus)
 
 
 def _check_pair(gain: InputMoments, cost: InputMoments) -> None:
     for moments in (gain, cost):
         if not isinstance(moments, InputMoments):
             raise TypeError(f"expected the moments of two passes of input_moments, got {type(moments).__name__}")
-    if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
+    if gain.lora_A.keys() != cost.lora_A.keys() or any(
+        not torch.equal(a, cost.lora_A[n]) for n, a in gain.lora_A.items()
+    ):
         raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
 
 

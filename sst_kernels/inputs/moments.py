@@ -197,7 +197,7 @@ class InputMoments(Mapping[str, Moment]):
     """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module."""
 
     def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
-        self.reads = {site.name: whole_weight(site.lora_a).clone() for site in sites}
+        self.lora_A = {site.name: whole_weight(site.lora_a).clone() for site in sites}
         self.sums = MomentSums({site.name: width_of(site) for site in sites}, rank, seed)
         self._model, self._sites, self._group = model, sites, group
         self._seen: set[str] = set()  # modules that this batch has passed

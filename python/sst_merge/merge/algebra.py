@@ -76,7 +76,7 @@ def transform(adapter: Adapter, coordinates: Mapping[str, Tensor]) -> Adapter:
     return replace(adapter, terms=terms)
 
 
-def with_reads(adapter: Adapter, reads: Mapping[str, Tensor]) -> Adapter:
+def with_lora_A(adapter: Adapter, reads: Mapping[str, Tensor]) -> Adapter:
     """The adapter with A [r, d_in] replaced by `reads[module]`; modules without any are left out."""
     terms = {name: replace(adapter.terms[name], A=a.cpu()) for name, a in reads.items()}
     return replace(adapter, terms=terms)

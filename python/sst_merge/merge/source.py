@@ -24,7 +24,7 @@ from ..run.launch import world
 from ..run.passes import fisher_pass
 from ..session import SAFETY, TASK, Session
 from ..specs import Collection, Fishers, Pencil, Strength
-from .algebra import with_reads
+from .algebra import with_lora_A
 
 
 @dataclass
@@ -65,20 +65,20 @@ class Source:
         return self._once("decisions", condense)
 
     def patch(self, input_filter: float) -> Adapter:
-        """The safety adapter with what it reads closed to benign inputs at this price; 0 leaves it."""
+        """The safety adapter with its inputs filtered, benign ones weighing this much; 0 leaves it."""
         if input_filter == 0:
             return self.session.safety
 
         def make() -> Adapter:
             if self.gradients:
-                return with_reads(self.session.safety, self._filtered(input_filter, None).reads)
+                return with_lora_A(self.session.safety, self._filtered(input_filter, None).lora_A)
             start = time.monotonic()
             activate(self.session)
             gain, cost = (input_pass(self.session, side, self._data(side), self.spec) for side in ("harm", "benign"))
             with headlined("the inputs cannot be filtered"):
                 reads = sst.filter_inputs(gain, cost, input_filter)
             self.session.seconds["inputs"] = time.monotonic() - start
-            return with_reads(self.session.safety, reads)
+            return with_lora_A(self.session.safety, reads)
 
         return self._once(("patch", input_filter), make)
 
