@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,3 +279,15 @@ def test_fishers_along_modules_are_derivatives_of_the_loss(world):
     cores = {n: float(a) * torch.eye(world.safety.terms[n].rank, dtype=torch.float64) for n, a in zip(cost, alpha)}
     labels = cost.counts.labels / cost.counts.sequences
     assert float(alpha @ q @ alpha) / 2 / labels == pytest.approx(space.predict_cost(cores), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "examples/compare").glob("*.yml")), ids=lambda f: f.stem
+)
+def test_example_recipes_are_comparisons(file):
+    """In a process of its own: a model that only becomes whole when another was used first would pass here."""
+    code = (
+        "import sys; from sst_merge.compare.recipe import Comparison; print(len(Comparison.load(sys.argv[1]).sweeps))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=120)
+    assert int(found.stdout) > 1, found.stderr

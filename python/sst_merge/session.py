@@ -15,8 +15,9 @@ from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, load_adapter
 from .io.models import attach, check_fit, fitted, load_model
 from .io.output import output_file
-from .merge.algebra import concatenate, transform
+from .merge.algebra import concatenate, load_sum, transform
 from .progress import Reporter
+from .recipe import summands
 
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
 
@@ -94,8 +95,8 @@ class Session:
 
 def open_session(
     model: str | None,
-    safety: Path,
-    task: Path | None = None,
+    safety: Path | Mapping[Path, float],
+    task: Path | Mapping[Path, float] | None = None,
     *,
     dtype: str = "float32",
     device: str = "auto",
@@ -109,7 +110,7 @@ def open_session(
             raise ModelError("this needs the model: give --model")
         return load_model(model, dtype=dtype, device=device, quantization=quantization)
 
-    patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
+    patch, base_task = load_sum(safety), load_sum(task) if task is not None else None
     _warn([patch, base_task], reporter)
     return Session(load, patch, base_task, reporter)
 
@@ -117,7 +118,7 @@ def open_session(
 def evaluate_folders(
     model: str,
     adapters: Sequence[Path],
-    task: Path | None,
+    task: Path | Mapping[Path, float] | None,
     *,
     load: Callable[[Any], dict[str, Any]],
     output: Path | None = None,
@@ -133,10 +134,10 @@ def evaluate_folders(
     `load(tokenizer)` gives what to measure on and how: arguments of `Evaluator`. `output` receives per-prompt JSON; `force` replaces a file
     there, but none of the model, the adapters and `inputs`.
     """
-    given: list[str | Path] = [model, *adapters, *([task] if task is not None else []), *inputs]
+    given: list[str | Path] = [model, *adapters, *(summands(task) if task is not None else []), *inputs]
     with output_file(output, force=force, inputs=given) if output is not None else nullcontext() as partial:
         folders = {str(path): load_adapter(path) for path in adapters}
-        base_task = load_adapter(task) if task is not None else None
+        base_task = load_sum(task) if task is not None else None
         network, tokenizer = load_model(model, dtype=dtype, device=device)
         base_task = None if base_task is None else fitted(network, base_task)
         folders = {name: fitted(network, adapter) for name, adapter in folders.items()}

@@ -24,7 +24,7 @@ from ..io.output import check_output, output_file, output_folder
 from ..io.wrappers import WRAPPERS
 from ..judges import model_judge
 from ..progress import Reporter
-from ..recipe import Recipe
+from ..recipe import Recipe, summands
 from ..report import write_report
 from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
@@ -203,7 +203,8 @@ def collect_to_file(
 ) -> sst.Evidence | None:
     """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first."""
     reporter = reporter or Reporter()
-    files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
+    adapters = [folder for given in (recipe.safety, recipe.task) if given is not None for folder in summands(given)]
+    files = [p for p in (recipe.model, *adapters, *recipe.files.values()) if p is not None]
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,

@@ -10,12 +10,13 @@ import torch
 
 from sst_kernels.inputs.moments import columns
 
-from ..io.adapters import Adapter, load_adapter
+from ..io.adapters import Adapter
 from ..io.models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
 from ..io.output import check_output
 from ..io.paths import expanded
 from ..recipe import Recipe
 from ..run.memory import fisher_memory
+from .algebra import load_sum
 from .pipeline import check_folds, load_data
 
 _EFFICIENCY = 0.5  # of a large matrix product's rate, which forward and backward passes of small batches reach
@@ -49,10 +50,10 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     check_output(recipe.output, force=force)
-    safety = load_adapter(recipe.safety)
+    safety = load_sum(recipe.safety)
     if recipe.model is None:
         return Plan(0, sum(term.rank**2 for term in safety.terms.values()), 0.0, {}, {})
-    adapters = [safety, *([load_adapter(recipe.task)] if recipe.task is not None else [])]
+    adapters = [safety, *([load_sum(recipe.task)] if recipe.task is not None else [])]
     folder = model_folder(recipe.model)
     with loading(recipe.model), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
