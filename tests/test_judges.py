@@ -14,7 +14,7 @@ from sst_merge.evaluate import Evaluator, active
 from sst_merge.generation import continuation_log_probs, greedy_tokens
 from sst_merge.io.adapters import load_adapter
 from sst_merge.io.data import load_dataset
-from sst_merge.io.models import attach
+from sst_merge.io.fit import attach
 from sst_merge.io.wrappers import WRAPPERS, Wrapper
 from sst_merge.merge.algebra import concatenate
 from sst_merge.progress import Reporter
@@ -246,7 +246,7 @@ def test_a_wrapped_prompt_that_is_too_long_is_refused(setting):
 
 
 def test_a_merge_measures_all_of_it_and_refuses_a_wrong_judge_first(tmp_path, monkeypatch):
-    from sst_merge.merge import pipeline
+    from sst_merge.merge import pipeline, source
     from sst_merge.recipe import Recipe
 
     cases.model_folder(tmp_path / "model")
@@ -266,7 +266,7 @@ def test_a_merge_measures_all_of_it_and_refuses_a_wrong_judge_first(tmp_path, mo
         assert row["robust_refused"].keys() == WRAPPERS.keys()
         assert row["classifier_refused"] == 1.0
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8").count("refused, role play ↑") == 1
-    monkeypatch.setattr("sst_merge.merge.source.collect", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr(source, "collect", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(ModelError, match="expected a text classifier"):
         pipeline.merge(Recipe.parse(values | {"judge": "nobody/there", "output": tmp_path / "other"}), reporter=QUIET)
     assert not (tmp_path / "other").exists()

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
+from sst_kernels import Evidence, fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
 from sst_kernels.fisher.estimate import Estimate, estimate_moments
 from sst_kernels.fisher.lora import find_sites
@@ -165,6 +165,16 @@ def test_ranks_need_room_for_the_total_beside_their_own_rows(monkeypatch):
         with pytest.raises(MemoryError, match="fit"):
             memory.reserve(pass_.fisher, 10, {}, ranks=4)
         sequence_nll(pass_.model, tiny_batch(2)).backward()
+
+
+def test_evidence_of_two_losses_needs_room_for_the_rows_of_both(monkeypatch):
+    evidence = Evidence.of(tiny_lora(adapters=("task", "safety")), "safety")
+    row = 4 * evidence.gain.width
+    monkeypatch.setattr(memory, "available", lambda device: 25 * row)
+    with pytest.raises(MemoryError, match="gradients that an evidence keeps"):
+        evidence.accumulate("gain", sequences=13, losses=2)
+    evidence.accumulate("gain", sequences=12, losses=2)
+    evidence.accumulate("gain", sequences=13)
 
 
 def test_reserved_rows_are_never_copied():

@@ -15,7 +15,7 @@ from sst_kernels.testing import assert_close
 from sst_merge.evaluate import active
 from sst_merge.io.adapters import Adapter, LoraTerm
 from sst_merge.io.data import batches
-from sst_merge.io.models import attach
+from sst_merge.io.fit import attach
 from sst_merge.methods import Inputs, find
 from sst_merge.methods.inputs import DAMPING, NULL_SHARE, RIDGE, safe_delta, steer
 from sst_merge.methods.layers import fit, projected, within

@@ -73,7 +73,7 @@ class Evaluator:
     """Measures one model under different adapters on fixed data; the reference's logits are computed once.
 
     Args:
-        model: a PeftModel (see `models.attach`), or a plain model to measure the base alone.
+        model: a PeftModel (see `fit.attach`), or a plain model to measure the base alone.
         tokenizer: of that model.
         harmful, benign, safe, task: what to measure on; None leaves the corresponding numbers NaN. wrapped: harmful prompts put
             differently, by wrapper.

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -35,13 +34,12 @@ if TYPE_CHECKING:
 PATHS = (
     "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
 )  # fmt: skip
+_SPELLED = {
+    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
+    "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
+}  # fmt: skip
 Adapters = Path | dict[Path, float]  # one folder, or several that add up with these weights
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -112,7 +110,7 @@ class Recipe(BaseModel):
         description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
     )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
-    benign_labels: Annotated[Literal["mc", "empirical"], BeforeValidator(_label_source)] = Field(
+    benign_labels: Literal["mc", "empirical"] = Field(
         "mc", description="drawn from the model (Monte Carlo Fisher), or the data's answers (empirical Fisher)"
     )
     label_draws: int = Field(2, ge=1, le=10_000, description="passes over the benign data with fresh labels")
@@ -197,6 +195,17 @@ class Recipe(BaseModel):
                 raise ValueError(f"the weight of {folder}: expected a number other than 0, got {weight!r}")
         return next(iter(weights)) if list(weights.values()) == [1] else weights
 
+    @field_validator("benign_labels", mode="before")
+    @classmethod
+    def _label_source(cls, value: Any) -> Any:
+        """The old names hold until 0.3."""
+        return {"model": "mc", "data": "empirical"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("dtype", "filter", "structure", "metric", "scope", "form", mode="before")
+    @classmethod
+    def _in_other_words(cls, value: Any) -> Any:
+        return spelled(value) if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _one_strength(cls, values: Any) -> Any:
@@ -207,8 +216,8 @@ class Recipe(BaseModel):
             raise ValueError(f"give one of kl_budget, mu and k, not {' and '.join(given)}")
         if not given:
             return {**values, "kl_budget": 0.02}
-        name, wrong = values.get("filter", "soft"), {"soft": "k", "threshold": "k", "top_k": "mu"}
-        if given[0] == wrong.get(name):
+        name, wrong = cls._in_other_words(values.get("filter", "soft")), {"soft": "k", "threshold": "k", "top_k": "mu"}
+        if isinstance(name, str) and given[0] == wrong.get(name):
             raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
         return values
 
@@ -304,6 +313,11 @@ class Recipe(BaseModel):
         return {name: path for name, path in given.items() if path is not None}
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_dataset` is told of every file."""
+        return {n: getattr(self, n) for n in ("max_length", "limit", "skip_bad_lines", "template", "columns")}
+
+    @property
     def from_evidence(self) -> bool:
         """Whether one reading of the data has everything, or Fisher passes of their own follow."""
         return self.pencil.fishers.from_evidence
@@ -349,6 +363,12 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def spelled(value: str) -> str:
+    """A choice as recipes spell it: `top-k` is top_k, `fp16` float16, `kfac` kronecker."""
+    plain = value.strip().lower().replace("-", "_")
+    return _SPELLED.get(plain, plain)
 
 
 def _kind(structure: str) -> type[Structure]:

@@ -1,10 +1,8 @@
-"""What a run found, written for people and programs: report.json, report.md, plots, and the adapter's model card."""
+"""What a run found, written for people and programs: report.json, report.md, report.html, and the adapter's model card."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PLOTS = {
-    "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
-    "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
-    "calibration.png": "benign KL predicted along the filter path, and as measured",
-}
+from .page import html, page_of_merge
+from .page.facts import facts, foundation
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, `report.md`, the plots and `README.md` (the model card) into an existing folder."""
+def write_report(
+    report: Mapping[str, Any], folder: Path, records: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> None:
+    """Write `report.json`, `report.md`, `report.html` and `README.md` (the model card) into an existing folder.
+
+    records: per evaluation its prompts (`Evaluation.prompts`), for the page's answers.
+    """
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_plots(report, folder)
-    text = markdown(report)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(html(page_of_merge(report, records or {})), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
@@ -80,25 +79,9 @@ def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
         console.print(more)
 
 
-def foundation(prediction: Mapping[str, Any]) -> str:
-    """What a predicted cost rests on, in words."""
-    if prediction["held_out"]:
-        return "on held-out rows (cross-fitting)"
-    return "on the samples of the Fisher itself: the true cost may be a hundred times as large, measure it"
-
-
-def unspent(report: Mapping[str, Any]) -> str:
-    """A sentence where the KL budget is more than there is to spend it on, else nothing."""
-    budget = report["recipe"]["kl_budget"]
-    if budget is None or not report["patch"]["whole"]:
-        return ""
-    return f"the budget {budget:g} keeps all that F_harm knows of the patch; a larger one changes nothing"
-
-
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
-    parts = ["# SST-Merge report", ""]
+    parts = ["# SST-Merge report", "", "With charts, answers and examples: [report.html](report.html), one file.", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
     if report.get("budget"):
@@ -107,25 +90,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         for r in report["budget"]["worst"]:
             rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
         parts += [*_markdown_table(rows), ""]
-    mu = report["recipe"]["input_filter"]
-    inputs = f"A' = A X_harm (X_harm + {mu:g} X_benign)⁻¹ in A's place" if mu else "A as it is"
-    strength = math.inf if patch["parameter"] is None else patch["parameter"]
-    parts += [
-        "## The patch",
-        "",
-        f"- inputs: {inputs}",
-        f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {strength:.4g}, "
-        f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
-        f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; "
-        f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
-        f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these inputs",
-        *(f"- {note}" for note in [unspent(report)] if note),
-        f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
-        f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "
-        "along directions that cost little)",
-        f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n) in the {spectrum['metric']} metric, "
-        f"{spectrum['folds']} folds",
-    ]
+    parts += ["## The patch", "", *(f"- {fact}" for fact in facts(report))]
     for point in report.get("calibration", []):
         parts.append(
             f"- benign KL predicted {point['predicted_kl']:.4g}, measured {point['measured_kl']:.4g} nats per label token"
@@ -160,7 +125,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [f"- note: {note}" for note in merged["notes"]]
     seconds = ", ".join(f"{name} {value:g} s" for name, value in report["seconds"].items())
     parts += [f"- time: {seconds}", f"- versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}", ""]
-    parts += [f"![{text}]({name})\n\n*{text}*\n" for name, text in PLOTS.items()]
     return "\n".join(parts)
 
 
@@ -217,82 +181,10 @@ adapter that buy much refusal per unit of change in benign behaviour.
 - task adapter: `{_folders(recipe["task"])}`
 - safety adapter: `{_folders(recipe["safety"])}`
 - recipe: `recipe.yml`, run it again with `sst-merge merge --config recipe.yml`
-- everything else: `report.md`, `report.json`
+- everything else: `report.html` with charts and answers, `report.md`, `report.json`
 
 Refusal is measured on the prompts named in the report. It is no guarantee for other prompts, languages or attacks.
 """
-
-
-def write_plots(report: Mapping[str, Any], folder: Path) -> None:
-    """The plots named in `PLOTS`, as PNG."""
-    import matplotlib
-
-    with matplotlib.rc_context({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
-        _spectrum(report, folder / "spectrum.png")
-        _energy(report["patch"]["kept_energy"], folder / "energy.png")
-        _calibration(report, folder / "calibration.png")
-
-
-def _figure(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _spectrum(report: Mapping[str, Any], path: Path) -> None:
-    figure, axes = _figure()
-    values, patch = report["subspace"]["lambda"], report["patch"]
-    axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
-    if patch["filter"] == "top_k":
-        axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
-    elif patch["parameter"]:
-        axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
-    axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.savefig(path)
-
-
-def _energy(kept: Mapping[str, float], path: Path) -> None:
-    layers, kinds, cells = energy_grid(kept)
-    figure, axes = _figure(6.0, max(2.5, 0.17 * len(layers) + 1.2))
-    axes.grid(False)
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set(ylabel="layer", title="‖ΔW'‖² / ‖ΔW‖² of the patch")
-    figure.colorbar(image)
-    figure.savefig(path)
-
-
-def energy_grid(kept: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Kept energy as a table: layer numbers, module kinds (what follows the number, its last part where that is unique), NaN where
-    a layer lacks a kind."""
-    places = {}
-    for name, value in kept.items():
-        number = re.search(r"\.(\d+)\.", name)
-        places[(number[1], name[number.end() :]) if number else ("–", name)] = value
-    layers = list(dict.fromkeys(layer for layer, _ in places))
-    kinds = list(dict.fromkeys(kind for _, kind in places))
-    lasts = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    shown = [last if lasts.count(last) == 1 else kind for last, kind in zip(lasts, kinds)]
-    return layers, shown, [[places.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
-
-
-def _calibration(report: Mapping[str, Any], path: Path) -> None:
-    figure, axes = _figure()
-    curve, patch = report["subspace"]["soft_path"], report["patch"]
-    axes.loglog(curve["mu"], curve["predicted_kl"], label="soft filter, predicted")
-    points = report.get("calibration", [])
-    if points and patch["filter"] != "top_k":
-        axes.loglog([p["parameter"] for p in points], [p["measured_kl"] for p in points], "o", label="measured")
-        axes.loglog([p["parameter"] for p in points], [p["predicted_kl"] for p in points], "x", label="its prediction")
-    axes.set(
-        xlabel="μ (smaller keeps more of the patch)", ylabel="benign KL, nats per label token", title="Benign cost"
-    )
-    axes.legend()
-    figure.savefig(path)
 
 
 _UNITS = (

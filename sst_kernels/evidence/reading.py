@@ -34,6 +34,14 @@ class Reading(Hooks):
 
     The evidence takes in what was read when the context is left without an error, and is as it was before otherwise. `progress` is
     what the last checkpoint was given, {} in a pass that starts from nothing.
+
+    Example:
+        >>> evidence = sst.Evidence.of(model, adapter="safety")
+        >>> with evidence.accumulate("cost") as reading:
+        ...     for batch in benign_batches:
+        ...         reading.backward(batch, labels="mc", draws=2)
+        >>> evidence.cost.counts.sequences  # two draws of each of 12 prompts
+        24
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import WIDTH, Coordinates, module_width
 from sst_kernels.subspace.crossfit import folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Filter
+from sst_kernels.subspace.lora import Lora
 from sst_kernels.subspace.modules import Blocks, PerModule
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.pencils import AcrossModules, Pencil, Rows
@@ -58,6 +59,12 @@ def subspace(
 
     Raises TypeError for what is no Fisher; ValueError when the Fishers hold no sequences or too few for the folds, do not describe
     one adapter, are in factor space, or lie at different points without being asked for.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, scope="module", folds=2)
+        >>> patch = space.soft(kl_budget=0.01)
+        >>> 0 < patch.prediction.gain_kept < 1
+        True
     """
     for fisher, name in ((gain, "gain"), (cost, "cost")):
         if not isinstance(fisher, Fisher):
@@ -104,7 +111,16 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
 
 @dataclass(frozen=True)
 class Subspace:
-    """The solved pencil. Filters return a `Patch`."""
+    """The solved pencil. Filters return a `Patch`.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, folds=2)
+        >>> len(space.values)  # as many λ as gain rows
+        8
+        >>> strengths = [patch.parameter for patch in space.path([0.001, 0.01])]
+        >>> strengths[0] > strengths[1]  # a larger budget, a smaller μ
+        True
+    """
 
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
@@ -113,6 +129,7 @@ class Subspace:
     damping: float
     folds: int
     pencil: Pencil = field(repr=False)
+    lora: Lora | None = field(default=None, repr=False)
 
     @cached_property
     def values(self) -> Tensor:
@@ -197,7 +214,7 @@ class Subspace:
             gain_kept=float(pencil.kept_gain(weights, chosen)),
         )
         points = (str(self.gain.meta["point"]), str(self.cost.meta["point"]))
-        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points)
+        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points, self.lora)
 
     @cached_property
     def _plain_cost(self) -> float:

@@ -70,6 +70,11 @@ class Dataset(Sequence[Example]):
             return replace(self, examples=self.examples[index])
         return self.examples[index]
 
+    @property
+    def example(self) -> dict[str, str]:
+        """The first example as the model sees it: the prompt's text and the labels'."""
+        return {"prompt": self.shown[0], "labels": self.shown[1]}
+
     def summary(self) -> dict[str, Any]:
         """What reports record: path, hash, counts, how many answers were truncated or hold reasoning, and one example as rendered."""
         return {
@@ -83,7 +88,7 @@ class Dataset(Sequence[Example]):
             "reasoning": sum(e.reasoning for e in self.examples),
             "skipped_lines": list(self.skipped),
             "notes": list(self.notes),
-            "example": {"prompt": self.shown[0], "labels": self.shown[1]},
+            "example": self.example,
         }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from sst_kernels.env import versions
 from ..errors import MergeError, RecipeError
 from ..evaluate import Evaluation, Evaluator, write_prompts
 from ..io.adapters import Adapter, for_output, write_adapter
-from ..io.data import Dataset, load_dataset
-from ..io.models import check_fit
+from ..io.data import Dataset, load_dataset, rendered_example
+from ..io.fit import check_fit
+from ..io.models import model_folder
 from ..io.output import check_output, output_file, output_folder
-from ..io.wrappers import WRAPPERS
-from ..judges import model_judge
+from ..io.paths import expanded
+from ..io.serving import export
 from ..progress import Reporter
 from ..recipe import Recipe, summands
 from ..report import write_report
@@ -30,9 +32,10 @@ from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
 from ..run.launch import leader
 from ..run.memory import check_pencil
-from ..session import Session, open_session
+from ..session import Session, evaluator_on, open_session
 from ..specs import Strength
 from .algebra import recompress
+from .findings import about_refusing, findings, heed
 from .source import Source, load_evidence
 from .trust import Budget, Choice, hold_out, within
 
@@ -40,23 +43,20 @@ MEASURED = {"eval_harm", "eval_benign", "eval_safe", "eval_task"}
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
-def session_of(recipe: Recipe, reporter: Reporter) -> Session:
-    """The model and adapters of a recipe."""
+def session_of(
+    recipe: Recipe, reporter: Reporter, *, weights: bool = True, loaded: tuple[Any, Any] | None = None
+) -> Session:
+    """The model and adapters of a recipe; the model on meta tensors without `weights`. loaded: model and tokenizer, where they are at hand."""
     return open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization,
-        reporter=reporter,
+        weights=weights, loaded=loaded, reporter=reporter,
     )  # fmt: skip
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
     """The recipe's data files, tokenised. Raises DataError."""
-    given = {name: load_dataset(path, tokenizer, **_reading(recipe)) for name, path in recipe.files.items()}
+    given = {name: load_dataset(path, tokenizer, **recipe.reading) for name, path in recipe.files.items()}
     return hold_out(given, recipe.holdout)
-
-
-def _reading(recipe: Recipe) -> dict[str, Any]:
-    """How the recipe's data files are read."""
-    return {k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")}
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
@@ -90,8 +90,14 @@ def merge(
     checkpoint_every: int | None = None,
     resume: bool = False,
     keep_evidence: bool = True,
+    exports: Sequence[str] = (),
+    yes: bool = False,
+    loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
+    """Run a recipe: write the merged adapter with report, model card, recipe and evidence; return the report.
+
+    Inputs that are likely a mistake (`findings`) end it before the first pass, unless `yes`. `exports`: "full" and "gguf-lora", beside the
+    adapter (`serving.export`). loaded: model and tokenizer, where they are at hand.
 
     `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
     share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
@@ -101,16 +107,23 @@ def merge(
     """
     reporter = reporter or Reporter()
     leading = leader()
+    if exports and recipe.model is None:
+        raise RecipeError(f"model: is required for --export {exports[0]}")
     if leading:
         check_output(recipe.output, force=force)
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
-        session = session_of(recipe, reporter)
+        session = session_of(recipe, reporter, loaded=loaded)
         data = load_data(recipe, session.tokenizer) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
+            reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
+        told = heed(findings(recipe, session, data), reporter, yes=yes)
+        if "harm" in data:
+            told += heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        examples = {name: d.example for name, d in data.items()}
         if recipe.evidence is not None:
             data = _seen_by_nobody(data, source := open_source(recipe, session, {}), reporter)
         else:
@@ -129,6 +142,7 @@ def merge(
         if keep_evidence and recipe.from_evidence:
             source.decisions.save(folder / EVIDENCE)
         report = describe(session, recipe, data, source, space, patch, adapter)
+        report["examples"], report["warnings"] = examples, told
         report["budget"] = budget.summary() if budget is not None else None
         report["recompression"] = lost.summary() if lost is not None else None
         evaluations = _evaluate(session, recipe, evaluator, adapter, known)
@@ -140,8 +154,20 @@ def merge(
             report["calibration"] = [calibration_point(patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_report(report, folder)
+        report["exports"], report["failed_exports"] = _exported(exports, session, adapter, folder, recipe)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     return report
+
+
+def _exported(
+    kinds: Sequence[str], session: Session, adapter: Adapter, folder: Path, recipe: Recipe
+) -> tuple[dict[str, str], dict[str, str]]:
+    if not kinds:
+        return {}, {}
+    base = str(model_folder(recipe.model or "").absolute())
+    return export(
+        kinds, adapter, folder, expanded(recipe.output).absolute(), base, lambda: (session.model, session.tokenizer)
+    )
 
 
 def _seen_by_nobody(data: Mapping[str, Dataset], source: Source, reporter: Reporter) -> dict[str, Dataset]:
@@ -200,8 +226,12 @@ def collect_to_file(
     reporter: Reporter | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    yes: bool = False,
 ) -> sst.Evidence | None:
-    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first."""
+    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first.
+
+    Inputs that are likely a mistake end it before the reading, unless `yes`.
+    """
     reporter = reporter or Reporter()
     adapters = [folder for given in (recipe.safety, recipe.task) if given is not None for folder in summands(given)]
     files = [p for p in (recipe.model, *adapters, *recipe.files.values()) if p is not None]
@@ -210,7 +240,10 @@ def collect_to_file(
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
     ):
         session = session_of(recipe, reporter)
-        source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
+        data = load_data(recipe, session.tokenizer)
+        heed(findings(recipe, session, data), reporter, yes=yes)
+        heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        source = open_source(recipe, session, data, continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
             return None
@@ -287,28 +320,10 @@ def evaluator_of(
     session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False
 ) -> Evaluator:
     """What measures an adapter on those of the recipe's data whose names begin with `eval_`."""
-    judge = None
-    if recipe.judge is not None and {"eval_harm", "eval_safe"} & data.keys():
-        judge = model_judge(recipe.judge, device=str(next(session.model.parameters()).device))
-    wrapped = {}
-    if recipe.robustness and "eval_harm" in data:
-        path, options = recipe.files["eval_harm"], _reading(recipe)
-        wrapped = {n: load_dataset(path, session.tokenizer, wrapper=w, **options) for n, w in WRAPPERS.items()}
-    return Evaluator(
-        session.model,
-        session.tokenizer,
-        harmful=data.get("eval_harm"),
-        benign=data.get("eval_benign"),
-        safe=data.get("eval_safe"),
-        task=data.get("eval_task"),
-        wrapped=wrapped,
-        judge=judge,
-        reference=session.reference,
-        tokens_per_batch=recipe.tokens_per_batch,
-        task_tokens=recipe.task_tokens,
-        reporter=session.reporter,
-        forgiving=forgiving,
-    )
+    given = {name.removeprefix("eval_"): rows for name, rows in data.items() if name in MEASURED}
+    return evaluator_on(
+        session.model, session.tokenizer, recipe, given, reference=session.reference, reporter=session.reporter, forgiving=forgiving
+    )  # fmt: skip
 
 
 def _evaluate(

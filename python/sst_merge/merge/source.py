@@ -258,7 +258,7 @@ def load_evidence(path: Path, session: Session) -> sst.Evidence:
         raise MergeError(
             f"{path} was collected with another task adapter (or none): give that one with --task, or collect again"
         )
-    if session.loaded and evidence.about.get("model") != model_digest(session.model):
+    if session.loaded and session.weights and evidence.about.get("model") != model_digest(session.model):
         raise MergeError(
             f"{path} was collected from another model, or in another dtype, than the one given: measuring on that would say nothing about it; "
             "give the model and dtype of the collection, or collect again"

@@ -12,7 +12,6 @@ from torch import Tensor
 import sst_kernels as sst
 
 from ..io.adapters import Adapter
-from ..merge.algebra import squared_norms
 from .base import Inputs, Method, check_strength, from_cores
 from .sst import BUDGETS
 
@@ -57,8 +56,7 @@ def within(gain: Tensor, cost: Tensor, metric: Tensor, budget: float) -> Tensor:
 def _merge(inputs: Inputs, strength: float) -> Adapter:
     check_strength(strength)
     gain, cost = inputs.require().fishers(replace(inputs.pencil.fishers, input_filter=0.0))
-    norms = squared_norms(inputs.safety)
-    sizes = torch.tensor([norms[name] for name in gain.blocks], dtype=torch.float64)
+    sizes = torch.tensor([float((c * a).sum()) for c, a in (gain.metric[n] for n in gain.blocks)], dtype=torch.float64)
     q = projected(cost)
     metric = inputs.pencil.damping * q.trace() * (sizes / sizes.sum()).clamp_min(1e-9)
     labels = cost.counts.labels / cost.counts.sequences

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..evaluate import active
 from ..io.adapters import Adapter, LoraTerm
 from ..io.data import Dataset, batches
-from ..io.models import attach
+from ..io.fit import attach
 from ..merge.source import Source
 from ..run.grams import Grams
 from ..session import SAFETY, TASK

@@ -47,18 +47,18 @@ def collect(
     activate(session)
     losses = 2 if spec.opening_tokens and spec.opening_weight is None else 1
     evidence = _empty(session, harm, benign, spec, losses, continuity)
-    sides: tuple[tuple[Any, str, Dataset, int], ...] = (
-        ("gain", "harm", harm, losses),
-        ("cost", "benign", benign, spec.draws),
+    sides: tuple[tuple[Any, str, Dataset, int, int], ...] = (
+        ("gain", "harm", harm, 1, losses),
+        ("cost", "benign", benign, spec.draws, 1),
     )
-    for side, name, data, rows in sides:
+    for side, name, data, draws, named in sides:
         work = steps_of(data, spec.tokens_per_batch)
         path = continuity.path(f"reading-{name}") if continuity is not None else None
         resume = path if continuity is not None and continuity.resume and path is not None and path.exists() else None
-        draws = rows if side == "cost" else 1
+        sequences = draws * sum(len(b.rows) for _, b in work)
         with (
             headlined(f"reading {data.path or name} failed"),
-            evidence.accumulate(side, sequences=sum(len(b.rows) for _, b in work) * draws, resume=resume) as reading,
+            evidence.accumulate(side, sequences=sequences, losses=named, resume=resume) as reading,
         ):
             run = Halving(session, data, partial(_read, reading, side, spec), reading.abandon)
             items = session.reporter.track(work, f"reading: {name}", size=lambda step: batch_tokens(step[1]))

@@ -33,6 +33,11 @@ def sketch(
     tokens; scale [N] float32 or None. `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import sketch
+        >>> sketch(torch.ones(5, 3), torch.ones(3, 1), None, None, torch.zeros(4, 1)).flatten()  # Y, then C
+        tensor([15., 15., 15., 45.])
     """
     checks.tokens("x", x)
     checks.spans_and_scale(x, spans, scale)
@@ -64,7 +69,10 @@ def _cpu(x, omega, spans, scale, out, precision, trace):
         if rounded(x.dtype) != w.dtype:
             w = w.to(rounded(x.dtype)).float()
             z = w if isinstance(weight, float) else w / weight
-        out[:d].addmm_(rows.T, w, alpha=alpha)
+        if len(rows) < 32 * omega.shape[1]:
+            out[:d].addmm_(rows.T, w, alpha=alpha)
+        else:  # of many tokens the narrow result is turned instead of them
+            out[:d].add_((w.T @ rows).T, alpha=alpha)
         out[d:].addmm_(z.T, w, alpha=alpha)
 
 
