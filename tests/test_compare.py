@@ -118,7 +118,9 @@ def test_report_files(first, world):
     assert {p.name for p in out.iterdir()} == {"rows", "report.json", "report.md", "compare.html"}
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(first))
     text = markdown(first)
-    assert text.count("\n| plain") == 4
+    table, further = text.split("## Tasks, other judges, and prompts put differently")
+    assert table.count("\n| plain") == 3
+    assert "over-refusal by log-odds |" in further
     assert "95 % bootstrap" in text
 
 

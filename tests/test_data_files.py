@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from sst_merge import cli
 from sst_merge.errors import DataError, RecipeError
-from sst_merge.evaluate import is_refusal
 from sst_merge.io.data import load_dataset
 from sst_merge.io.refusals import read_prompts, refusals
+from sst_merge.judges import is_refusal
 from tests import merge_cases as cases
 
 TOKENIZER = cases.tokenizer()

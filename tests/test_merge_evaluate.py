@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
-from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
+from sst_merge.evaluate import Evaluator, active, kl_divergence
+from sst_merge.generation import greedy_tokens
 from sst_merge.io.adapters import load_adapter
 from sst_merge.io.data import load_dataset
 from sst_merge.io.fit import attach
+from sst_merge.judges import is_refusal
 from sst_merge.merge.algebra import concatenate
+from sst_merge.progress import Reporter
 from tests import merge_cases as cases
 
 
@@ -122,7 +125,7 @@ def test_answers_end_where_the_context_of_the_model_does(setting, tmp_path):
     )
     try:
         with torch.no_grad():
-            Evaluator(model, tokenizer, harmful=data)("merged", generate_tokens=10**9)
+            greedy_tokens(model, tokenizer, data, 10**9, reporter=Reporter(quiet=True))
     finally:
         hook.remove()
     answers = [size for size in widths if size[-2] == 1]
@@ -215,7 +218,6 @@ def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
     from peft import PeftModelForCausalLM
 
     from sst_merge.merge import pipeline
-    from sst_merge.progress import Reporter
     from sst_merge.recipe import Recipe
 
     cases.model_folder(tmp_path / "model")

@@ -14,14 +14,11 @@ from safetensors.torch import load_file
 from sst_kernels.testing import assert_close, tolerance
 from sst_merge.errors import MergeError, RecipeError
 from sst_merge.io.adapters import Adapter, LoraTerm, load_adapter
-from sst_merge.merge.pipeline import load_data, open_source
 from sst_merge.methods import METHODS, Inputs, find, sparse
 from sst_merge.methods.base import as_term, densely, thin_svd
 from sst_merge.methods.regmean import OFF_DIAGONAL, regmean
 from sst_merge.methods.spectral import core_space, isotropic, subspace_boost, tsv_merge
-from sst_merge.progress import Reporter
-from sst_merge.recipe import Recipe
-from sst_merge.session import SAFETY, TASK, open_session
+from sst_merge.session import SAFETY, TASK
 from tests import merge_cases as cases
 
 ROUND = 1e-6  # one float32 rounding of factors whose product is compared
@@ -47,19 +44,7 @@ def inputs() -> Inputs:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Inputs:
-    root = tmp_path_factory.mktemp("methods")
-    cases.model_folder(root / "model")
-    cases.adapter_folder(root / "task", seed=1, r=2, use_rslora=True)
-    cases.adapter_folder(root / "safety", seed=2, target_modules=["q_proj", "o_proj", "up_proj"])
-    for name, word in (("harm", "steal"), ("benign", "bake")):
-        cases.write_jsonl(root / f"{name}.jsonl", cases.pairs(10, word))
-    recipe = Recipe.parse(
-        {name: root / name for name in ("model", "task", "safety", "output")}
-        | {"model": str(root / "model"), "harm_data": root / "harm.jsonl", "benign_data": root / "benign.jsonl"}
-    )
-    session = open_session(recipe.model, recipe.safety, recipe.task, device="cpu", reporter=Reporter(quiet=True))
-    data = load_data(recipe, session.tokenizer)
-    return Inputs(session.task, session.safety, open_source(recipe, session, data), recipe.pencil)
+    return cases.method_inputs(tmp_path_factory.mktemp("methods"))
 
 
 def test_names_sources_and_lookup():
@@ -91,9 +76,9 @@ def test_methods_depend_on_their_strength_and_repeat_bit_for_bit(world, name):
     low, high, again = (method.merge(world, s) for s in (least, method.strengths[-1], method.strengths[-1]))
     assert high.terms.keys() == again.terms.keys()
     assert all(torch.equal(high.terms[n].delta(), again.terms[n].delta()) for n in high.terms)
-    changed = [
-        n for n in high.terms if n not in low.terms or not torch.equal(low.terms[n].delta(), high.terms[n].delta())
-    ]
+    both = high.terms.keys() & low.terms.keys()
+    changed = [n for n in both if not torch.equal(low.terms[n].delta(), high.terms[n].delta())]
+    changed += high.terms.keys() ^ low.terms.keys()
     assert changed
 
 

@@ -14,7 +14,7 @@ from .flags import Config, Force, Json, Quiet, RecipeFile, Verbose, Yes, takes
 from .io.paths import expanded
 from .page.facts import unspent
 from .progress import Reporter
-from .recipe import STRENGTHS, Recipe, read_yaml
+from .recipe import STRENGTHS, Recipe, read_yaml, summands
 from .report import front_table, print_rows, print_table, spent
 
 CheckpointEvery = Annotated[
@@ -35,7 +35,7 @@ READ = (
     "template", "columns", "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype", "quantization",
 )  # fmt: skip
 MEASURE = (
-    "model", "task", "harm_data", "benign_data", "generate_tokens", "template", "columns", "max_length", "tokens_per_batch", "limit", "skip_bad_lines",
+    "model", "task", "harm_data", "benign_data", "eval_safe_data", "eval_task_data", "generate_tokens", "task_tokens", "robustness", "judge", "template", "columns", "max_length", "tokens_per_batch", "limit", "skip_bad_lines",
     "seed", "device", "dtype", "quantization",
 )  # fmt: skip
 
@@ -204,7 +204,7 @@ def evaluate(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones.
+    """Refusal NLL and rate on harmful prompts, NLL and KL to the reference on benign ones, over-refusal on safe ones, task accuracy.
 
     Of a recipe its model, task adapter and settings are taken, and its evaluation data where there are any; its safety adapter only
     without --adapter.
@@ -215,7 +215,7 @@ def evaluate(
     for name in ("harm_data", "benign_data"):
         if f"eval_{name}" in entries:
             entries[name] = entries[f"eval_{name}"]
-    folders = adapter or ([Path(entries["safety"])] if "safety" in entries else [])
+    folders = adapter or (list(summands(entries["safety"])) if "safety" in entries else [])
     kept = {name: value for name, value in entries.items() if name in MEASURE}
     # Two entries that this command has no use for.
     settings = Recipe.parse({**kept, **given, "safety": ".", "output": output or "-"}, where="flags", complete=False)

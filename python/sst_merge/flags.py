@@ -28,7 +28,11 @@ RecipeFile = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="The recipe, for those who like flags.")]
 
-ALIASES = {"harm_data": ("--harmful",), "benign_data": ("--benign",), "output": ("-o",), "columns": ("--map",)}
+ALIASES = {
+    "harm_data": ("--harmful",), "benign_data": ("--benign",), "eval_safe_data": ("--safe-data",), "eval_task_data": ("--task-data",),
+    "output": ("-o",), "columns": ("--map",),
+}  # fmt: skip
+REPEATED = ("safety", "task")  # adapters, which add up
 
 
 def takes(
@@ -84,7 +88,7 @@ def _flag(name: str, entry: Any) -> inspect.Parameter:
 def _read(name: str, value: Any, annotation: Any) -> Any:
     """The value of an entry from what its flag was given. RecipeError for a flag given twice and for no mapping."""
     spelled = " or ".join(["--" + name.replace("_", "-"), *ALIASES.get(name, ())])
-    if not isinstance(value, list):
+    if not isinstance(value, list) or name in REPEATED:
         return value
     if _holds(annotation, dict):
         pairs = (_pair(spelled, part) for text in value for part in _parts(text))

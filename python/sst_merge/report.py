@@ -27,21 +27,18 @@ def write_report(
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
-def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
-    """Header and rows of the evaluation table: one row per adapter, one column per measure."""
-    columns = {
-        "refusal_nll": "refusal NLL ↓",
-        "refusal_rate": "refusal rate ↑",
-        "benign_kl": "benign KL ↓",
-        "benign_nll": "benign NLL ↓",
-    }
-    body = [[name, *(_number(values.get(key), key) for key in columns)] for name, values in rows.items()]
-    return [["", *columns.values()], *body]
-
-
-def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
-    """The evaluation table on stdout."""
-    print_rows(table(rows))
+# What is measured: its heading, and how a number is written. Those from the fifth on stand in tables where something was measured.
+MEASURES = {
+    "refusal_nll": ("refusal NLL ↓", ".3f"),
+    "refusal_rate": ("refusal rate ↑", ".0%"),
+    "benign_kl": ("benign KL ↓", ".4f"),
+    "benign_nll": ("benign NLL ↓", ".3f"),
+    "judge_refused": ("by log-odds ↑", ".0%"),
+    "classifier_refused": ("by classifier ↑", ".0%"),
+    "over_refusal": ("over-refusal ↓", ".0%"),
+    "first_token_kl": ("first-token KL ↓", ".4f"),
+    "task_accuracy": ("task accuracy ↑", ".0%"),
+}
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
@@ -52,7 +49,45 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
     for row in body:
         shown.add_row(*row)
-    Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
+    _console().print(shown)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows of the evaluation table: one row per adapter, one column per measure, and per wrapper of harmful prompts."""
+    columns = [
+        key
+        for place, key in enumerate(MEASURES)
+        if place < 4 or any(values.get(key) is not None for values in rows.values())
+    ]
+    wrappers = list(dict.fromkeys(name for values in rows.values() for name in values.get("robust_refused") or {}))
+    head = ["", *(MEASURES[key][0] for key in columns), *(f"refused, {name} ↑" for name in wrappers)]
+    body = [
+        [
+            name,
+            *(_number(values.get(key), MEASURES[key][1]) for key in columns),
+            *(_number((values.get("robust_refused") or {}).get(wrapper), ".0%") for wrapper in wrappers),
+        ]
+        for name, values in rows.items()
+    ]
+    return [head, *body]
+
+
+def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """The evaluation table on stdout; where it has many columns, those from the fifth on stand below, a measure a line."""
+    header, *body = table(rows)
+    print_rows([row[:5] for row in (header, *body)])
+    if len(header) <= 5:
+        return
+    more = Table(box=None, pad_edge=False)
+    for i, name in enumerate(["", *(row[0] for row in body)]):
+        more.add_column(name, justify="right" if i else "left", overflow="fold")
+    for place in range(5, len(header)):
+        more.add_row(header[place], *(row[place] for row in body))
+    _console().print(more)
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -150,6 +185,13 @@ def _commands(front: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["Another point's adapter, in seconds:", "", *(f"    {line}" for line in lines), ""] if lines else []
 
 
+def _folders(given: Any) -> str:
+    """An adapter entry of a recipe, in a line."""
+    if isinstance(given, Mapping):
+        return " + ".join(f"{weight:g} · {folder}" for folder, weight in given.items())
+    return given or "none"
+
+
 def _cell(text: str, width: int = 80) -> str:
     """Text for a cell of a Markdown table, in one line."""
     plain = " ".join(text.split()).replace("|", "\\|")
@@ -185,8 +227,8 @@ adapter that buy much refusal per unit of change in benign behaviour.
 
 ## Made from
 
-- task adapter: `{recipe["task"] or "none"}`
-- safety adapter: `{recipe["safety"]}`
+- task adapter: `{_folders(recipe["task"])}`
+- safety adapter: `{_folders(recipe["safety"])}`
 - recipe: `recipe.yml`, run it again with `sst-merge merge --config recipe.yml`
 - everything else: `report.html` with charts and answers, `report.md`, `report.json`
 
@@ -196,14 +238,13 @@ Refusal is measured on the prompts named in the report. It is no guarantee for o
 
 _UNITS = (
     "NLL and KL in nats per label token (teacher-forced); KL is from the reference, the model without the patch; "
-    "refusal rate by keywords in greedy answers."
+    "refusal rate by keywords in greedy answers. By log-odds: the openings of refusals together are likelier than the opening of the "
+    "reference's own answer. Over-refusal: refusal rate on safe prompts. First-token KL: mean over benign prompts."
 )
 
 
-def _number(value: float | None, key: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.0%}" if key == "refusal_rate" else f"{value:.4f}" if key == "benign_kl" else f"{value:.3f}"
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from .errors import MergeError, ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, load_adapter
-from .io.data import load_dataset, rendered_example
+from .io.data import Dataset, load_dataset, rendered_example
 from .io.fit import attach, check_fit, fitted
 from .io.models import load_model, load_skeleton
 from .io.output import output_file
-from .merge.algebra import concatenate, transform
+from .io.wrappers import WRAPPERS
+from .judges import model_judge
+from .merge.algebra import concatenate, load_sum, transform
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import Recipe, summands
 
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
 
@@ -108,8 +110,8 @@ class Session:
 
 def open_session(
     model: str | None,
-    safety: Path,
-    task: Path | None = None,
+    safety: Path | Mapping[Path, float],
+    task: Path | Mapping[Path, float] | None = None,
     *,
     dtype: str = "float32",
     device: str = "auto",
@@ -131,9 +133,46 @@ def open_session(
         read = load_model if weights else load_skeleton
         return read(model, dtype=dtype, device=device, quantization=quantization)
 
-    patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
+    patch, base_task = load_sum(safety), load_sum(task) if task is not None else None
     _warn([patch, base_task], reporter)
     return Session(load, patch, base_task, reporter, weights=weights)
+
+
+def evaluator_on(
+    network: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    data: Mapping[str, Dataset],
+    *,
+    reference: str | None,
+    reporter: Reporter,
+    forgiving: bool = False,
+) -> Evaluator:
+    """What measures on the "harm", "benign", "safe" and "task" rows of `data`, with the recipe's judge, and with prompts put differently.
+
+    Raises ModelError for a judge that is none, and DataError where harmful prompts put differently are too long.
+    """
+    judge, wrapped = None, {}
+    if recipe.judge is not None and {"harm", "safe"} & data.keys():
+        judge = model_judge(recipe.judge, device=str(next(network.parameters()).device))
+    if recipe.robustness and "harm" in data:
+        path = data["harm"].path
+        wrapped = {n: load_dataset(path, tokenizer, wrapper=w, **recipe.reading) for n, w in WRAPPERS.items()}
+    return Evaluator(
+        network,
+        tokenizer,
+        harmful=data.get("harm"),
+        benign=data.get("benign"),
+        safe=data.get("safe"),
+        task=data.get("task"),
+        wrapped=wrapped,
+        judge=judge,
+        reference=reference,
+        tokens_per_batch=recipe.tokens_per_batch,
+        task_tokens=recipe.task_tokens,
+        reporter=reporter,
+        forgiving=forgiving,
+    )
 
 
 def evaluate_folders(
@@ -146,23 +185,28 @@ def evaluate_folders(
 ) -> dict[str, Evaluation]:
     """Measure adapter folders as they are; the reference (base + the recipe's task adapter) is the first row, named "reference".
 
-    The recipe's `harm_data` and `benign_data` are what is measured on; either may be missing. `output` receives per-prompt JSON; `force`
+    The recipe's `harm_data`, `benign_data`, `eval_safe_data` and `eval_task_data` are what is measured on; any may be missing. `output` receives per-prompt JSON; `force`
     replaces a file there, but none of the inputs. Raises MergeError.
     """
-    files = {"harm": recipe.harm_data, "benign": recipe.benign_data}
+    files = {
+        "harm": recipe.harm_data, "benign": recipe.benign_data, "safe": recipe.eval_safe_data, "task": recipe.eval_task_data,
+    }  # fmt: skip
     if not any(files.values()):
-        raise MergeError("nothing to measure on: give --harm-data, --benign-data or both")
+        raise MergeError("nothing to measure on: give --harm-data, --benign-data, --safe-data or --task-data")
+    if recipe.robustness and recipe.harm_data is None:
+        raise MergeError("robustness: puts harmful prompts differently; give --harm-data")
     if recipe.model is None:
         raise MergeError("model: is required; give --model")
     torch.manual_seed(recipe.seed)
     given: list[str | Path] = [
         recipe.model,
         *adapters,
-        *(path for path in (recipe.task, *files.values()) if path is not None),
+        *(summands(recipe.task) if recipe.task is not None else ()),
+        *(path for path in files.values() if path is not None),
     ]
     with output_file(output, force=force, inputs=given) if output is not None else nullcontext() as partial:
         folders = {str(path): load_adapter(path) for path in adapters}
-        base_task = load_adapter(recipe.task) if recipe.task is not None else None
+        base_task = load_sum(recipe.task) if recipe.task is not None else None
         network, tokenizer = load_model(
             recipe.model, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization
         )
@@ -178,15 +222,7 @@ def evaluate_folders(
         }
         for name, dataset in data.items():
             reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
-        evaluator = Evaluator(
-            network,
-            tokenizer,
-            harmful=data.get("harm"),
-            benign=data.get("benign"),
-            reference=reference,
-            tokens_per_batch=recipe.tokens_per_batch,
-            reporter=reporter,
-        )
+        evaluator = evaluator_on(network, tokenizer, recipe, data, reference=reference, reporter=reporter)
         options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
         results = {"reference": evaluator(reference, label="reference", **options)}
         for name, adapter in folders.items():

@@ -15,9 +15,14 @@ from typing import Any
 
 NUMBERS = (
     "refusal_rate",
+    "judge_refused",
+    "classifier_refused",
     "over_refusal",
+    "judge_over_refusal",
+    "task_accuracy",
     "refusal_nll",
     "benign_kl",
+    "first_token_kl",
     "benign_nll",
     "merge_seconds",
     "evaluation_seconds",
@@ -42,7 +47,8 @@ def table(folder: Path) -> list[dict[str, Any]]:
             raise SystemExit(
                 f"{folder}: {row['method']} {row['strength']:g} is there twice; give each recipe its output"
             )
-        line = {"method": row["method"], "strength": row["strength"], **{name: row[name] for name in NUMBERS}}
+        line = {"method": row["method"], "strength": row["strength"], **{name: row.get(name) for name in NUMBERS}}
+        line |= {f"robust_refused {name}": share for name, share in row.get("robust_refused", {}).items()}
         for name in SPANS:
             value, low, high = row["intervals"].get(name, (None,) * 3)
             line |= ({name: value} if "ratio" in name else {}) | {f"{name}_lo": low, f"{name}_hi": high}

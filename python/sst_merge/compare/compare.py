@@ -29,6 +29,8 @@ from ..io.adapters import Adapter
 from ..io.data import Dataset
 from ..io.output import check_output, output_file
 from ..io.paths import expanded
+from ..io.wrappers import WRAPPERS
+from ..merge.decide import evaluator_of
 from ..merge.pipeline import load_data, open_source, session_of
 from ..methods import Inputs, Method
 from ..progress import Reporter
@@ -37,12 +39,16 @@ from ..session import Session
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
 from .recipe import ALWAYS, OF_METHODS, Comparison
 
-NUMBERS = ("refusal_nll", "refusal_rate", "benign_kl", "benign_nll", "over_refusal")
+NUMBERS = (
+    "refusal_nll", "refusal_rate", "judge_refused", "classifier_refused", "benign_kl", "first_token_kl", "benign_nll", "over_refusal",
+    "judge_over_refusal", "classifier_over_refusal", "task_accuracy", "robust_refused",
+)  # fmt: skip
+SETTINGS = ("dtype", "seed", "generate_tokens", "task_tokens", "tokens_per_batch", "rank", "judge")
 
 
 @dataclass
 class _Bench:
-    """The open session with its evaluators, and where rows are kept.
+    """The open session with its evaluator, and where rows are kept.
 
     `facts` are what every row depends on, `fitting` what those of methods that look at data do beside it.
     """
@@ -53,7 +59,6 @@ class _Bench:
     folder: Path
     inputs: Inputs
     evaluator: Evaluator
-    safe: Evaluator | None
     facts: dict[str, Any] = field(default_factory=dict)
     fitting: dict[str, Any] = field(default_factory=dict)
 
@@ -84,13 +89,7 @@ class _Bench:
         result = self.session.measure(self.evaluator, adapter, label, generate_tokens=recipe.generate_tokens)
         if not all(map(math.isfinite, (result.refusal_nll, result.benign_nll, result.benign_kl))):
             raise MergeError("the merged model predicts no finite probabilities; take a smaller strength")
-        row: dict[str, Any] = {**result.summary(), "prompts": result.prompts, "over_refusal": None}
-        if self.safe is not None and recipe.generate_tokens:
-            safe = self.session.measure(self.safe, adapter, f"{label}: safe", generate_tokens=recipe.generate_tokens)
-            if not math.isfinite(safe.refusal_nll):
-                raise MergeError("the merged model predicts no finite probabilities; take a smaller strength")
-            row["over_refusal"] = safe.refusal_rate
-            row["prompts"] = [*result.prompts, *({**p, "set": "safe"} for p in safe.prompts)]
+        row: dict[str, Any] = {**result.summary(), "prompts": result.prompts}
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return row | {
             "evaluation_seconds": time.perf_counter() - start,
@@ -186,18 +185,15 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
         if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
-    common: dict[str, Any] = {
-        "reference": session.reference,
-        "tokens_per_batch": recipe.tokens_per_batch,
-        "reporter": reporter,
-    }
     hashes = {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()}
     facts = {
         "version": sst_kernels.__version__,
         "model": model_digest(session.model),
         "adapters": [session.safety.sha256, session.task.sha256 if session.task is not None else ""],
         "data": {name: digest for name, digest in hashes.items() if name.startswith("eval_")},
-        "settings": {n: getattr(recipe, n) for n in ("dtype", "seed", "generate_tokens", "tokens_per_batch", "rank")},
+        "settings": {n: getattr(recipe, n) for n in SETTINGS}
+        | {"wrappers": repr(WRAPPERS if recipe.robustness else {})},
+        "numbers": NUMBERS,
     }
     fitting = {
         "fitted on": [hashes.get(name) for name in ("harm", "benign")]
@@ -209,9 +205,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     return _Bench(
         recipe, session, data, folder,
         Inputs(session.task, session.safety, source, recipe.pencil, recipe.rank, recipe.seed),
-        Evaluator(session.model, session.tokenizer, harmful=data["eval_harm"], benign=data["eval_benign"], **common),
-        Evaluator(session.model, session.tokenizer, harmful=data["eval_safe"], **common) if "eval_safe" in data else None,
-        facts, fitting,
+        evaluator_of(session, recipe, data), facts, fitting,
     )  # fmt: skip
 
 

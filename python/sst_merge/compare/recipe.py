@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 from pydantic import Field, field_validator, model_validator
 
 from ..methods import Method, find
-from ..recipe import Recipe, read_yaml
+from ..recipe import Recipe
 
 ALWAYS = ("no patch", "plain")
 DEFAULT = (
@@ -72,7 +72,7 @@ class Comparison(Recipe):
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Comparison:
-        return cast("Comparison", cls.parse({**read_yaml(path), **overrides}, where=str(path)))
+        return cast("Comparison", super().load(path, **overrides))
 
     @property
     def files(self) -> dict[str, Path]:

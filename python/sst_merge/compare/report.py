@@ -12,7 +12,9 @@ from ..page import html, page_of_comparison
 
 UNITS = (
     "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratios: benign KL of "
-    "plain addition at the same refusal NLL, or at the same share refused, over this one; above 1 the method is cheaper. Brackets: 95 % bootstrap over prompts."
+    "plain addition at the same refusal NLL, or at the same share refused, over this one; above 1 the method is cheaper. Brackets: 95 % bootstrap over prompts. "
+    "By log-odds: share of harmful prompts at which the openings of refusals together are likelier than the opening of the reference's own answer; by classifier: "
+    "of the one named as judge. First-token KL: mean over benign prompts."
 )
 COLUMNS = (
     "method",
@@ -22,6 +24,8 @@ COLUMNS = (
     "benign KL",
     "benign NLL",
     "over-refusal",
+    "by log-odds",
+    "first-token KL",
     "ratio at equal NLL",
     "ratio at equal rate",
     "merge s",
@@ -42,10 +46,32 @@ def markdown_table(report: Mapping[str, Any]) -> list[str]:
         spans, star = row["intervals"], " *" if row["front"] else ""
         cells = (
             row["method"] + star, f"{row['strength']:g}", _span(spans["refusal_nll"], 3), _rate(row["refusal_rate"]),
-            _span(spans["kl"], 4), _number(row["benign_nll"], 3), _rate(row["over_refusal"]), _span(spans["ratio"], 2),
+            _span(spans["kl"], 4), _number(row["benign_nll"], 3), _rate(row["over_refusal"]), _rate(row["judge_refused"]),
+            _number(row["first_token_kl"], 4), _span(spans["ratio"], 2),
             _span(spans.get("rate_ratio", (None,) * 3), 2), _number(row["merge_seconds"], 2), ", ".join(row["needs"]) or "none",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def further_table(report: Mapping[str, Any]) -> list[str]:
+    """What was measured of each row beside refusal and KL, where anything was: task accuracy, other judges, prompts put differently."""
+    rows = report["rows"]
+    keys = {
+        "task_accuracy": "task accuracy",
+        "judge_over_refusal": "over-refusal by log-odds",
+        "classifier_refused": "by classifier",
+    }
+    keys |= {"classifier_over_refusal": "over-refusal by classifier"}
+    shown = [key for key in keys if any(row[key] is not None for row in rows)]
+    wrappers = list(dict.fromkeys(name for row in rows for name in row["robust_refused"]))
+    if not shown and not wrappers:
+        return []
+    head = ["method", "strength", *(keys[key] for key in shown), *(f"refused, {name}" for name in wrappers)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        values = [*(row[key] for key in shown), *(row["robust_refused"].get(name) for name in wrappers)]
+        lines.append("| " + " | ".join([row["method"], f"{row['strength']:g}", *map(_rate, values)]) + " |")
     return lines
 
 
@@ -59,6 +85,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"* not dominated by any other row. {UNITS}",
         "",
     ]
+    if further := further_table(report):
+        parts += ["## Tasks, other judges, and prompts put differently", "", *further, ""]
     parts += ["## Dominated area", "", f"Share of the rectangle up to refusal NLL {nll:.3f} (no patch) and benign KL {kl:.4f} (plain addition at its strongest).", ""]  # fmt: skip
     parts += ["| method | area | what is computed | source |", "| --- | --- | --- | --- |"]
     ranked = sorted(report["methods"], key=lambda m: -(m["hypervolume"][0] or 0))

@@ -26,6 +26,7 @@ from ..errors import DataError
 from .chat import Renderer
 from .files import open_source
 from .forms import check_columns, conversation
+from .wrappers import Wrapper
 
 IGNORE = -100
 
@@ -115,6 +116,7 @@ def load_dataset(
     skip_bad_lines: bool = False,
     template: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
+    wrapper: Wrapper | None = None,
 ) -> Dataset:
     """Read and tokenise a data file.
 
@@ -128,6 +130,7 @@ def load_dataset(
         template: options of the chat template (see `chat.Renderer`).
         columns: what fields are called in this file, as in `{"prompt": "question", "response": "answer"}`; rows without these columns
             are read as they are.
+        wrapper: puts every prompt differently (see `wrappers`).
 
     Raises:
         DataError: naming file and line, for anything that is not such an example, and for prompts that leave no room
@@ -146,7 +149,9 @@ def load_dataset(
             if record.error is not None:
                 raise record.error
             form, messages = conversation(record.value, record.where, columns)
-            examples.append(encode(messages, tokenizer, room, record.number, record.where, render=render))
+            examples.append(
+                encode(messages, tokenizer, room, record.number, record.where, render=render, wrapper=wrapper)
+            )
         except DataError:
             if not skip_bad_lines:
                 raise
@@ -186,9 +191,12 @@ def encode(
     where: str = "",
     *,
     render: Renderer | None = None,
+    wrapper: Wrapper | None = None,
 ) -> Example:
     """Tokenise one conversation whose last message is the answer. Raises DataError as `load_dataset` does."""
-    rendered = (render or Renderer(tokenizer))(messages, where)
+    rendered = (render or Renderer(tokenizer))(wrapper(messages) if wrapper else messages, where)
+    if wrapper:
+        rendered = replace(rendered, prompt=rendered.prompt + wrapper.begun)
     tokens = _ids(tokenizer, rendered.prompt + rendered.answer)
     # Some templates write a space in front of the answer, which tokenizers join to its first word: it then is a label.
     starts = [rendered.prompt]

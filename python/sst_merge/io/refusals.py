@@ -117,7 +117,8 @@ def sampled(
     """
     import torch
 
-    from ..evaluate import greedy, is_refusal
+    from ..generation import greedy
+    from ..judges import is_refusal
     from .chat import Renderer
     from .data import Dataset, encode, prompt_batches
     from .models import load_model

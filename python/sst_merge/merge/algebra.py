@@ -6,16 +6,18 @@ result is exact up to the rounding of w·c·B to float32.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..io.adapters import Adapter, LoraTerm
+from ..io.adapters import Adapter, LoraTerm, load_adapter
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,36 @@ def concatenate(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
         fan_in_fan_out=any(adapter.fan_in_fan_out for _, adapter in used),  # PEFT asks each layer, too
         notes=notes,
         experts=frozenset().union(*(adapter.experts for _, adapter in used)),
+    )
+
+
+def load_sum(given: str | Path | Mapping[Path, float]) -> Adapter:
+    """The adapter of a folder, or Σ weight · ΔW of several as one of larger rank, exact by concatenation.
+
+    Raises AdapterError as `load_adapter` and `concatenate` do, and where folders do not store weights alike.
+    """
+    if not isinstance(given, Mapping):
+        return load_adapter(given)
+    parts = [(weight, load_adapter(folder)) for folder, weight in given.items()]
+    if len({a.fan_in_fan_out for _, a in parts}) > 1:
+        raise AdapterError("the adapters disagree on fan_in_fan_out: they belong to different base models")
+    embeddings: dict[str, Tensor] = {}
+    for _, adapter in parts:
+        for name, value in adapter.embeddings.items():
+            if name in embeddings and not torch.equal(embeddings[name], value):
+                raise AdapterError(
+                    f"{adapter.path}: stores another {name} of the base model than the adapters before it"
+                )
+            embeddings[name] = value
+    total = concatenate(parts)
+    notes = tuple(dict.fromkeys([*total.notes, *(note for _, a in parts for note in a.notes)]))
+    facts = repr([(weight, a.sha256) for weight, a in parts])
+    return replace(
+        total,
+        path=" + ".join(f"{weight:g} · {a.path}" if weight != 1 else a.path for weight, a in parts),
+        sha256=hashlib.sha256(facts.encode()).hexdigest(),
+        notes=notes,
+        embeddings=embeddings,
     )
 
 

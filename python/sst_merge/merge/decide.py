@@ -14,12 +14,14 @@ from ..io.adapters import for_output
 from ..io.data import Dataset
 from ..recipe import DEFAULT_BUDGET, Recipe
 from ..run.launch import world
-from ..session import Session
+from ..session import Session, evaluator_on
 from ..specs import Pencil, Strength
 from . import front
 from .algebra import recompress
 from .source import Source
 from .trust import Choice, Knee, Measured, Trial, measured, reaching, within
+
+MEASURED = {"eval_harm", "eval_benign", "eval_safe", "eval_task"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,7 @@ def _measured(
     if asked.mu is not None or asked.k is not None:
         best = measure(_chooser(recipe, session, source, recipe.pencil, asked)(None))
         return Decision(best.choice, best.found, None, Measured(**measured(best, [best], rows)), best, tuple(points))
-    nothing = evaluator_of(recipe, session, data)(
-        session.reference, label="no patch", generate_tokens=recipe.generate_tokens
-    )
+    nothing = _quick(session, recipe, data)(session.reference, label="no patch", generate_tokens=recipe.generate_tokens)
     best = front.knee(points, nothing)
     return Decision(best.choice, best.found, nothing, Knee(**measured(best, points, rows)), best, tuple(points))
 
@@ -125,43 +125,31 @@ def _closer(recipe: Recipe, session: Session, source: Source) -> list[Callable[[
 
 
 def evaluator_of(
-    recipe: Recipe,
-    session: Session,
-    data: Mapping[str, Dataset],
-    harmful: str = "eval_harm",
-    *,
-    forgiving: bool = False,
+    session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False
 ) -> Evaluator:
-    """Measures on the benign rows and the harmful ones called `harmful`; of other names (safe prompts) on those alone."""
-    return Evaluator(
-        session.model,
-        session.tokenizer,
-        harmful=data.get(harmful),
-        benign=data.get("eval_benign") if harmful == "eval_harm" else None,
-        reference=session.reference,
-        tokens_per_batch=recipe.tokens_per_batch,
-        reporter=session.reporter,
-        forgiving=forgiving,
-    )
+    """What measures an adapter on those of the recipe's data whose names begin with `eval_`."""
+    given = {name.removeprefix("eval_"): rows for name, rows in data.items() if name in MEASURED}
+    return evaluator_on(
+        session.model, session.tokenizer, recipe, given, reference=session.reference, reporter=session.reporter, forgiving=forgiving
+    )  # fmt: skip
+
+
+def _quick(session: Session, recipe: Recipe, data: Mapping[str, Dataset]) -> Evaluator:
+    """What measures a strength on the way: without tasks, a named judge, or prompts put differently."""
+    recipe = recipe.model_copy(update={"judge": None, "robustness": False})
+    return evaluator_of(session, recipe, {name: rows for name, rows in data.items() if name != "eval_task"})
 
 
 def _measurer(
     recipe: Recipe, session: Session, data: Mapping[str, Dataset], *, rates: bool
 ) -> Callable[[Choice], Trial]:
     """Measures a choice: benign KL, and with `rates` refusals and over-refusal."""
-    evaluator = evaluator_of(recipe, session, data)
-    safe = evaluator_of(recipe, session, data, "eval_safe") if rates and "eval_safe" in data else None
+    evaluator = _quick(session, recipe, data)
 
     def measure(choice: Choice) -> Trial:
         label = f"{choice.patch.prediction.cost_per_label:.3g} nats"
         options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
-        found = session.measure(evaluator, choice.adapter, label, only_benign=not rates, **options)
-        over = (
-            session.measure(safe, choice.adapter, f"{label}, safe prompts", **options).refusal_rate
-            if safe
-            else math.nan
-        )
-        return Trial(choice, found, over)
+        return Trial(choice, session.measure(evaluator, choice.adapter, label, only_benign=not rates, **options))
 
     return measure
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MergeError
-from ..evaluate import Evaluator, is_refusal
+from ..evaluate import Evaluator
 from ..io.adapters import Adapter
 from ..io.data import Dataset, Example
 from ..io.paths import expanded, within
 from ..io.peft_folder import brought
+from ..judges import is_refusal
 from ..progress import Reporter
-from ..recipe import Recipe
+from ..recipe import Recipe, summands
 from ..session import SAFETY, TASK, Session
 from ..specs import Strength
 from .algebra import concatenate, inner, recompress
@@ -105,10 +106,10 @@ def _about_places(recipe: Recipe) -> list[Finding]:
     found = []
     for name in ("model", "safety", "task"):
         given = getattr(recipe, name)
-        if given is not None and expanded(given).is_dir() and within(recipe.output, given):
-            found.append(
-                Finding(f"output {recipe.output} lies inside the {name} {given}: whoever copies that copies both", True)
-            )
+        for folder in summands(given) if given is not None else ():
+            if expanded(folder).is_dir() and within(recipe.output, folder):
+                text = f"output {recipe.output} lies inside the {name} {folder}: whoever copies that copies both"
+                found.append(Finding(text, True))
     return found
 
 

@@ -73,7 +73,7 @@ def described(
                 "refused_low": refused_low,
                 "refused_high": refused_high,
                 "refusal_nll": _number(trial.found.refusal_nll),
-                "over_refusal": _number(trial.over_refusal),
+                "over_refusal": _number(trial.found.over_refusal),
                 "filter": patch.filter,
                 "parameter": patch.strength,
                 "input_filter": price,

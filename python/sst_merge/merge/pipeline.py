@@ -16,7 +16,7 @@ import sst_kernels as sst
 from sst_kernels.env import versions
 
 from ..errors import RecipeError
-from ..evaluate import Evaluation, write_prompts
+from ..evaluate import Evaluation, Evaluator, write_prompts
 from ..io.adapters import Adapter, write_adapter
 from ..io.data import Dataset, load_dataset, rendered_example
 from ..io.fit import check_fit
@@ -25,7 +25,7 @@ from ..io.output import check_output, output_file, output_folder
 from ..io.paths import expanded
 from ..io.serving import export
 from ..progress import Reporter
-from ..recipe import Recipe
+from ..recipe import Recipe, summands
 from ..report import write_report
 from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
@@ -33,7 +33,7 @@ from ..run.launch import leader
 from ..run.memory import check_pencil
 from ..session import Session, open_session
 from ..specs import Pencil
-from .decide import Decision, decide, evaluator_of, keeps_all
+from .decide import MEASURED, Decision, decide, evaluator_of, keeps_all
 from .findings import about_refusing, findings, heed
 from .front import described
 from .source import Source, load_evidence
@@ -131,6 +131,8 @@ def merge(
             check_folds(recipe, data)
             check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
             source = open_source(recipe, session, data, continuity)
+        # A judge that is not there, or prompts too long when put differently, are told before the passes.
+        evaluator = evaluator_of(session, recipe, data, forgiving=True) if leading and MEASURED & data.keys() else None
         source.subspace(recipe.pencil)
         if not leading:
             return {}
@@ -152,7 +154,7 @@ def merge(
         elif front is not None:
             report["front"] = list(front)
         report["recompression"] = lost.summary() if lost is not None else None
-        evaluations = _evaluate(session, recipe, data, decision)
+        evaluations = _evaluate(session, recipe, evaluator, decision)
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
         report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
@@ -207,7 +209,8 @@ def collect_to_file(
     Inputs that are likely a mistake end it before the reading, unless `yes`.
     """
     reporter = reporter or Reporter()
-    files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
+    adapters = [folder for given in (recipe.safety, recipe.task) if given is not None for folder in summands(given)]
+    files = [p for p in (recipe.model, *adapters, *recipe.files.values()) if p is not None]
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
@@ -286,14 +289,13 @@ def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | No
 
 
 def _evaluate(
-    session: Session, recipe: Recipe, data: Mapping[str, Dataset], decision: Decision
+    session: Session, recipe: Recipe, evaluator: Evaluator | None, decision: Decision
 ) -> dict[str, Evaluation]:
-    if not {"eval_harm", "eval_benign"} & data.keys():
+    if evaluator is None:
         return {}
     start = time.monotonic()
-    evaluator = evaluator_of(recipe, session, data, forgiving=True)
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
-    results = {"no patch": decision.nothing or evaluator(session.reference, label="no patch", **options)}
+    results = {"no patch": evaluator(session.reference, label="no patch", known=decision.nothing, **options)}
     for name, candidate, seen in (
         ("plain addition", session.plain(1.0), None),
         ("merged", decision.choice.adapter, decision.known),

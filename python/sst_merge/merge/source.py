@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..io.adapters import Adapter
 from ..io.data import Dataset, batches
 from ..run.checkpoints import Continuity
 from ..run.collect import OPENING, REST, activate, collect, input_pass, model_digest
+from ..run.grams import Grams
 from ..run.launch import world
 from ..run.passes import fisher_pass
 from ..session import SAFETY, TASK, Session
@@ -144,7 +144,15 @@ class Source:
 
     def grams(self, side: str) -> dict[str, Tensor]:
         """Σ_t x_t xᵀ_t [d_in, d_in] float64 of every adapted module's input, over the tokens of one side's data."""
-        return self._once(("gram", side), lambda: self._grams(self._data(side), side))
+        return {name: total[:-1, :-1] for name, total in self._inputs(side).items()}
+
+    def second_moments(self, side: str) -> dict[str, Tensor]:
+        """`grams` per token: E[x xᵀ]."""
+        return {name: total[:-1, :-1] / total[-1, -1] for name, total in self._inputs(side).items()}
+
+    def means(self, side: str) -> dict[str, Tensor]:
+        """The mean x [d_in] float64 of every adapted module's input, over the same tokens."""
+        return {name: total[:-1, -1] / total[-1, -1] for name, total in self._inputs(side).items()}
 
     def _holds(self, opening_weight: float) -> bool:
         """Whether the evidence has refusals whose first words count this much. MergeError where it has not, and nothing can be read."""
@@ -205,32 +213,23 @@ class Source:
             self._kept[key] = make()
         return self._kept[key]
 
+    def _inputs(self, side: str) -> dict[str, Tensor]:
+        return self._once(("inputs", side), lambda: self._read_inputs(side))
+
     @torch.no_grad()
-    def _grams(self, data: Dataset, side: str) -> dict[str, Tensor]:
-        session, out = self.session, dict[str, Tensor]()
-        mask: Tensor | None = None
+    def _read_inputs(self, side: str) -> dict[str, Tensor]:
+        """`Grams` over one side's data, its own adapter on: the safety adapter for harm, the task adapter (where there is one) for benign."""
+        session = self.session
         device = next(session.model.parameters()).device
-        own = SAFETY if side == "harm" else TASK
-        active = own if own == SAFETY or session.task is not None else SAFETY
-        session.model.base_model.set_adapter(active)
-
-        def see(name: str, module: Any, args: tuple) -> None:
-            x = args[0][mask].double()
-            out[name] = out.get(name, 0) + (x.T @ x).cpu()
-
+        session.model.base_model.set_adapter(SAFETY if side == "harm" or session.task is None else TASK)
         names = {*session.safety.terms, *(session.task.terms if session.task is not None else ())}
-        modules = {n: m for n, m in session.model.get_base_model().named_modules() if n in names}
-        handles = [m.register_forward_pre_hook(partial(see, n)) for n, m in modules.items()]
-        try:
-            for batch in batches(data, self.spec.tokens_per_batch):
+        with Grams(session.model.get_base_model(), sorted(names)) as grams:
+            for batch in batches(self._data(side), self.spec.tokens_per_batch):
                 inputs = batch.inputs(device)
                 inputs.pop("labels")
-                mask = inputs["attention_mask"].bool()
+                grams.mask = inputs["attention_mask"].bool()
                 session.model(**inputs, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return out
+        return grams.sums
 
 
 def _root(name: str) -> str:

@@ -49,11 +49,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """A strength and what was measured of it. over_refusal: the rate on safe prompts that sound dangerous, NaN where there are none."""
+    """A strength and what was measured of it."""
 
     choice: Choice
     found: Evaluation
-    over_refusal: float = math.nan
 
 
 class Question(Protocol):

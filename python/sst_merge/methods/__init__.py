@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 
 from ..errors import RecipeError
-from . import masks, peft_svd, projection, regmean, sparse, spectral, sst, task_arithmetic
+from . import inputs, layers, masks, peft_svd, projection, regmean, sparse, spectral, sst, task_arithmetic
 from .base import Inputs, Method
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for module in (task_arithmetic, sst, masks, regmean, projection, sparse, spectral, peft_svd)
+    for module in (task_arithmetic, sst, layers, masks, regmean, inputs, projection, sparse, spectral, peft_svd)
     for method in module.METHODS
 }
 

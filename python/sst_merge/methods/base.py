@@ -88,7 +88,7 @@ def densely(inputs: Inputs, rule: Callable[[list[Tensor]], Tensor]) -> Adapter:
         pair = [source[name].delta() if name in source else None for source in (task, inputs.safety.terms)]
         shape = next(p.shape for p in pair if p is not None)
         terms[name] = factored(rule([p if p is not None else torch.zeros(shape, dtype=torch.float64) for p in pair]))
-    whole = _like(inputs, terms)
+    whole = joined(inputs, terms)
     if inputs.rank is None:
         return whole
     smaller, lost = recompress(whole, inputs.rank)
@@ -109,7 +109,7 @@ def per_module(inputs: Inputs, rule: Callable[[list[LoraTerm]], LoraTerm]) -> Ad
     task = inputs.task.terms if inputs.task is not None else {}
     names = sorted({*task, *inputs.safety.terms})
     terms = {n: rule([source[n] for source in (task, inputs.safety.terms) if n in source]) for n in names}
-    return _like(inputs, terms)
+    return joined(inputs, terms)
 
 
 def thin_svd(terms: list[LoraTerm], weights: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,8 @@ def check_strength(strength: float, low: float = 0.0, high: float = math.inf) ->
         raise AdapterError(f"strength: expected a number in {low:g} … {high:g}, got {strength}")
 
 
-def _like(inputs: Inputs, terms: dict[str, LoraTerm]) -> Adapter:
+def joined(inputs: Inputs, terms: dict[str, LoraTerm]) -> Adapter:
+    """An adapter of these terms for the inputs' base model."""
     task = inputs.task
     base = (task.base_model if task is not None else "") or inputs.safety.base_model
     return Adapter(terms, base_model=base, fan_in_fan_out=inputs.safety.fan_in_fan_out)

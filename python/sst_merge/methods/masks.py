@@ -21,6 +21,7 @@ from .sst import SHARES
 
 _NEEDS = ("harm", "benign", "model")
 _DAMPING = 1e-8
+BENIGN_SHARE = 0.1  # LED: of entries that benign answers claim
 
 S = TypeVar("S", bound=Structure)
 
@@ -98,8 +99,33 @@ def _vila(inputs: Inputs, strength: float) -> Adapter:
     return _masked(inputs, weigh)
 
 
+def led_mask(scores: tuple[Tensor, Tensor, Tensor], share: float) -> Tensor:
+    """Located, elected, disjoint: among the top `share` by both harmful scores, and not among the top `BENIGN_SHARE` by the benign one."""
+    reference, patched, benign = scores
+    return select_top(reference, share) & select_top(patched, share) & ~select_top(benign, BENIGN_SHARE)
+
+
+def _led(inputs: Inputs, strength: float) -> Adapter:
+    """Importance |θ| √E[g²] of the entries of A and of B, each matrix by itself."""
+    check_strength(strength, 0.0, 1.0)
+    spec = of_factors("diagonal")
+    patched, benign = inputs.require().fishers(spec)
+    fishers = (inputs.require().gain(replace(spec, harm_points=("reference",))), patched, benign)
+
+    def weigh(name: str, term: LoraTerm) -> tuple[Tensor, Tensor]:
+        sides = [_factors(fisher, name, Diagonal) for fisher in fishers]
+        masks = []
+        for weight, own in zip((term.A, term.B), zip(*sides)):
+            one, two, three = (weight.double().abs() * d.diagonal().cpu().double().sqrt() for d in own)
+            masks.append(led_mask((one, two, three), strength).double())
+        return masks[0], masks[1]
+
+    return _masked(inputs, weigh)
+
+
 METHODS = [
     Method("diagonal-sst", "public SST-Merge implementations", "elementwise λ mask on A and B, empirical and model-sampled diagonal Fishers", "share of entries", SHARES, _diagonal_sst, _NEEDS),
     Method("fisher-average", "arXiv:2111.09832", "diagonal Fisher-weighted mean with the unpatched model, entries of A and B", "weight of the patch", SHARES, _fisher_average, _NEEDS),
     Method("sst-vila", "ours, with the importances of arXiv:2508.21300", "output rows by harm/benign ratio", "share of rows", SHARES, _vila, _NEEDS),
+    Method("led", "after LED-Merging, arXiv:2502.16770", f"entries of A and B by |θ|·√E[g²] per matrix: in the top share on refusals at the reference and at the patched point, and not in the top {BENIGN_SHARE:.0%} on benign answers; the task adapter whole", "share of entries by each score", (*SHARES, 1.0), _led, _NEEDS),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Layer-wise projection onto the alignment subspace: Safe LoRA and SafeMERGE.
+"""Layer-wise projection onto the alignment subspace: Safe LoRA, SafeMERGE and SPLoRA.
 
 Both need the alignment direction V = W_aligned − W_unaligned of each module. Here V is the safety adapter's own ΔW, the
 only such pair that a merge is given. C = V Vᵀ / ‖V‖_F; a module whose task ΔW agrees little with its projection
@@ -7,12 +7,16 @@ C·ΔW counts as unsafe. All products stay in factored form.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
 from ..io.adapters import Adapter, LoraTerm
-from .base import Inputs, Method, per_module
+from .base import Inputs, Method, check_strength, joined, per_module, silent, with_task
 from .sst import SHARES
 
 UNSAFE_SHARE = 0.5  # SafeMERGE: share of modules, least aligned first, that are merged
@@ -70,7 +74,49 @@ def _safe_merge(inputs: Inputs, strength: float) -> Adapter:
     return per_module(inputs, rule)
 
 
+def distances(terms: Mapping[str, LoraTerm], others: Mapping[str, LoraTerm]) -> dict[str, float]:
+    """‖CΔW − ΔW‖_F of the modules that both have, C of the other's ΔW, less the mean over modules of its shape, over their interquartile range.
+
+    0 where modules of a shape do not differ.
+    """
+    plain: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    for name, term in terms.items():
+        if name in others:
+            projected, a = _projected(term, others[name])[0], term.A.double()
+            moved = projected.B.double() - term.scaling * term.B.double()
+            plain[term.B.shape[0], term.A.shape[1]][name] = float(((moved.T @ moved) * (a @ a.T)).sum()) ** 0.5
+    out = dict[str, float]()
+    for group in plain.values():
+        values = torch.tensor(list(group.values()), dtype=torch.float64)
+        width = float(values.quantile(0.75) - values.quantile(0.25))
+        out |= {n: (d - float(values.mean())) / width if width > 0 else 0.0 for n, d in group.items()}
+    return out
+
+
+def _nearest(terms: Mapping[str, LoraTerm], others: Mapping[str, LoraTerm], kept: float) -> dict[str, LoraTerm]:
+    """The terms without those of the largest distances: of the modules that both have, the share `kept` stays."""
+    found = distances(terms, others)
+    order = sorted(found, key=lambda n: (found[n], n))
+    dropped = set(order[round(kept * len(order)) :])
+    return {n: t for n, t in terms.items() if n not in dropped}
+
+
+def _splora(inputs: Inputs, strength: float) -> Adapter:
+    check_strength(strength, 0.0, 1.0)
+    task = _task(inputs)
+    terms = _nearest(task.terms, inputs.safety.terms, 1 - strength)
+    return joined(inputs, terms) if terms else silent(task)
+
+
+def _splora_patch(inputs: Inputs, strength: float) -> Adapter:
+    check_strength(strength, 0.0, 1.0)
+    terms = _nearest(inputs.safety.terms, _task(inputs).terms, strength)
+    return with_task(inputs, replace(inputs.safety, terms=terms))
+
+
 METHODS = [
     Method("safe-lora", "arXiv:2405.16833", "V = ΔW_safety; projects the task adapter, adds no patch", "share of modules projected", SHARES, _safe_lora),
     Method("safe-merge", "arXiv:2503.17239", f"V = ΔW_safety; the {UNSAFE_SHARE:.0%} least aligned modules are averaged with the safety adapter", "weight of safety there", SHARES, _safe_merge),
+    Method("splora", "after SPLoRA, TACL 2025, arXiv:2506.18931", "V = ΔW_safety; the task adapter without the modules farthest from their projection, adds no patch; E-DIEM with mean and interquartile range over modules of a shape", "share of modules removed", SHARES, _splora),
+    Method("splora-patch", "after SPLoRA, TACL 2025, arXiv:2506.18931", "mirrored: V = ΔW_task; the patch without the modules farthest from their projection, E-DIEM as in splora", "share of modules kept", SHARES, _splora_patch),
 ]  # fmt: skip

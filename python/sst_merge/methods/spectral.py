@@ -34,6 +34,22 @@ def tsv_merge(terms: list[LoraTerm], weights: list[float], keep: int | None = No
     return _nearest_orthogonal(u), s, _nearest_orthogonal(vh.T).T
 
 
+def directional(terms: list[LoraTerm], weights: list[float]) -> LoraTerm:
+    """Σ Û_t σ_t V̂_tᵀ: the singular frames of each w_t ΔW_t moved to the nearest orthonormal ones in the subspace that the sum leads.
+
+    That subspace is spanned by as many leading singular vectors of Σ w_t ΔW_t as the largest adapter has directions.
+    """
+    if len(terms) == 1 or not all(weights):
+        return as_term(*thin_svd(terms, weights))
+    u, _, vh = thin_svd(terms, weights)
+    parts = [thin_svd([t], [w]) for t, w in zip(terms, weights)]
+    k = max(len(s) for _, s, _ in parts)
+    u, v = u[:, :k], vh[:k].T
+    left = [_nearest_orthogonal(u @ (u.T @ own)) * s for own, s, _ in parts]
+    right = [_nearest_orthogonal(v @ (v.T @ own.T)).T for _, _, own in parts]
+    return LoraTerm(torch.cat(right).float(), torch.cat(left, 1).float(), 1.0)
+
+
 def subspace_boost(u: Tensor, s: Tensor, vh: Tensor, energy: float = ENERGY) -> Svd:
     """Singular values beyond the share `energy` of their sum are lifted to the value there."""
     cutoff = min(int((s.cumsum(0) / s.sum() < energy).sum()), len(s) - 1) if len(s) else 0
@@ -96,6 +112,7 @@ METHODS = [
     _method("tsv-m", "arXiv:2412.00081", "all r directions of each adapter", lambda t, w: as_term(*tsv_merge(t, w))),
     _method("subspace-boosting", "arXiv:2506.16506", f"of the weighted sum, β = {ENERGY}", lambda t, w: as_term(*subspace_boost(*thin_svd(t, w)))),
     _method("iso-c", "arXiv:2502.04959", "of the weighted sum", lambda t, w: as_term(*isotropic(*thin_svd(t, w)))),
+    _method("directional-alignment", "after arXiv:2512.00391", "its parameter part: singular frames of both moved into the leading subspace of the sum (Procrustes), then added; no simplex ETF, no training of the feature part", directional),
     _method("core-space", "arXiv:2509.17786", "TSV-M, then isotropic, in the core; without the latter it is tsv-m", lambda t, w: as_term(*isotropic(*tsv_merge(t, w)))),
     _method("core-ties", "arXiv:2509.17786", f"PEFT's TIES in the core, density {DENSITY}, bases of ΔW", lambda t, w: core_space(t, lambda cores: _ties(cores, w))),
     Method("knots-ties", "arXiv:2410.19735", f"density {DENSITY}", "weight of safety", ALPHAS, lambda i, s: densely(i, lambda pair: knots_ties(pair, s))),
