@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sst_merge import cli, report
+from sst_merge import cli
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.io.adapters import load_adapter, write_adapter
@@ -21,14 +21,6 @@ from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_plots():
-    """They take longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_plots", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
