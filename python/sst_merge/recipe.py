@@ -38,6 +38,12 @@ class Recipe(BaseModel):
     )
     harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
     benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
+    self_benign: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="benign rows that the model writes itself, beside benign_data or in place of it; unless given, 200 where benign_data has fewer than 64 rows",
+    )
     evidence: Path | None = Field(
         None,
         description="file of an earlier run or of `sst-merge collect`, in place of model and data: nothing is read again",
@@ -175,8 +181,13 @@ class Recipe(BaseModel):
             return self
         if self.evidence is None:
             for name in ("model", "harm_data", "benign_data"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"{name}: is required, unless evidence is given")
+                if getattr(self, name) is None and not (name == "benign_data" and self.self_benign):
+                    instead = " or self_benign" if name == "benign_data" else ""
+                    raise ValueError(f"{name}: is required, unless evidence{instead} is given")
+        elif self.self_benign:
+            raise ValueError(
+                "self_benign: evidence holds the benign rows that it was collected from; remove one of them"
+            )
         elif not self.from_evidence:
             raise ValueError(
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "

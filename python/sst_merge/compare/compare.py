@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..merge.pipeline import load_data, open_source, session_of
 from ..methods import Inputs, Method
 from ..progress import Reporter
 from ..run.collect import model_digest
+from ..run.own_prompts import OWN, own_rows
 from ..session import Session
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
 from .recipe import ALWAYS, OF_METHODS, Comparison
@@ -182,7 +184,8 @@ def _claim(output: Path) -> Path:
 
 def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = session_of(recipe, reporter)
-    data = load_data(recipe, session.tokenizer)
+    write = partial(own_rows, session, recipe, file=folder.parent / OWN, force=True)
+    data = load_data(recipe, session.tokenizer, write)
     if recipe.eval_safe_data is not None:
         options: dict[str, Any] = {
             k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,6 +28,7 @@ from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
 from ..run.launch import leader
 from ..run.memory import check_pencil
+from ..run.own_prompts import OWN, beside, joined, own_rows, rows_to_write
 from ..session import Session, open_session
 from ..specs import Strength
 from .algebra import recompress
@@ -45,8 +46,10 @@ def session_of(recipe: Recipe, reporter: Reporter) -> Session:
     )  # fmt: skip
 
 
-def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
-    """The recipe's data files, tokenised. Raises DataError."""
+def load_data(
+    recipe: Recipe, tokenizer: Any, write: Callable[[Dataset, int], Dataset] | None = None
+) -> dict[str, Dataset]:
+    """The recipe's data files, tokenised, with benign rows that `write(harm, count)` adds where the recipe wants some. Raises DataError."""
     options: dict[str, Any] = {
         "max_length": recipe.max_length,
         "limit": recipe.limit,
@@ -55,6 +58,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
         "columns": recipe.columns,
     }
     given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
+    if write is not None and (count := rows_to_write(recipe, given)):
+        given["benign"] = joined(given.get("benign"), write(given["harm"], count))
     return hold_out(given, recipe.holdout)
 
 
@@ -107,7 +112,8 @@ def merge(
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
         session = session_of(recipe, reporter)
-        data = load_data(recipe, session.tokenizer) if recipe.files else {}
+        write = partial(own_rows, session, recipe, continuity=continuity, file=folder / OWN if leading else None)
+        data = load_data(recipe, session.tokenizer, write) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
         if recipe.evidence is not None:
@@ -203,14 +209,15 @@ def collect_to_file(
     files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
-        output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
+        output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as unfinished,
     ):
         session = session_of(recipe, reporter)
-        source = open_source(recipe, session, load_data(recipe, session.tokenizer), continuity)
+        write = partial(own_rows, session, recipe, continuity=continuity, file=beside(recipe.output), force=force)
+        source = open_source(recipe, session, load_data(recipe, session.tokenizer, write), continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
             return None
-        evidence.save(partial)
+        evidence.save(unfinished)
     return evidence
 
 
