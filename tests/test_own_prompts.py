@@ -177,3 +177,12 @@ def test_a_collection_leaves_the_rows_beside_its_file(world, tmp_path, short):
     pipeline.collect_to_file(recipe(world, tmp_path / "evidence.safetensors", self_benign=5), reporter=QUIET)
     kept = AutoTokenizer.from_pretrained(world / "model")
     assert len(load_dataset(tmp_path / "evidence-self_benign.jsonl", kept)) > 2
+
+
+def test_a_plan_foresees_the_rows_without_writing_them(world, tmp_path):
+    from sst_merge.merge.plan import plan
+
+    made = plan(recipe(world, tmp_path / "out", self_benign=10, holdout=0.2))
+    length = own_prompts.PROMPT_TOKENS + own_prompts.ANSWER_TOKENS
+    assert made.passes["reading, benign"][0] == 8 * length
+    assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoin
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; flags override it.")]
 STRENGTHS = ("kl_budget", "mu", "k")
 READ = (
-    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
+    "model", "safety", "task", "harm_data", "benign_data", "self_benign", "safe_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype",
 )  # fmt: skip
 MEASURE = ("model", "task", "harm_data", "benign_data", "generate_tokens", "max_length", "tokens_per_batch", "limit", "seed", "device", "dtype")  # fmt: skip

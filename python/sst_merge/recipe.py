@@ -22,7 +22,18 @@ from .specs import Collection, Fishers, Pencil, Strength
 if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
-PATHS = ("task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "evidence", "output")
+PATHS = (
+    "task",
+    "safety",
+    "harm_data",
+    "benign_data",
+    "safe_data",
+    "eval_harm_data",
+    "eval_benign_data",
+    "evidence",
+    "output",
+)
+BUILTIN, SAFE = "builtin", Path(__file__).parent / "safe_prompts.jsonl"
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -43,6 +54,16 @@ class Recipe(BaseModel):
         ge=0,
         le=100_000,
         description="benign rows that the model writes itself, beside benign_data or in place of it; unless given, 200 where benign_data has fewer than 64 rows",
+    )
+    safe_data: Literal["builtin"] | Path | None = Field(
+        None,
+        description="JSONL: safe prompts that sound dangerous, or builtin: to refuse them becomes a cost (answers are not read)",
+    )
+    guard: float = Field(
+        0.01,
+        ge=0,
+        le=1e100,
+        description="what refusing safe_data weighs: trace of that part of F_benign over the rest's",
     )
     evidence: Path | None = Field(
         None,
@@ -198,6 +219,15 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _evidence_holds_the_guard(self) -> Recipe:
+        if self.safe_data is not None and (self.evidence is not None or not self.from_evidence):
+            raise ValueError(
+                "safe_data: is read with the evidence, and nowhere else: neither `evidence` of an earlier run nor Fishers of other "
+                "structures or points take it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _inputs_stand_outside_the_output(self) -> Recipe:
         """`--force` replaces the whole output folder, with whatever lies in it."""
         for name in ("model", *PATHS[:-1]):
@@ -226,7 +256,7 @@ class Recipe(BaseModel):
         options = tuple(sorted(self.structure_options.items()))
         fishers = Fishers(
             self.input_filter, self.opening_weight, self.structure, options, self.space, self.fisher_scope,
-            tuple(self.harm_points), self.benign_point,
+            tuple(self.harm_points), self.benign_point, self.guard,
         )  # fmt: skip
         return Pencil(fishers, self.scope, self.metric, self.damping, self.folds)
 
@@ -244,11 +274,12 @@ class Recipe(BaseModel):
         given = {
             "harm": self.harm_data,
             "benign": self.benign_data,
+            "safe": SAFE if self.safe_data == BUILTIN else self.safe_data,
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
         }
         if self.evidence is not None:
-            del given["harm"]
+            del given["harm"], given["safe"]
             if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
                 del given["benign"]
         return {name: path for name, path in given.items() if path is not None}
@@ -294,7 +325,7 @@ class Recipe(BaseModel):
         """The recipe with every default spelled out and absolute paths, so that it can be run again from anywhere."""
         values = self.model_dump(mode="json", exclude_none=True)
         for name in PATHS:
-            if name in values:
+            if values.get(name, BUILTIN) != BUILTIN:
                 values[name] = str(expanded(values[name]).absolute())
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
@@ -340,7 +371,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
     for name in PATHS:
-        if isinstance(values.get(name), str):
+        if isinstance(values.get(name), str) and values[name] != BUILTIN:
             values[name] = path.parent / expanded(values[name])
     model = values.get("model")
     with contextlib.suppress(OSError):  # a name too long: open_session says so

@@ -191,8 +191,10 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
             k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")
         }
         data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
-    for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
-        if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
+    for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign"), ("safe", "eval_safe")):
+        if {fitted, other} <= data.keys() and (
+            seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}
+        ):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
     common: dict[str, Any] = {
         "reference": session.reference,
@@ -208,7 +210,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         "settings": {n: getattr(recipe, n) for n in ("dtype", "seed", "generate_tokens", "tokens_per_batch", "rank")},
     }
     fitting = {
-        "fitted on": [hashes.get(name) for name in ("harm", "benign")]
+        "fitted on": [hashes.get(name) for name in ("harm", "benign", "safe")]
         if recipe.evidence is None
         else file_digest(recipe.evidence),
         "fitted with": [repr(recipe.collection), repr(recipe.pencil)],

@@ -83,6 +83,7 @@ def open_source(recipe: Recipe, session: Session, data: Mapping[str, Dataset], c
         continuity,
         given,
         gradients=recipe.from_evidence,
+        safe=data.get("safe"),
     )
 
 

@@ -16,6 +16,7 @@ from ..io.output import check_output
 from ..io.paths import expanded
 from ..recipe import Recipe
 from ..run.memory import fisher_memory
+from ..run.own_prompts import foreseen
 from .pipeline import check_folds, load_data
 
 _EFFICIENCY = 0.5  # of a large matrix product's rate, which forward and backward passes of small batches reach
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         prepare_tokenizer(tokenizer, config)
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, foreseen)
     check_folds(recipe, data)
     rate = _flops_per_second(resolve_device(recipe.device), DTYPES[recipe.dtype])
 
@@ -139,7 +140,7 @@ def lines(recipe: Recipe, made: Plan) -> list[str]:
     text += [f"pass        {name}: {n:,} tokens, about {_duration(s)}" for name, (n, s) in made.passes.items()]
     text += [f"memory      {name}: {size / 2**20:,.0f} MiB" for name, size in made.memory.items()]
     total = f"about {_duration(made.seconds)} and {made.peak_bytes / 2**30:.1f} GiB"
-    text.append(f"total       {total}; generated answers are not in the estimate")
+    text.append(f"total       {total}; generated answers, and rows that the model writes, are not in the estimate")
     return [*text, f"output      {expanded(recipe.output).absolute()} (nothing was written)"]
 
 

@@ -26,7 +26,7 @@ from sst_kernels.distributed import gather_objects, raise_together
 from ..errors import DataError, MergeError
 from ..evaluate import active, greedy
 from ..io.chat import Renderer
-from ..io.data import Dataset, batches, encode, load_dataset, prompt_batches
+from ..io.data import Dataset, Example, batches, encode, load_dataset, prompt_batches
 from ..io.output import output_file
 from ..io.paths import expanded
 from ..session import SAFETY, TASK, Session
@@ -110,6 +110,12 @@ def own_rows(
         options: dict[str, Any] = {"max_length": recipe.max_length, "template": recipe.template}
         data = load_dataset(kept, session.tokenizer, **options)
     return replace(data, path=OWN, notes=(*data.notes, f"{len(data)} rows written by the model itself ({OWN})"))
+
+
+def foreseen(harm: Dataset, count: int) -> Dataset:
+    """In place of rows that are yet to be written, as many of the greatest length."""
+    tokens = (harm[0].tokens[0],) * (PROMPT_TOKENS + ANSWER_TOKENS)
+    return replace(harm, examples=tuple(Example(tokens, PROMPT_TOKENS, "", "", i + 1) for i in range(count)))
 
 
 def beside(output: Path) -> Path:
