@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -140,16 +139,6 @@ def test_rows_of_the_users_and_the_models_own_are_told_apart_by_line(world, sess
     assert [e.line for e in both] == [*range(1, 7), *(6 + e.line for e in own)]
     assert both.examples[:6] == given.examples
     assert own_prompts.joined(None, own) is own
-
-
-def test_few_rows_are_joined_by_default_and_many_or_evidence_are_not(world, session, harm):
-    for count, wanted in ((own_prompts.FEW - 1, own_prompts.ENOUGH), (own_prompts.FEW, 0)):
-        data = {"benign": replace(harm, examples=harm.examples[:1] * count)}
-        made = recipe(world, world / "x", benign_data=world / "benign.jsonl")
-        assert own_prompts.rows_to_write(made, data) == wanted
-        assert own_prompts.rows_to_write(made.model_copy(update={"self_benign": 7}), data) == 7
-        assert own_prompts.rows_to_write(made.model_copy(update={"self_benign": 0}), data) == 0
-        assert own_prompts.rows_to_write(made.model_copy(update={"evidence": world / "e"}), data) == 0
 
 
 def test_recipes_need_benign_rows_of_some_kind(world):

@@ -33,7 +33,8 @@ PATHS = (
     "evidence",
     "output",
 )
-BUILTIN, SAFE = "builtin", Path(__file__).parent / "safe_prompts.jsonl"
+BUILTIN: Literal["builtin"] = "builtin"
+SAFE = Path(__file__).parent / "safe_prompts.jsonl"
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -49,21 +50,21 @@ class Recipe(BaseModel):
     )
     harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
     benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
-    self_benign: int | None = Field(
-        None,
+    self_benign: int = Field(
+        0,
         ge=0,
         le=100_000,
-        description="benign rows that the model writes itself, beside benign_data or in place of it; unless given, 200 where benign_data has fewer than 64 rows",
+        description="benign rows that the model writes itself, beside benign_data or in place of it",
     )
     safe_data: Literal["builtin"] | Path | None = Field(
-        None,
-        description="JSONL: safe prompts that sound dangerous, or builtin: to refuse them becomes a cost (answers are not read)",
+        BUILTIN,
+        description="JSONL: safe prompts that sound dangerous, whose refusal is a cost (answers are not read); builtin: 40 that come along",
     )
     guard: float = Field(
         0.01,
         ge=0,
         le=1e100,
-        description="what refusing safe_data weighs: trace of that part of F_benign over the rest's",
+        description="what refusing safe_data weighs: trace of that part of F_benign over the rest's; 0: not read",
     )
     evidence: Path | None = Field(
         None,
@@ -102,9 +103,9 @@ class Recipe(BaseModel):
         min_length=1,
         description="where F_harm is taken: the mean over these points of the patch's path",
     )
-    opening_tokens: int = Field(4, ge=0, description="first tokens of a refusal, which decide it")
+    opening_tokens: int = Field(2, ge=0, description="first tokens of a refusal, which decide it")
     opening_weight: float = Field(
-        3.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
+        30.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
     )
     opening_apart: bool = Field(
         False,
@@ -220,7 +221,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _evidence_holds_the_guard(self) -> Recipe:
-        if self.safe_data is not None and (self.evidence is not None or not self.from_evidence):
+        if self.safe_data not in (None, BUILTIN) and (self.evidence is not None or not self.from_evidence):
             raise ValueError(
                 "safe_data: is read with the evidence, and nowhere else: neither `evidence` of an earlier run nor Fishers of other "
                 "structures or points take it"
@@ -274,14 +275,15 @@ class Recipe(BaseModel):
         given = {
             "harm": self.harm_data,
             "benign": self.benign_data,
-            "safe": SAFE if self.safe_data == BUILTIN else self.safe_data,
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
         }
         if self.evidence is not None:
-            del given["harm"], given["safe"]
+            del given["harm"]
             if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
                 del given["benign"]
+        if self.evidence is None and self.from_evidence and self.guard:
+            given["safe"] = SAFE if self.safe_data == BUILTIN else self.safe_data
         return {name: path for name, path in given.items() if path is not None}
 
     @property

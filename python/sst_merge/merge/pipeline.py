@@ -22,13 +22,13 @@ from ..io.data import Dataset, load_dataset
 from ..io.models import check_fit
 from ..io.output import check_output, output_file, output_folder
 from ..progress import Reporter
-from ..recipe import Recipe
+from ..recipe import SAFE, Recipe
 from ..report import write_report
 from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
 from ..run.launch import leader
 from ..run.memory import check_pencil
-from ..run.own_prompts import OWN, beside, joined, own_rows, rows_to_write
+from ..run.own_prompts import FEW, OWN, beside, joined, own_rows
 from ..session import Session, open_session
 from ..specs import Strength
 from .algebra import recompress
@@ -57,9 +57,12 @@ def load_data(
         "template": recipe.template,
         "columns": recipe.columns,
     }
-    given = {name: load_dataset(path, tokenizer, **options) for name, path in recipe.files.items()}
-    if write is not None and (count := rows_to_write(recipe, given)):
-        given["benign"] = joined(given.get("benign"), write(given["harm"], count))
+    given = {
+        name: load_dataset(path, tokenizer, **options | ({"skip_bad_lines": True} if path == SAFE else {}))
+        for name, path in recipe.files.items()
+    }
+    if write is not None and recipe.self_benign:
+        given["benign"] = joined(given.get("benign"), write(given["harm"], recipe.self_benign))
     return hold_out(given, recipe.holdout)
 
 
@@ -117,6 +120,8 @@ def merge(
         data = load_data(recipe, session.tokenizer, write) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
+        if recipe.evidence is None and not recipe.self_benign and len(data["benign"]) < FEW:
+            reporter.say(f"benign: {len(data['benign'])} rows are few; --self-benign 200 lets the model write more")
         if recipe.evidence is not None:
             data = _seen_by_nobody(data, source := open_source(recipe, session, {}), reporter)
         else:
@@ -248,7 +253,10 @@ def describe(
             "data": {name: d.summary() for name, d in data.items()},
         },
         "evidence": _evidence_facts(source, recipe),
-        "fisher": {name: _fisher_facts(f) for name, f in (("harm", gain), ("benign", cost))},
+        "fisher": {
+            "harm": _fisher_facts(gain, gain.counts),
+            "benign": _fisher_facts(cost, source.decisions.cost.counts if recipe.from_evidence else cost.counts),
+        },
         "subspace": {
             "scope": space.scope,
             "route": space.route,
@@ -324,6 +332,7 @@ def _evidence_facts(source: Source, recipe: Recipe) -> dict[str, Any] | None:
     return {
         "file": str(recipe.evidence) if recipe.evidence is not None else None,
         "input_filter": recipe.input_filter,
+        "guard": evidence.guard.counts.sequences,
         "tokens": {"harm": evidence.gain.moments.tokens, "benign": evidence.cost.moments.tokens},
         "basis": list(evidence.basis.mus) if evidence.basis is not None else None,
         "bytes": evidence.nbytes,
@@ -331,8 +340,7 @@ def _evidence_facts(source: Source, recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:
-    counts = fisher.counts
+def _fisher_facts(fisher: sst.Fisher, counts: Any) -> dict[str, Any]:
     return {
         **{key: value for key, value in fisher.meta.items() if _plain(value) and key != "labels"},
         "label_source": fisher.meta.get("labels"),

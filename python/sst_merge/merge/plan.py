@@ -77,6 +77,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
             "reading, harm": stage("harm", 1, 2 + 2 * losses),
             "reading, benign": stage("benign", 1, 2 + 2 * recipe.label_draws),
         }
+        passes |= {"reading, safe": stage("safe", 1, 4)} if "safe" in data else {}
     elif recipe.evidence is None:
         if recipe.input_filter:
             passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
@@ -94,6 +95,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         rows = (
             len(data["harm"]) * (2 if recipe.opening_tokens and recipe.opening_apart else 1)
             + len(data["benign"]) * recipe.label_draws
+            + len(data.get("safe", ()))
         )
         memory["gradients at most"] = 4 * rows * sum(term.rank * term.A.shape[1] for term in safety.terms.values())
     if recipe.input_filter and recipe.evidence is None:

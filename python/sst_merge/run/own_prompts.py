@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS, ANSWER_TOKENS = 96, 96  # at most; longer prompts are dropped, longer answers cut
 TEMPERATURE, TOP_P = 1.0, 0.95
 PASSED = 0.05  # share of the harmful prompts that may look less harmful than what is left out
-FEW, ENOUGH = 64, 200  # benign rows below which some are written unless the recipe says how many; and how many then
+FEW = 64  # benign rows below which a run says that the model could write some
 OWN = "self_benign.jsonl"
 _PER_BATCH = 32
 _TRIES = 4  # prompts written for each one wanted, at most
@@ -64,15 +64,6 @@ class Written:
             f"{len(self.rows)} benign rows written by the model itself; left out: {self.unusable} unfinished, {self.repeated} repeated, "
             f"{self.harmful} that look harmful (log-odds of a refusal with the patch: {self.threshold:.3g} or more)"
         )
-
-
-def rows_to_write(recipe: Recipe, data: Mapping[str, Dataset]) -> int:
-    """How many benign rows the recipe wants written beside those of `data`."""
-    if recipe.evidence is not None:
-        return 0
-    if recipe.self_benign is not None:
-        return recipe.self_benign
-    return ENOUGH if len(data["benign"]) < FEW else 0
 
 
 def own_rows(
