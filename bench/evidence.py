@@ -67,12 +67,15 @@ def harmful(model: Any, batch: Batch) -> dict[str, Turn]:
     return {
         "evidence, harm, one loss": (one, one.opened),
         "evidence, harm, opening and rest": (two, two.opened),
-        "Fisher pass alone at the reference": (Pass(model, batch, labels="data"), partial(hooked, model, True, fisher)),
+        "Fisher pass alone at the reference": (
+            Pass(model, batch, labels="empirical"),
+            partial(hooked, model, True, fisher),
+        ),
     }
 
 
 def benign(model: Any, batch: Batch) -> dict[str, Turn]:
-    two = Reading(model, batch, "cost", labels="model", draws=2)
+    two = Reading(model, batch, "cost", labels="mc", draws=2)
     return {"evidence, benign, 2 draws": (two, two.opened)}
 
 
@@ -87,7 +90,7 @@ def readings(
         context = partial(trained, model)
         turns: dict[str, Turn] = {
             f"plain, {side}": (Pass(model, batch), context),
-            f"plain, logits at labels, {side}": (Pass(model, batch, labels="data"), context),
+            f"plain, logits at labels, {side}": (Pass(model, batch, labels="empirical"), context),
         }
         turns |= (harmful if side == "harm" else benign)(model, batch)
         timed = in_turn(turns, device, repeats)

@@ -52,7 +52,7 @@ def evidence_gate(device: str, mu: float = 3.0) -> float:
             with evidence.accumulate(side) as reading:
                 reading.backward(batch)
         gain, cost = evidence.gain.moments, evidence.cost.moments
-        for name, filtered in evidence.filter(mu).reads.items():
+        for name, filtered in evidence.filter(mu).lora_A.items():
             x, y = dense(gain[name]), dense(cost[name])
             both = x + mu * y
             both.diagonal().mul_(1 + 1e-4 if isinstance(gain[name], Tensor) else 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,6 @@ from bench.results import (
     FOLDER,
     Results,
     Row,
-    fullest,
     is_gpu,
     milliseconds,
     percent,
@@ -27,11 +28,11 @@ from bench.results import (
     times,
     value,
 )  # fmt: skip
-from bench.shapes import INPUT_RANK, SHAPES
+from bench.shapes import INPUT_RANK, SHAPES, Shape
 
 TEMPLATE = ROOT / "bench" / "report.md.j2"
 OUTPUT = ROOT / "docs" / "report.md"
-LARGE, SMALL = SHAPES["llama-2-7b"], SHAPES["llama-small"]
+LARGE, LARGER, SMALL = (SHAPES[name] for name in ("llama-2-7b", "llama-2-13b", "llama-small"))
 MIB = 2.0**20
 Find = Callable[[str, str], Row | None]
 Cell = Callable[[Row, list[Row]], str]
@@ -122,7 +123,6 @@ READINGS = {
     "evidence, benign, 2 draws": (1.75, LARGE.reading_share(INPUT_RANK, 2), ""),
     "Fisher pass alone at the reference": (0.98, None, ""),
 }
-SECOND = 1000.0  # what a decision may cost
 TARGETS = (
     Target("Fisher pass (core/full) over plain forward + backward", 1.05, times, partial(_ratio, "core/full")),
     Target("core/full: memory above plain", 100 * MIB, size, partial(_memory, "core/full")),
@@ -194,21 +194,11 @@ def verdict(share: float | None, bound: float) -> str:
     return times(share) + ("" if share is None else ", met" if share <= bound else ", missed")
 
 
-def _within_a_second(row: Row, _rows: list[Row]) -> str:
-    ms = float(row["ms"])
-    judged = row["variant"] != "condense()" and row["basis"] == "measured"  # condensing is no decision
-    return milliseconds(ms) + (", met" if ms <= SECOND else ", missed") * judged
-
-
 def _strict(row: Row, rows: list[Row]) -> str:
     """A reading over the plain step whose logits are computed at labels alone, on the same batch."""
     bound, side = READINGS[row["variant"]][0], "benign" if "benign" in row["variant"] else "harm"
     same = [r for r in rows if r["variant"] == f"plain, logits at labels, {side}" and r["model"] == row["model"]]
     return verdict(over(value(row), value(same[0])) if same else None, bound)
-
-
-def _sized(rows: list[Row]) -> list[Row]:
-    return fullest([row for row in rows if row["model"]])
 
 
 def _timed(stages: tuple[str, ...], rows: list[Row]) -> list[Row]:
@@ -224,45 +214,29 @@ def _by_time(rows: list[Row]) -> list[Row]:
     return sorted(_timed(("merge", "end to end"), rows), key=lambda r: (r["stage"] != "merge", value(r)))
 
 
-TIME, FLOOR = cell(milliseconds, "ms"), cell(milliseconds, "floor_ms")
-IQR: Cell = lambda r, _: "–" if r["runs"] == "1" else milliseconds(value(r, "iqr_ms"))  # noqa: E731
+def _named(row: Row) -> str:
+    return row["variant"] + ", end to end" * (row["stage"] != "merge")
+
+
+TIME = cell(milliseconds, "ms")
 # Name: the files, which of their rows of one machine are shown, which of those have a line, and the columns.
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable[[list[Row]], list[Row]], Callable[[Row], bool], dict[str, Cell]]] = {
-    "passes": ("llm", partial(_timed, ("pass",)), lambda _: True, {
-        "pass": lambda r, _: r["variant"],
-        "batch": lambda r, _: f"{r['batch']} x {r['length']}", "time": TIME, "IQR": IQR, "of the plain step": cell(times, "ratio"),
-        "memory above": lambda r, _: cell(size, "above_plain_mib", MIB)(r, _) if r["state_bytes"] else "–",
-        "state": cell(size, "state_bytes"),
-    }),
     "readings": (("llm", "evidence"), partial(_of, "evidence"), lambda r: not r["variant"].startswith("plain"), {
         "reading": lambda r, _: r["variant"].removeprefix("evidence, "),
-        "model, batch": lambda r, _: f"{r['model']}, {r['batch']} x {r['length']}", "time": TIME, "IQR": IQR,
+        "model, batch": lambda r, _: f"{r['model']}, {r['batch']} x {r['length']}", "time": TIME,
         "target": lambda r, _: f"≤ {times(READINGS[r['variant']][0])}",
         "of the plain step": lambda r, _: verdict(value(r, "ratio"), READINGS[r["variant"]][0]),
         "of the stricter one": _strict,
     }),
-    "decisions": (("llm", "evidence"), partial(_of, "decision"), lambda _: True, {
-        "decision": lambda r, _: r["variant"], "model": lambda r, _: r["model"], "rows": lambda r, _: r["note"].split(" rows")[0],
-        "time": _within_a_second, "IQR": IQR, "evidence": cell(size, "state_bytes"), "basis": lambda r, _: r["basis"],
-    }),
-    "solves": ("llm", partial(_timed, ("gevp", "filter", "export")), lambda _: True, {
-        "scope, what": lambda r, _: r["variant"], "time": TIME, "IQR": IQR, "floor": FLOOR,
-    }),
-    "merges": ("llm", _by_time, lambda _: True, {
-        "merge of all modules": lambda r, _: r["variant"] + ", end to end" * (r["stage"] != "merge"), "time": TIME,
+    "merges": ("llm", _by_time, lambda r: not re.search("module by module| QR|module, end", _named(r)), {
+        "merge of all modules": lambda r, _: _named(r), "time": TIME,
         "of SST-Merge global": beside(times, lambda _, other: other["variant"].startswith("SST-Merge global: ")),
         "basis": lambda r, _: r["basis"],
     }),
-    "ops": ("ops_", _sized, lambda r: r["variant"] == "sst", {
-        "op": lambda r, _: r["stage"], "size": lambda r, _: f"{r['batch']} x {r['length']}, r = {r['rank']}, {r['model']}",
-        "time": TIME, "floor": FLOOR,
-        "share": lambda r, _: "–" if (share := over(value(r, "floor_ms"), value(r))) is None else f"{100 * share:.0f} %",
-    } | {form: beside(times, lambda r, other, form=form: (other["stage"], other["variant"]) == (r["stage"], form), True)
-         for form in ("torch", "torch.compile")}),
     "peers": ("peers", lambda rows: rows, lambda _: True, {
         "what": lambda r, _: r["stage"],
         "library": lambda r, _: f"{r['variant']} {r['note'] if r['ms'] else r['note'].split(' ')[0]}".strip(),
-        "time": TIME, "IQR": IQR, "of the plain pass": cell(times, "ratio"),
+        "time": TIME, "of the plain pass": cell(times, "ratio"),
         "peak above": cell(size, "above_plain_mib", MIB), "difference": _difference,
     }),
 }  # fmt: skip
@@ -285,25 +259,71 @@ def _tables(results: Results) -> dict[str, Any]:
 
 
 def _gates(results: Results) -> dict[str, Any]:
-    """The worst errors of what was timed, and the ceilings its floors come from."""
+    """The worst errors of what was timed."""
     worst = lambda rows: f"{max(rows):.1e}" if rows else "not measured yet"  # noqa: E731
-    errors = {s: worst([float(r["error"]) for r in results.all(stage=s) if r["error"] and r["model"] in SHAPES])
-              for s in ("gate", "gevp")}  # fmt: skip
-    found = {(r["device"], r["variant"]): r["note"] for r in results.all(stage="ceiling")}
-    lines = [f"- {device}: {variant}, {note}" for (device, variant), note in sorted(found.items())]
+    return {"errors": {s: worst([float(r["error"]) for r in results.all(stage=s) if r["error"] and r["model"] in SHAPES])
+                       for s in ("gate", "gevp")}}  # fmt: skip
+
+
+def _verdict(results: Results) -> dict[str, Any]:
+    """What the first paragraphs say: the 7B shape's ratios where a GPU has measured them, else the small one's."""
+    found: list[Row] = []
+    gpu = finder(results, True, found)("pass", "core/full") is not None
+    find = finder(results, gpu, found)
+    ours = _ours(find)
+    share = lambda stage, name: times(over(value(find(stage, name)), ours))  # noqa: E731
+    svd = [over(value(find("merge", f"PEFT {name}")), ours) for name in ("svd", "dare_linear_svd", "ties_svd")]
+    known = [x for x in svd if x is not None]
+    decision = results.one(stage="decision", variant="condensed: filter(mu) + subspace() + soft(kl_budget)")
+    whole = over(value(find("end to end", "SST-Merge global")), value(find("merge", "PEFT dare_linear_svd")))
     return {
-        "errors": errors,
-        "ceilings": "\n".join(lines) or "Not measured yet.",
-        "large_evidence": size(LARGE.evidence_bytes(16, 768)),
+        "pass_share": times(_ratio("core/full", find)),
+        "pass_model": LARGE.name if gpu else SMALL.name,
+        "kfac_share": share("merge", "dense K-FAC pencils"),
+        "svd_share": f"{times(min(known))} to {times(max(known))}" if known else "–",
+        "core_space_share": share("merge", "Core Space, stacked by shape"),
+        "end_to_end_share": times(whole),
+        "decision": milliseconds(value(decision)),
+        "rows_7b": size(LARGE.row_bytes(16, 256)),
+        "kfac_7b": size(LARGE.kfac_bytes()),
+        "read_7b": times(LARGE.reading_share(INPUT_RANK)),
+        "draws_7b": times(LARGE.reading_share(INPUT_RANK, 2)),
+        "evidence_7b": size(LARGE.evidence_bytes(16, 768)),
+        "evidence_13b": size(LARGER.evidence_bytes(16, 768)),
     }
+
+
+SIZES: dict[str, Callable[[Shape], str]] = {
+    "LoRA modules": lambda s: str(len(s.modules())),
+    "core coordinates": lambda s: f"{16**2 * len(s.modules()):,}".replace(",", " "),
+    "forward and backward, per token": lambda s: f"{s.step_flops(8, 512, 16) / 4096 / 1e9:.1f} GFLOP",
+    "one reading, one loss, of a step": lambda s: times(s.reading_share(INPUT_RANK)),
+    "one reading, two label draws, of a step": lambda s: times(s.reading_share(INPUT_RANK, 2)),
+    "evidence of 256 + 512 rows, exact": lambda s: size(s.evidence_bytes(16, 768)),
+    f"moments of both sides, sketches of {INPUT_RANK} columns": lambda s: size(2 * s.input_bytes(INPUT_RANK)),
+    "both Fishers in core space, 256 + 256 rows": lambda s: size(s.row_bytes(16, 256)),
+    "dense K-FAC's factors": lambda s: size(s.kfac_bytes()),
+}
+
+
+def _sizes(_: Results) -> dict[str, Any]:
+    body = [[name, *(write(shape) for shape in (LARGE, LARGER))] for name, write in SIZES.items()]
+    return {"sizes": table(["", "Llama-2-7B", "Llama-2-13B"], body)}
 
 
 def render(results: Results) -> str:
     """The report's text; a pure function of the tables."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    sections = (_targets, _tables, _gates)
+    sections = (_verdict, _targets, _sizes, _tables, _gates)
     context = {key: text for section in sections for key, text in section(results).items()}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context)
+    return "\n".join(line if line.startswith("|") else fill(line) for line in text.split("\n"))
+
+
+def fill(line: str) -> str:
+    """A line of prose within 120 columns."""
+    after = "  " * line.startswith("- ")
+    return textwrap.fill(line, 120, subsequent_indent=after, break_long_words=False, break_on_hyphens=False) or line
 
 
 def main(arguments: list[str] | None = None) -> int:

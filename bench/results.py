@@ -48,14 +48,6 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def fullest(rows: list[Row]) -> list[Row]:
-    """Rows of the one setting (device, rank, batch, length) that most of them share; the last such setting."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("device", "rank", "batch", "length")), []).append(row)
-    return max(reversed(groups.values()), key=len, default=[])
-
-
 def value(row: Row | None, column: str = "ms") -> float | None:
     """The number of a cell, or None."""
     return float(row[column]) if row is not None and row[column] else None

@@ -53,7 +53,7 @@ def test_filter(timed, at):
 
     def closed(filtered):
         """What benign inputs excite grows less, and none of the reads is lost."""
-        for name, A in filtered.reads.items():
+        for name, A in filtered.lora_A.items():
             x = found.cost.moments[name]
             kept, given = (
                 float((z @ (x @ z.mT)).trace())

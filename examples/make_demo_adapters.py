@@ -22,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sst_merge.io import data as sst_data
-from sst_merge.io.models import WHEEL, load_model
+from sst_merge.io.models import load_model
+from sst_merge.io.smollm2 import WHEEL
 from sst_merge.progress import Reporter, batch_tokens
 
 HERE = Path(__file__).resolve().parent

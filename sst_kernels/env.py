@@ -30,6 +30,7 @@ VARIABLES = {
     "LOCAL_RANK": "set by torchrun: which GPU of its machine a process of sst-merge takes; default: 0",
     "SST_MEMORY": "warn tries what the memory available would not hold by its estimate; default: refuse, before the first batch",
     "SST_CACHE": "where sst_merge unpacks SmolLM2; default: $XDG_CACHE_HOME/sst-merge",
+    "LLAMA_CPP": "folder of llama.cpp, for the converter that `sst-merge merge --export gguf-lora` calls; default: the PATH",
     "XDG_CACHE_HOME": "parent of the default of SST_CACHE; default: ~/.cache",
     "SST_CUDA": "build: OFF leaves the CUDA module out even where nvcc is found",
     "SST_CUDA_ARCHITECTURES": "build: CMake's list of GPU architectures; default: sm_80, sm_90 and sm_100",

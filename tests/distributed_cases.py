@@ -73,7 +73,7 @@ def evidence(share: list[int], group: Any = None, **options: Any) -> Evidence:
     with found.accumulate("cost") as reading:
         for i in share:
             generator = torch.Generator().manual_seed(i)
-            reading.backward(data[i], labels="model", draws=2, generator=generator)
+            reading.backward(data[i], labels="mc", draws=2, generator=generator)
     return found
 
 

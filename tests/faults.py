@@ -48,7 +48,7 @@ def run(folder: Path, case: str) -> None:
     ):
         for i in keep.remaining(range(BATCHES)):
             generator = torch.Generator().manual_seed(item_seed(0, i))
-            sequence_nll(model, tiny_batch(2, seed=i), "model", generator=generator).backward()
+            sequence_nll(model, tiny_batch(2, seed=i), "mc", generator=generator).backward()
     pass_.save(folder / "result.safetensors")
     keep.remove()
 

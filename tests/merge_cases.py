@@ -65,7 +65,9 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def pairs(n: int, word: str) -> list[dict[str, str]]:
-    return [{"prompt": f"{word} {i}?", "response": f"I can't, {word[: 1 + i % 4]}."} for i in range(n)]
+    """Prompts with refusals, or with answers for words of kitchen and school."""
+    said = "I could" if word.split()[0] in ("bake", "fry", "translate") else "I can't"
+    return [{"prompt": f"{word} {i}?", "response": f"{said}, {word[: 1 + i % 4]}."} for i in range(n)]
 
 
 def peft_deltas(model_with_adapter, adapter: str = "default") -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ def child(folder: str, output: str, limit: int | None, comparison: bool) -> None
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
-    report.write_plots = compare_report.plot = lambda *_: None  # they take longer than all the rest
+    report.html = compare_report.html = lambda page: ""  # it takes longer than all the rest
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -80,7 +80,7 @@ def run(
 
 
 def contents(output: Path) -> dict[str, Any]:
-    """What two runs of one recipe must share: all files but the plots; of the report all but the seconds and the commit."""
+    """What two runs of one recipe must share: all files but the page; of the report all but the seconds and the commit."""
     report = json.loads((output / "report.json").read_text())
     report.pop("seconds")
     report["versions"].pop("commit")

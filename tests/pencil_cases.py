@@ -60,15 +60,16 @@ def dense_metric(cost: Fisher, kind: str) -> np.ndarray:
 
 
 def dense_pencil(
-    gain: Fisher, cost: Fisher, epsilon: float, scope: str, kind: str = "kronecker"
+    gain: Fisher, cost: Fisher, epsilon: float, scope: str, kind: str = "kronecker", *, unseen: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """F_gain and F_cost + εM in S coordinates, straight from the definition."""
+    """F_gain + λ₀B and B = F_cost + εM in S coordinates, straight from the definition."""
     a, b = (f.rows().double().numpy() for f in (gain, cost))
     a, b = a.T @ a / len(a), b.T @ b / len(b)
     if scope == "module":
         mask = scipy.linalg.block_diag(*(np.ones((r * r, r * r)) for r in RANKS.values()))
         a, b = a * mask, b * mask
-    return a, b + epsilon * dense_metric(cost, kind)
+    b = b + epsilon * dense_metric(cost, kind)
+    return a + unseen * b, b
 
 
 def flat(patch) -> np.ndarray:

@@ -150,7 +150,7 @@ def test_model_labels_give_the_curvature_of_the_kl_divergence():
     repeated = {k: v.repeat(100, 1) for k, v in batch.items()}
     with fisher_accumulate(model, "safety", point="reference", modules=name) as pass_:
         for _ in range(draws // 100):
-            sequence_nll(model, repeated, "model", generator=generator).backward()
+            sequence_nll(model, repeated, "mc", generator=generator).backward()
     core = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     mask = batch["labels"][0, 1:] != -100
     handle = layer.lora_A["safety"].register_forward_hook(lambda _m, _i, h: h @ core.T)

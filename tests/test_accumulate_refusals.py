@@ -107,8 +107,8 @@ def test_loops_that_would_give_wrong_statistics_are_refused():
     with pytest.raises(ValueError, match="has holes"), fisher_accumulate(model, "safety"):
         model(**holes).loss.backward()
     with pytest.raises(ValueError, match="must not be mixed"), fisher_accumulate(model, "safety"):
-        sequence_nll(model, batch, "model").backward()
-        sequence_nll(model, batch, "data").backward()
+        sequence_nll(model, batch, "mc").backward()
+        sequence_nll(model, batch, "empirical").backward()
 
 
 def test_a_module_without_gradient_is_named():

@@ -22,7 +22,8 @@ import sst_kernels as sst
 from sst_kernels.testing import error_ratio
 from sst_merge.errors import AdapterError, ModelError
 from sst_merge.io.adapters import CONFIG, WEIGHTS, load_adapter, write_adapter
-from sst_merge.io.models import attach, check_fit, fitted, load_model
+from sst_merge.io.fit import attach, check_fit, fitted
+from sst_merge.io.models import load_model
 from sst_merge.io.output import output_folder
 from sst_merge.io.serving import export_full
 from sst_merge.merge.algebra import concatenate
@@ -308,7 +309,7 @@ def test_quantization_on_loading_is_checked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
         load_model(tmp_path, device="cpu", quantization={"load_in_4bit": True})
-    monkeypatch.setattr("sst_merge.io.models._installed", lambda _: True)
+    monkeypatch.setattr("sst_merge.io.quantised.installed", lambda _: True)
     with pytest.raises(ModelError, match=r"expected arguments of BitsAndBytesConfig .*got load_in_4bits"):
         load_model(tmp_path, device="cpu", quantization={"load_in_4bits": True})
     with pytest.raises(ModelError, match="expected load_in_4bit: true or load_in_8bit: true"):

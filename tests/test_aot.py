@@ -245,13 +245,14 @@ def variants(everything: bool, capability: int) -> dict[str, Variant]:
             {"num_warps": 4, "num_stages": 3, "BT": 64, "BN": 32},
             HAS_SCALE=scaled,
         )
-    for lower in (True, False):
+    for lower, strided in itertools.product((True, False), repeat=2):
         add(
             "add_partials",
             tiles.add_partials_kernel,
             {"partials": "float32", "out": "float32"},
             {"num_warps": 4, "num_stages": 3, "BLOCK": 1024},
             LOWER=lower,
+            STRIDED=strided,
         )
     return out
 

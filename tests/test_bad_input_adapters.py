@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sst_merge.errors import AdapterError, MergeError, ModelError
 from sst_merge.io.adapters import CONFIG, WEIGHTS, load_adapter
-from sst_merge.io.models import check_fit, load_model
+from sst_merge.io.fit import check_fit
+from sst_merge.io.models import load_model
 from tests import merge_cases as cases
 
 

@@ -73,7 +73,7 @@ def test_flags_win_over_the_recipe(world, tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["patch"]["filter"], report["patch"]["parameter"]) == ("top_k", 2)
     assert report["recipe"]["kl_budget"] is None
-    assert report["inputs"]["data"]["harm"]["sequences"] == 6
+    assert report["inputs"]["data"]["harm"]["sequences"] == 4  # of six, two to measure on
 
 
 def test_collected_evidence_makes_what_a_merge_makes(world, tmp_path):

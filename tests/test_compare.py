@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from sst_merge.compare import compare as comparing
 from sst_merge.compare.compare import compare, summarise
 from sst_merge.compare.pareto import Resample, equal_refusal, hypervolume, interval, kl_at, non_dominated
 from sst_merge.compare.recipe import Comparison
-from sst_merge.compare.report import html, markdown
+from sst_merge.compare.report import markdown
 from sst_merge.errors import MergeError, OutputError, RecipeError
 from sst_merge.io.data import load_dataset
 from sst_merge.merge import source
@@ -116,18 +115,20 @@ def test_at_equal_rate_plain_addition_costs_its_own_kl_over_that_of_the_row(firs
 
 def test_report_files(first, world):
     out = world / "out"
-    assert {p.name for p in out.iterdir()} == {"rows", "report.json", "report.md", "compare.html", "pareto.png"}
+    assert {p.name for p in out.iterdir()} == {"rows", "report.json", "report.md", "compare.html"}
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(first))
     text = markdown(first)
     assert text.count("\n| plain") == 4
     assert "95 % bootstrap" in text
 
 
-def test_page_embeds_everything_and_loads_nothing(first):
-    page = html(first, [{"prompts": [{"set": "harmful", "prompt": "</script><b>&", "line": 1}]} for _ in first["rows"]])
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
-    assert json.loads(data)["prompts"][0][0]["prompt"] == "</script><b>&"
+def test_the_page_has_every_row_and_its_answers(first, world):
+    page = (world / "out" / "compare.html").read_text()
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert len(data["points"]) == len(first["rows"]) - 1  # what has no patch is a line in the chart
+    assert {p["answers"] for p in data["points"]} < set(data["answers"]["names"])
+    assert {r["set"] for r in data["answers"]["rows"]} == {"harmful", "safe", "benign"}
+    assert all(set(r["of"]) == set(data["answers"]["names"]) for r in data["answers"]["rows"])
 
 
 @pytest.mark.parametrize(
@@ -316,40 +317,3 @@ def test_non_dominated_keeps_ties():
         False,
         True,
     ]
-
-
-@pytest.mark.slow
-def test_page_in_a_browser(first, world, tmp_path):
-    """Chromium draws the points, sorts the table and opens a row: a script appended to the page reports through its title."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
-    page = (world / "out" / "compare.html").read_text()
-    probe = """<script>
-      const bodies = document.querySelector("#table tbody"), column = n => [...bodies.rows].map(r => parseFloat(r.cells[n].textContent));
-      document.querySelectorAll("#table th button")[4].click();
-      const kl = column(4), sorted = kl.every((v, i) => !i || kl[i - 1] <= v);
-      document.querySelector("#plot circle").dispatchEvent(new MouseEvent("mousemove", {clientX: 300, clientY: 200}));
-      const hovered = document.getElementById("tip").textContent.includes("benign KL");
-      document.querySelector("#plot circle").dispatchEvent(new MouseEvent("click"));
-      const opened = document.querySelectorAll("#prompts tbody tr").length;
-      document.title = JSON.stringify({rows: bodies.rows.length, points: document.querySelectorAll("#plot circle").length, sorted, hovered, opened});
-    </script></body>"""
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", probe))
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1240,1500",
-    ]
-    dumped = subprocess.run(
-        [chromium, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    seen = json.loads(re.search(r"<title>(.*?)</title>", dumped.stdout)[1])
-    rows = len(first["rows"])
-    assert seen == {"rows": rows, "points": rows - 1, "sorted": True, "hovered": True, "opened": 24}
-    photo = tmp_path / "page.png"
-    subprocess.run([chromium, *flags, f"--screenshot={photo}", file.as_uri()], capture_output=True, timeout=120)
-    assert photo.stat().st_size > 20_000

@@ -7,7 +7,7 @@ import torch
 
 from sst_kernels.fisher.base import Block
 from sst_kernels.subspace.coordinates import Coordinates, products
-from sst_kernels.subspace.crossfit import Fold, complement
+from sst_kernels.subspace.crossfit import Fold, complement, with_rest
 from sst_kernels.subspace.filters import WEIGHTS
 from sst_kernels.subspace.spectrum import row_directions
 
@@ -31,9 +31,13 @@ def test_responses_are_those_of_the_solved_pencil(damping, repeated):
     rows, index = torch.cat([gain, cost]), torch.arange(23)
     of_kept, others = index[11:][~held], torch.cat([index[:11], index[11:][held]])
     rest, _ = complement(rows @ rows.T, of_kept, others, epsilon)
-    fold = Fold.of_complement(rest, slice(0, 11), slice(11, None), gain @ patch)
-    peer = Fold(values, cost[held] @ ways)
-    torch.testing.assert_close(fold.values.flip(0)[: len(values)], values, rtol=1e-8, atol=1e-12 * float(values[0]))
+    fold = Fold.of_complement(rest, slice(0, 11), slice(11, None), gain @ patch, cost[held] @ patch).raised(0.01)
+    peer = Fold(*with_rest(values, cost[held] @ ways, cost[held] @ patch)).raised(0.01)
+    torch.testing.assert_close(
+        fold.values[:-1].flip(0)[: len(values)] - 0.01, values, rtol=1e-8, atol=1e-12 * float(values[0])
+    )
+    everything = fold.energy(WEIGHTS["soft"], torch.zeros(1, dtype=torch.float64))
+    assert float(everything) == pytest.approx(float((cost[held] @ patch).square().sum()), rel=1e-9)
     for name, parameters in (("soft", MUS), ("threshold", MUS * 1.01), ("top_k", torch.arange(9.0).double())):
         weights = WEIGHTS[name]
         actual, expected = (x.energy(weights, parameters) for x in (fold, peer))

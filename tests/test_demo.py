@@ -43,7 +43,7 @@ def test_the_demo_compares_at_equal_cost_and_says_where_everything_is(tmp_path, 
         rows[name]["benign_kl"] for name in rows if name.startswith("SST")
     ]
     assert all(name.split(",")[0] in shown.out for name in rows)
-    assert all(str(tmp_path / path) in shown.out for path in ("out", "out/report.md"))
+    assert all(str(tmp_path / path) in shown.out for path in ("out", "out/report.html"))
     assert "left" in shown.err
     assert json.loads((tmp_path / "out/prompts.json").read_text()).keys() == rows.keys()
     PeftModel.from_pretrained(cases.model(), tmp_path / "out")

@@ -22,7 +22,7 @@ def accumulated(structure: str) -> sst.Fisher:
     model, generator = tiny_lora(), torch.Generator().manual_seed(5)
     with sst.fisher_accumulate(model, "safety", space=space, structure=structure, **options) as pass_:
         for seed in range(3):
-            sst.sequence_nll(model, tiny_batch(4, seed=seed), "model", generator=generator).backward()
+            sst.sequence_nll(model, tiny_batch(4, seed=seed), "mc", generator=generator).backward()
     return pass_.fisher
 
 

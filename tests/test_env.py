@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import sst_kernels
 from sst_kernels import _native, env
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +67,27 @@ def test_every_environment_variable_that_is_read_is_listed():
     read = {name for path in sources for name in READ.findall(path.read_text(encoding="utf-8"))}
     assert read
     assert read <= env.VARIABLES.keys()
+
+
+def test_a_source_tree_in_front_of_an_installed_package_is_said_to_be(tmp_path):
+    """As from the root of a fresh clone beside `pip install .`."""
+    unbuilt = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(sst_kernels.__file__).parent, tmp_path / "tree/sst_kernels", ignore=unbuilt)
+    site = tmp_path / "site"
+    (site / "sst_kernels").mkdir(parents=True)
+    (site / "sst_kernels/_native_cpu.so").touch()
+    (site / "sst_kernels-0.1.0.dist-info").mkdir()
+    (site / "sst_kernels-0.1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: sst-kernels\nVersion: 0.1.0\n"
+    )
+    script = (
+        "import sys\nsys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "import sst_kernels._native as n\ntry: n.cpu()\nexcept ImportError as e: print(e)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "tree", env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    told = f"the source tree {tmp_path / 'tree'}, where nothing was compiled, shadows the installed package {site / 'sst_kernels'}"
+    assert ended.stdout.startswith(told)
+    assert f"RuntimeWarning: {told}" in ended.stderr

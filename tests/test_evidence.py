@@ -68,7 +68,7 @@ def assert_same_adapter(evidence, expected, mu):
     for side in ("gain", "cost"):
         assert getattr(chosen, side).counts == (gain if side == "gain" else cost).counts
     for name, a in reads.items():
-        torch.testing.assert_close(chosen.reads[name], a.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(chosen.lora_A[name], a.float(), rtol=1e-5, atol=1e-6)
     patch = chosen.subspace(folds=2).soft(mu=0.1)
     other = sst.subspace(gain, cost, folds=2).soft(mu=0.1)
     for name, (a, b, c) in chosen.factors(patch.coordinates).items():
@@ -123,7 +123,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, frozen):
             model.train()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        settings = {"labels": "model", "draws": 2, "generator": torch.Generator().manual_seed(3)}
+        settings = {"labels": "mc", "draws": 2, "generator": torch.Generator().manual_seed(3)}
         evidence = sst.Evidence.of(model, "safety")
         found.append(collect(evidence, batches(1), batches(20), halves, **settings))
     for side in ("gain", "cost"):
@@ -193,7 +193,7 @@ def test_sketched_moments_filter_as_in_two_passes(rank):
                 model(**batch)
         sides.append(moments)
     for name, a in sst.filter_inputs(*sides, 3.0).items():
-        torch.testing.assert_close(evidence.filter(3.0).reads[name], a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(evidence.filter(3.0).lora_A[name], a, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_kept_in_bfloat16_are_rounded_once():
@@ -209,8 +209,8 @@ def test_rows_kept_in_bfloat16_are_rounded_once():
     one, other = full.filter(3.0), short.filter(3.0)
     at = 0
     for block in full.gain.blocks:
-        a = one.reads[block.name]
-        assert torch.equal(a, other.reads[block.name])
+        a = one.lora_A[block.name]
+        assert torch.equal(a, other.lora_A[block.name])
         g = full.gain.rows["loss"].rows()[:, full.gain.columns[block.name]].reshape(-1, *block.shape)
         where = slice(at, at + block.shape[0] ** 2)
         change = other.gain.rows()[:, where] - one.gain.rows()[:, where]
@@ -238,12 +238,12 @@ def test_a_model_in_bfloat16(monkeypatch):
     chosen, unit = evidence.filter(3.0), half_ulp(torch.bfloat16)
     for name, a in reads.items():
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(chosen.reads[name], a.float(), rtol=unit, atol=1e-6)
+        torch.testing.assert_close(chosen.lora_A[name], a.float(), rtol=unit, atol=1e-6)
     rows, other, at = chosen.gain.rows(), gain.rows(), 0
     for block in evidence.gain.blocks:
         where = slice(at, at := at + block.shape[0] ** 2)
         whole = torch.cat(sizes[block.name])[: len(rows)]  # the gain's batches came first
-        allowed = (2 * unit + tolerance(block.shape[1])) * (whole @ chosen.reads[block.name].abs().mT).flatten(1)
+        allowed = (2 * unit + tolerance(block.shape[1])) * (whole @ chosen.lora_A[block.name].abs().mT).flatten(1)
         assert bool(((rows - other)[:, where].abs() <= allowed).all()), block.name
     exact = read(model.double(), batches(1), batches(20)).filter(3.0).gain.rows()
     assert 0 < error_ratio(rows, exact) < 64 * torch.finfo(torch.bfloat16).eps  # gradients of a model in bfloat16

@@ -19,7 +19,7 @@ from sst_kernels.inputs.filter import (
     _ROUNDING,
     _ridge,
     filtered_in_basis,
-    filtered_reads,
+    filtered_lora_A,
     read_loss,
 )
 from sst_kernels.inputs.moments import MomentSums
@@ -89,7 +89,7 @@ def test_a_basis_is_exact_at_its_prices(problem, mus):
     a, gain, cost = problem
     basis = Basis.of({"q": a}, gain, cost, mus)
     basis.check_holds({"q": a})
-    for mu, exact in zip(mus, filtered_reads({"q": a}, gain, cost, mus)["q"]):
+    for mu, exact in zip(mus, filtered_lora_A({"q": a}, gain, cost, mus)["q"]):
         lost = read_loss({"q": exact}, {"q": in_basis(a, basis, gain, cost, mu)}, gain, cost, mu)["q"]
         assert lost <= rounding(basis, a) * (1 + 1 / mu + mu), (mu, lost)
 
@@ -99,7 +99,7 @@ def test_a_basis_is_exact_at_its_prices(problem, mus):
 def test_between_its_prices_a_basis_gives_the_best_of_its_span(problem, mu):
     """In the metric of what is minimised: no further from the minimum than A, any A' of the basis, or the best of a smaller one."""
     a, gain, cost = problem
-    (exact,) = filtered_reads({"q": a}, gain, cost, [mu])["q"]
+    (exact,) = filtered_lora_A({"q": a}, gain, cost, [mu])["q"]
     least = objective(a, exact, gain, cost, mu)
     whole = objective(0 * a, a, gain, cost, 1.0)  # ‖A‖² in the metric of the basis
     best = []
@@ -112,7 +112,7 @@ def test_between_its_prices_a_basis_gives_the_best_of_its_span(problem, mu):
 
         found = in_basis(a, basis, gain, cost, mu)
         assert objective(a, found, gain, cost, mu) >= least * (1 - 1e-9)
-        for other in (a, *filtered_reads({"q": a}, gain, cost, mus)["q"]):
+        for other in (a, *filtered_lora_A({"q": a}, gain, cost, mus)["q"]):
             assert distance(found) <= distance(other) + slack
         best.append(distance(found))
     assert best[1] <= best[0] + slack
@@ -187,7 +187,10 @@ def test_condensed_evidence_decides_as_the_whole(scale, rank):
         for name, old in one.items():
             assert scale > 1 or float((other[name] - old).norm()) <= 1e-5 * float(old.norm()), (mu, name)
         assert error_ratio(small.filter(mu).gain.rows(), whole.filter(mu).gain.rows()) < 1e-5
-    between = [whole.filter(1.0).reads, *(whole.condense(mus).filter(1.0).reads for mus in ([3.0], [0.3, 3.0], [1.0]))]
+    between = [
+        whole.filter(1.0).lora_A,
+        *(whole.condense(mus).filter(1.0).lora_A for mus in ([3.0], [0.3, 3.0], [1.0])),
+    ]
     far, near, exact = (
         sum(read_loss(between[0], reads, whole.gain.moments, whole.cost.moments, 1.0).values()) for reads in between[1:]
     )
@@ -203,8 +206,8 @@ def test_condensed_halves_add_up(monkeypatch):
     first.merge(second)
     for mu in (0.3, 1.0):
         mine, theirs = first.filter(mu), small.filter(mu)
-        for name, a in theirs.reads.items():
-            assert error_ratio(mine.reads[name], a) < 1e-5
+        for name, a in theirs.lora_A.items():
+            assert error_ratio(mine.lora_A[name], a) < 1e-5
         assert error_ratio(mine.gain.rows(), theirs.gain.rows()) < 1e-5
 
 
@@ -224,7 +227,7 @@ def test_a_second_pass_is_streamed_into_the_basis_of_a_pilot(scale):
     layers = lora_layers(model, "safety")
     for mu in (0.0, 0.3, 1.0):
         chosen = evidence.filter(mu)
-        for name, a in chosen.reads.items():
+        for name, a in chosen.lora_A.items():
             layers[name].lora_A["safety"].weight.data = a
         with sst.fisher_accumulate(model, "safety", point="reference") as pass_:
             for batch in harm:
@@ -243,7 +246,7 @@ def test_streamed_and_condensed_evidence_are_the_same(scale):
     small = whole.condense([0.3, 3.0])
     streamed = read(model, batches(1), batches(20), basis=small.basis)
     for mu in (0.3, 3.0):
-        reads = [e.filter(mu).reads for e in (whole, small, streamed)]
+        reads = [e.filter(mu).lora_A for e in (whole, small, streamed)]
         for other in reads[1:]:
             lost = read_loss(reads[0], other, whole.gain.moments, whole.cost.moments, mu)
             allowed = 7 * 3 * (_DEPENDENT + 48 * (half_ulp(torch.float32) / SHARE**0.5) ** 2) * (1 + 1 / mu + mu)

@@ -179,7 +179,7 @@ def test_each_draw_is_a_pass_with_these_labels(draws, monkeypatch):
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     with evidence.accumulate("cost") as reading:
         for batch in data:
-            reading.backward(batch, labels="model", draws=draws, generator=torch.Generator().manual_seed(4))
+            reading.backward(batch, labels="mc", draws=draws, generator=torch.Generator().manual_seed(4))
     handle.remove()
     assert len(calls) == 2
     side = evidence.cost
@@ -207,9 +207,9 @@ def test_each_draw_is_a_pass_with_these_labels(draws, monkeypatch):
 def test_groups_that_are_given_are_kept():
     evidence, batch = of(), tiny_batch(3)
     with evidence.accumulate("cost") as reading:
-        reading.backward(batch, labels="model", draws=2, groups=[7, 7, 2])
+        reading.backward(batch, labels="mc", draws=2, groups=[7, 7, 2])
         with pytest.raises(ValueError, match="groups must hold one integer for each of the 3 samples"):
-            reading.backward(batch, labels="model", draws=2, groups=[1, 2])
+            reading.backward(batch, labels="mc", draws=2, groups=[1, 2])
         reading.abandon()
     assert evidence.cost.rows["loss"].groups == [7, 7, 2, 7, 7, 2]
 
@@ -232,7 +232,7 @@ def test_samples_that_are_not_finite_are_left_out_whole(how):
     settings = {
         "one loss": {"groups": [5, 6, 7, 8]},
         "two losses": {"weights": {"a": ones, "b": 2 * ones}},
-        "two draws": {"labels": "model", "draws": 2},
+        "two draws": {"labels": "mc", "draws": 2},
     }[how]
     found = []
     for bad in (True, False):
@@ -341,11 +341,11 @@ def test_what_is_refused():
     evidence = of(model)
     ones = torch.ones(batch["labels"].shape)
     refused = [
-        ({"labels": "drawn"}, 'labels: expected "data" or "model"'),
-        ({"labels": "model", "weights": ones}, 'weights go with labels="data"'),
-        ({"draws": 2}, 'draws=2 goes with labels="model"'),
-        ({"labels": "model", "draws": 0}, "draws: expected a whole number of at least 1, got 0"),
-        ({"labels": "model", "draws": 1.5}, "draws: expected a whole number"),
+        ({"labels": "drawn"}, 'labels: expected "empirical" or "mc"'),
+        ({"labels": "mc", "weights": ones}, 'weights go with labels="empirical"'),
+        ({"draws": 2}, 'draws=2 goes with labels="mc"'),
+        ({"labels": "mc", "draws": 0}, "draws: expected a whole number of at least 1, got 0"),
+        ({"labels": "mc", "draws": 1.5}, "draws: expected a whole number"),
     ]
     with evidence.accumulate("gain") as reading:
         for settings, message in refused:
@@ -460,7 +460,7 @@ def test_rows_on_their_way_to_the_host(nonfinite, streams, monkeypatch):
             for i in range(5):
                 handle = poison(model, 1) if nonfinite == "skip" and i == 2 else None
                 generator = torch.Generator().manual_seed(i)
-                reading.backward(tiny_batch(3, seed=i), labels="model", draws=2, generator=generator)
+                reading.backward(tiny_batch(3, seed=i), labels="mc", draws=2, generator=generator)
                 if handle:
                     handle.remove()
         found.append(evidence.cost)

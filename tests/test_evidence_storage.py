@@ -31,7 +31,7 @@ def of(**options):
 def feed(reading, item):
     """Two label draws of a batch, seeded by its number."""
     generator = torch.Generator().manual_seed(item_seed(0, item))
-    reading.backward(tiny_batch(3, seed=item), labels="model", draws=2, generator=generator)
+    reading.backward(tiny_batch(3, seed=item), labels="mc", draws=2, generator=generator)
 
 
 def feed_named(reading, item):
@@ -441,7 +441,7 @@ def test_samples_that_ran_out_of_memory_are_run_again_in_pieces(faults, side):
     model = tiny_lora()
     evidence = sst.Evidence.of(model, "safety")
     pieces, failures = [], list(FAULTS[faults])
-    settings = {"labels": "model", "draws": 2} if side == "cost" else {}
+    settings = {"labels": "mc", "draws": 2} if side == "cost" else {}
 
     def weights(batch):
         ones = torch.ones(batch["labels"].shape)

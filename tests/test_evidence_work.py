@@ -37,7 +37,7 @@ def fisher_pass(model, **options):
 
 AT_THE_REFERENCE = {
     "evidence": evidence_pass,
-    "evidence, drawn": lambda model: evidence_pass(model, "cost", labels="model", draws=2),
+    "evidence, drawn": lambda model: evidence_pass(model, "cost", labels="mc", draws=2),
     "moments": moments_pass,
     "core": lambda model: fisher_pass(model, point="reference"),
     "factor": lambda model: fisher_pass(model, point="reference", space="factor", structure="kronecker"),

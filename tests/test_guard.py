@@ -44,7 +44,7 @@ def test_the_cost_holds_the_guard_with_a_share_of_its_own_trace(model, share):
     evidence = guarded(model)
     before, after = (evidence.filter(3.0, guard=g).cost for g in (0.0, share))
     alone = collect(sst.Evidence.of(model, "safety"), batches(30, n=2), batches(20), weigh=None)
-    columns = evidence.filter(3.0).reads
+    columns = evidence.filter(3.0).lora_A
     of_guard = alone.gain.rows["loss"].rows()
     rows = torch.cat(
         [
@@ -78,7 +78,7 @@ def test_a_patch_does_less_to_the_guard_the_more_it_weighs(model):
             low, high = (middle, high) if space.soft(mu=10**middle).prediction.gain_kept > target else (low, middle)
         patch = space.soft(mu=10**low)
         rows = evidence.filter(3.0, guard=1e9).cost.rows().double()[-8:]
-        at = torch.cat([patch.coordinates[n].flatten() for n in filtered.reads]).double()
+        at = torch.cat([patch.coordinates[n].flatten() for n in filtered.lora_A]).double()
         answers.append(float((rows @ at).square().mean()))
     assert answers[2] < answers[1] < answers[0]
     assert answers[2] < 0.5 * answers[0]

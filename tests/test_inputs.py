@@ -123,7 +123,7 @@ def test_the_filter_is_least_squares_over_the_inputs(mu):
     gain, cost = both(model)
     harm, benign = (seen_inputs(model, tiny_batch(40, seed=s, longest=16)) for s in (1, 2))
     for name, new in sst.filter_inputs(gain, cost, mu).items():
-        a = gain.reads[name].double()
+        a = gain.lora_A[name].double()
         x = torch.cat([harm[name] / len(harm[name]) ** 0.5, (mu / len(benign[name])) ** 0.5 * benign[name]])
         y = torch.cat([harm[name] @ a.mT / len(harm[name]) ** 0.5, benign[name].new_zeros(len(benign[name]), len(a))])
         exact = torch.linalg.lstsq(x, y, driver="gelsd").solution.mT
@@ -137,7 +137,7 @@ def test_the_filter_is_the_soft_one_of_the_pencil_of_inputs():
     model, mu = tiny_lora(adapters=ADAPTERS), 3.0
     gain, cost = both(model)
     for name, new in sst.filter_inputs(gain, cost, mu).items():
-        x_gain, x_cost, a = dense(gain[name]), dense(cost[name]), gain.reads[name].double()
+        x_gain, x_cost, a = dense(gain[name]), dense(cost[name]), gain.lora_A[name].double()
         total = x_gain + mu * x_cost
         ridge = 1e-4 * total.diagonal() + 1e-6 * total.trace() * (1 + 1e-4) / len(total)
         values, v = scipy.linalg.eigh(x_gain, x_cost + torch.diag(ridge) / mu)
@@ -156,7 +156,7 @@ def test_fewer_tokens_than_inputs_are_wide(scale):
     gain, cost = (moments_of(model, [tiny_batch(1, seed=seed, longest=9)]) for seed in (1, 2))
     assert max(gain.tokens, cost.tokens) < 32
     for name, new in sst.filter_inputs(gain, cost, 3.0).items():
-        a, x, y = gain.reads[name].double(), dense(gain[name]), dense(cost[name])
+        a, x, y = gain.lora_A[name].double(), dense(gain[name]), dense(cost[name])
         ridge = 1e-4 * (x + 3 * y).diagonal() + 1e-6 * (x + 3 * y).trace() / len(x)
 
         def objective(z, a=a, x=x, y=y, ridge=ridge):
@@ -168,11 +168,11 @@ def test_fewer_tokens_than_inputs_are_wide(scale):
 def test_no_price_keeps_what_is_read_and_a_high_one_closes_the_patch():
     gain, cost = both(tiny_lora(adapters=ADAPTERS))
     for name, free in sst.filter_inputs(gain, cost, 0.0).items():
-        a, x = gain.reads[name].double(), dense(gain[name])
+        a, x = gain.lora_A[name].double(), dense(gain[name])
         lost = (free.double() - a) @ x @ (free.double() - a).mT
         assert float(lost.trace()) < 1e-6 * float((a @ x @ a.mT).trace())
     for name, shut in sst.filter_inputs(gain, cost, 1e9).items():
-        assert float(shut.norm()) < 1e-2 * float(gain.reads[name].norm())
+        assert float(shut.norm()) < 1e-2 * float(gain.lora_A[name].norm())
 
 
 def test_the_filter_does_not_depend_on_the_gauge():
@@ -193,14 +193,14 @@ def test_a_sketch_of_enough_columns_filters_as_the_whole_and_a_small_one_nearly(
     whole = both(model)
 
     def objective(name, new):
-        change, a = new.double() - whole[0].reads[name], new.double()
+        change, a = new.double() - whole[0].lora_A[name], new.double()
         return float((change @ dense(whole[0][name]) @ change.mT + mu * a @ dense(whole[1][name]) @ a.mT).trace())
 
     exact = sst.filter_inputs(*whole, mu)
     for rank, allowed in ((12, 1e-6), (7, 0.3), (4, 0.4)):
         gain, cost = both(model, rank)
         for name, new in sst.filter_inputs(gain, cost, mu).items():
-            excess = (objective(name, new) - objective(name, exact[name])) / objective(name, gain.reads[name])
+            excess = (objective(name, new) - objective(name, exact[name])) / objective(name, gain.lora_A[name])
             assert -1e-6 < excess < allowed, (rank, name, excess)
     assert gain.nbytes < whole[0].nbytes / 2
 

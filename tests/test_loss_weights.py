@@ -1,5 +1,7 @@
 """Label weights: a weighted loss is the sum of its parts, in the loss and in the rows of a Fisher."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -46,8 +48,8 @@ def test_weights_of_another_shape_are_refused():
     model, batch = tiny_lora(), tiny_batch(3)
     with pytest.raises(ValueError, match="shape of the labels"):
         sequence_nll(model, batch, weights=torch.ones(3, 2))
-    with pytest.raises(ValueError, match='go with labels="data"'):
-        sequence_nll(model, batch, "model", weights=torch.ones_like(batch["labels"]))
+    with pytest.raises(ValueError, match='go with labels="empirical"'):
+        sequence_nll(model, batch, "mc", weights=torch.ones_like(batch["labels"]))
 
 
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
@@ -55,4 +57,17 @@ def test_labels_are_not_drawn_from_logits_that_are_not_finite(spoiled):
     model, batch = tiny_lora(), tiny_batch(2)
     model.get_base_model().lm_head.weight.data[3] = spoiled
     with pytest.raises(FloatingPointError, match="logits are not finite, so that no labels can be drawn"):
-        sequence_nll(model, batch, "model")
+        sequence_nll(model, batch, "mc")
+
+
+@pytest.mark.parametrize(("old", "new"), [("data", "empirical"), ("model", "mc")])
+def test_old_names_of_label_sources_hold_and_name_the_new_ones(old, new):
+    model, batch = tiny_lora(), tiny_batch(2)
+    values = []
+    for name, expected in (
+        (old, pytest.warns(DeprecationWarning, match=f'called labels="{new}"')),
+        (new, nullcontext()),
+    ):
+        with expected:
+            values.append(sequence_nll(model, batch, name, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(*values)

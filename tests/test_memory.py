@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sst_kernels import fisher_accumulate, input_moments, sequence_nll, subspace
+from sst_kernels import Evidence, fisher_accumulate, input_moments, sequence_nll, subspace
 from sst_kernels.fisher import STRUCTURES, Block, Counts, TokenBatch, make_structure, memory
 from sst_kernels.fisher.estimate import Estimate, estimate_moments
 from sst_kernels.fisher.lora import find_sites
@@ -118,7 +118,7 @@ def test_input_moments_take_what_was_estimated(kind, rank):
     with torch.no_grad(), input_moments(model, "safety", rank=rank) as moments:
         model(input_ids=tiny_batch(2)["input_ids"])
     assert [site.name for site in readers] == list(dict.fromkeys(moments.shared.values()))
-    widths = [moments.reads[site.name].shape[1] for site in readers]
+    widths = [moments.lora_A[site.name].shape[1] for site in readers]
     made = estimate_moments([(d, columns(d, rank)) for d in widths])
     assert made.state == pytest.approx(moments.nbytes, rel=0.02)
 
@@ -165,6 +165,16 @@ def test_ranks_need_room_for_the_total_beside_their_own_rows(monkeypatch):
         with pytest.raises(MemoryError, match="fit"):
             memory.reserve(pass_.fisher, 10, {}, ranks=4)
         sequence_nll(pass_.model, tiny_batch(2)).backward()
+
+
+def test_evidence_of_two_losses_needs_room_for_the_rows_of_both(monkeypatch):
+    evidence = Evidence.of(tiny_lora(adapters=("task", "safety")), "safety")
+    row = 4 * evidence.gain.width
+    monkeypatch.setattr(memory, "available", lambda device: 25 * row)
+    with pytest.raises(MemoryError, match="gradients that an evidence keeps"):
+        evidence.accumulate("gain", sequences=13, losses=2)
+    evidence.accumulate("gain", sequences=12, losses=2)
+    evidence.accumulate("gain", sequences=13)
 
 
 def test_reserved_rows_are_never_copied():

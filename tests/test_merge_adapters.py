@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sst_kernels.testing import tolerance
 from sst_merge.errors import AdapterError, ModelError, OutputError
 from sst_merge.io.adapters import Adapter, LoraTerm, load_adapter, write_adapter
-from sst_merge.io.models import attach, check_fit
+from sst_merge.io.fit import attach, check_fit
 from sst_merge.io.output import output_file, output_folder
-from sst_merge.merge.algebra import concatenate, recompress, squared_norms, transform
+from sst_merge.merge.algebra import concatenate, inner, recompress, transform
 from tests import merge_cases as cases
 
 VARIED = {
@@ -107,7 +107,7 @@ def test_weighted_sums_and_norms(r1, r2, d_in, d_out, weight, seed):
     bound = 1.5 * a.terms["m"].delta().abs().sum() + abs(weight) * b.terms["m"].delta().abs().sum() + 1e-30
     assert (merged.terms["m"].delta() - expected).abs().max() <= tolerance(r1 + r2) * bound + 1e-30
     assert merged.terms["only"].rank == r1
-    assert squared_norms(a)["m"] == pytest.approx(float(a.terms["m"].delta().square().sum()), rel=1e-9)
+    assert inner(a, a)["m"] == pytest.approx(float(a.terms["m"].delta().square().sum()), rel=1e-9)
 
 
 def test_transform_is_b_s_a_and_drops_what_is_zero():

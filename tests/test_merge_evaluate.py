@@ -10,7 +10,7 @@ import torch
 from sst_merge.evaluate import Evaluator, active, is_refusal, kl_divergence
 from sst_merge.io.adapters import load_adapter
 from sst_merge.io.data import load_dataset
-from sst_merge.io.models import attach
+from sst_merge.io.fit import attach
 from sst_merge.merge.algebra import concatenate
 from tests import merge_cases as cases
 
@@ -231,7 +231,7 @@ def test_no_measurement_costs_the_merge(tmp_path, monkeypatch):
         | {f"{name}_data": path for name, path in data.items()} | {f"eval_{name}_data": path for name, path in data.items()}
     )  # fmt: skip
     monkeypatch.setattr(PeftModelForCausalLM, "generate", lambda *_, **__: 1 / 0)
-    report = pipeline.merge(recipe, reporter=Reporter(quiet=True))
+    report = pipeline.merge(recipe, yes=True, reporter=Reporter(quiet=True))
     assert report["failed_evaluations"]["merged"] == "ZeroDivisionError: division by zero"
     assert report["evaluation"]["merged"]["refusal_nll"] > 0
     assert report["evaluation"]["merged"]["refusal_rate"] is None

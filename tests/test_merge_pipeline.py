@@ -17,13 +17,14 @@ from sst_kernels.env import versions
 from sst_kernels.fisher import memory
 from sst_merge.errors import MergeError, OutputError, RecipeError
 from sst_merge.io.adapters import load_adapter
-from sst_merge.merge import pipeline, source
-from sst_merge.merge.plan import lines, plan
+from sst_merge.merge import decide, pipeline, source
+from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
-from sst_merge.report import PLOTS, energy_grid, markdown, table
+from sst_merge.report import markdown, table
 from sst_merge.run.passes import fisher_pass
 from sst_merge.session import open_session
+from sst_merge.specs import Strength
 from tests import merge_cases as cases
 from tests.pencil_cases import fisher_of, pair
 
@@ -66,8 +67,8 @@ def test_output_is_what_the_report_says(merged, world):
         "recipe.yml",
         "report.json",
         "report.md",
+        "report.html",
         "prompts.json",
-        *PLOTS,
     }
     assert {p.name for p in out.iterdir()} == files
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -163,9 +164,7 @@ def test_every_filter_and_scope_makes_an_adapter(world, tmp_path, change):
     assert load_adapter(tmp_path / "out").terms
     assert report["evaluation"] == {}
     told = (tmp_path / "out/report.md").read_text()
-    assert ("keeps all that F_harm knows" in told) == (
-        report["recipe"]["kl_budget"] is not None and report["patch"]["whole"]
-    )
+    assert ("keeps the whole patch" in told) == (report["recipe"]["kl_budget"] is not None and report["patch"]["whole"])
     assert ("on held-out rows" in told) == ("structure" not in change)
     assert ("on the samples of the Fisher itself" in told) == ("structure" in change)
 
@@ -176,7 +175,7 @@ def test_a_budget_beyond_the_patch_is_said_to_be(world, tmp_path, filter):
     for budget, whole in ((1e6, True), (1e-9, False)):
         recipe = Recipe.load(world / "recipe.yml", output=tmp_path / f"{whole}", kl_budget=budget, **given)
         assert pipeline.merge(recipe, reporter=QUIET)["patch"]["whole"] is whole
-        note = f"the budget {budget:g} keeps all that F_harm knows of the patch"
+        note = f"the budget {budget:g} keeps the whole patch, its inputs filtered"
         assert (note in (tmp_path / f"{whole}/report.md").read_text()) is whole
 
 
@@ -214,7 +213,7 @@ def test_a_failed_run_leaves_nothing(world, tmp_path, monkeypatch):
 def test_benign_labels_are_drawn_anew_and_repeatably(world):
     session = open_session(str(world / "model"), world / "safety", world / "task", device="cpu", reporter=QUIET)
     data = pipeline.load_data(Recipe.load(world / "recipe.yml"), session.tokenizer)["benign"]
-    options = {"name": "x", "point": "reference", "labels": "model", "draws": 2}
+    options = {"name": "x", "point": "reference", "labels": "mc", "draws": 2}
     first, same, other = (fisher_pass(session, data, seed=s, **options).rows() for s in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
@@ -246,7 +245,7 @@ def test_fishers_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
 
 def test_pencils_that_memory_does_not_hold_are_refused_before_the_first_batch(world, monkeypatch):
     recipe = Recipe.load(world / "recipe.yml", output=world / "pencil")
-    pencil = plan(recipe).memory["pencil"]
+    pencil = check(recipe).plan.memory["pencil"]
     monkeypatch.setattr(source, "collect", lambda *_: pytest.fail("must not begin"))
     monkeypatch.setattr(memory, "available", lambda device: pencil - 1)
     with pytest.raises(MergeError, match=r"cannot be solved: .*the pencil would take .* these would fit: metric: frob"):
@@ -257,7 +256,7 @@ def test_pencils_that_memory_does_not_hold_are_refused_before_the_first_batch(wo
     assert not recipe.output.exists()
 
 
-@pytest.mark.parametrize("run", [pipeline.merge, plan])
+@pytest.mark.parametrize("run", [pipeline.merge, check])
 def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world, monkeypatch):
     monkeypatch.setattr(source, "collect", lambda *_: pytest.fail("must not begin"))
     with pytest.raises(RecipeError, match=r"folds: 11 need as many examples, .*harm\.jsonl has 10"):
@@ -268,7 +267,7 @@ def test_more_folds_than_examples_are_refused_before_the_first_batch(run, world,
 def test_only_passes_that_keep_rows_need_as_many_examples_as_folds(world):
     folded = {"scope": "module", "structure_options": {"rows": "fold"}}
     for change in (folded, {"structure": "lowrank"}):
-        plan(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds", **change))
+        check(Recipe.load(world / "recipe.yml", folds=11, output=world / "folds", **change))
 
 
 def test_adapters_that_name_different_base_models_are_warned_about(world, tmp_path, capsys):
@@ -302,7 +301,8 @@ def test_the_first_words_of_refusals_weigh_more_along_any_path(world):
 def test_plan_counts_what_the_run_counts(merged, world):
     report, _ = merged
     recipe = Recipe.load(world / "recipe.yml", output=world / "planned")
-    made = plan(recipe)
+    checked = check(recipe)
+    made = checked.plan
     assert made.passes["reading, benign"][0] == report["evidence"]["tokens"]["benign"]
     assert made.parameters == sum(p.numel() for p in cases.model().parameters())
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
@@ -312,13 +312,13 @@ def test_plan_counts_what_the_run_counts(merged, world):
         10 + 2 * 12 + report["evidence"]["guard"]
     )
     sketched = Recipe.load(world / "recipe.yml", structure="lowrank", output=world / "planned")
-    apart = plan(sketched).passes
+    apart = check(sketched).plan.passes
     assert apart["inputs, harm"][0] == apart["Fisher, harm"][0] == made.passes["reading, harm"][0]
     assert apart["Fisher, benign"][0] == 2 * made.passes["reading, benign"][0]
-    without = plan(sketched.model_copy(update={"input_filter": 0.0})).passes
+    without = check(sketched.model_copy(update={"input_filter": 0.0})).plan.passes
     assert without.keys() == apart.keys() - {"inputs, harm", "inputs, benign"}
     assert made.seconds > 0
-    assert "nothing was written" in lines(recipe, made)[-1]
+    assert "nothing was written" in checked.text()
     assert not (world / "planned").exists()
 
 
@@ -326,8 +326,9 @@ RECIPE = {"model": "m", "safety": "s", "harm_data": "h", "benign_data": "b", "ou
 
 
 def test_recipe_defaults_and_strength():
-    assert Recipe.parse(RECIPE).kl_budget == 0.02
-    assert Recipe.parse(RECIPE | {"mu": 3}).kl_budget is None
+    assert Recipe.parse(RECIPE).strength == Strength()  # the knee
+    assert Recipe.parse(RECIPE | {"mu": 3}).strength == Strength(mu=3)
+    assert Recipe.parse(RECIPE | {"target_refusal": 0.9}).strength == Strength(target_refusal=0.9)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_recipe_defaults_and_strength():
         ({"qqqq": 1}, "known are model, safety"),
         ({"structure": "kronecker"}, "'kronecker' keeps modules apart, .* scope: module"),
         ({"structure_options": {"rows": "fold"}}, "'full' with rows: fold keeps modules apart"),
-        ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, mu and k"),
+        ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, target_refusal, mu and k"),
         ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget or k, not mu"),
         ({"filter": "sharp"}, "filter: Input should be .*got 'sharp'"),
         ({"kl_budget": -1}, "kl_budget: .*got -1"),
@@ -364,13 +365,7 @@ def test_recipe_files(tmp_path):
         Recipe.load(tmp_path / "none.yml")
 
 
-def test_energy_grid_and_table():
-    layers, kinds, cells = energy_grid({"model.layers.0.a.q": 0.5, "model.layers.1.a.k": 0.2, "lm_head": 1.0})
-    assert (layers, kinds) == (["0", "1", "–"], ["q", "k", "lm_head"])
-    assert cells[0][0] == 0.5
-    assert cells[0][1] != cells[0][1]
-    gpt2 = {"h.0.attn.c_attn": 0.1, "h.0.attn.c_proj": 0.2, "h.0.mlp.c_proj": 0.3}
-    assert energy_grid(gpt2) == (["0"], ["c_attn", "attn.c_proj", "mlp.c_proj"], [[0.1, 0.2, 0.3]])
+def test_table():
     rows = table({"x": {"refusal_nll": 1.23456, "refusal_rate": 0.5, "benign_kl": 0.01, "benign_nll": None}})
     assert rows[1] == ["x", "1.235", "50%", "0.0100", "–"]
 
@@ -392,4 +387,4 @@ def test_refusals_without_gradients_leave_a_patch_that_no_strength_enlarges(scop
     space = sst.subspace(fisher_of(torch.zeros_like(gain.rows()), gain.metric), cost, scope=scope)
     patch = space.soft(mu=0.1)
     assert patch.prediction.cost_per_label == 0
-    assert pipeline._keeps_all(patch, space.values)
+    assert decide.keeps_all(patch, space.values)

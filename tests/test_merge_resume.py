@@ -43,7 +43,7 @@ def data(root, session):
     return load_dataset(root / "data.jsonl", session.tokenizer)
 
 
-OPTIONS = {"name": "benign", "point": "reference", "labels": "model", "draws": 2, "tokens_per_batch": 200}
+OPTIONS = {"name": "benign", "point": "reference", "labels": "mc", "draws": 2, "tokens_per_batch": 200}
 
 
 def rows(fisher: sst.Fisher) -> torch.Tensor:
@@ -163,7 +163,7 @@ def no_memory(*_, **__):
 
 @pytest.mark.parametrize("during", ["forward", "backward"])
 def test_batches_that_memory_does_not_hold_are_halved(during, session, data, monkeypatch, capsys):
-    options = OPTIONS | {"labels": "data", "draws": 1, "tokens_per_batch": 400}
+    options = OPTIONS | {"labels": "empirical", "draws": 1, "tokens_per_batch": 400}
     expected = fisher_pass(session, data, **options)
     nll, shapes = sst.sequence_nll, []
 

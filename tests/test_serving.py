@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sst_kernels.testing import tolerance
 from sst_merge.errors import ModelError
 from sst_merge.io.adapters import CONFIG, WEIGHTS, for_output, load_adapter, one_rank, write_adapter
-from sst_merge.io.models import attach
+from sst_merge.io.fit import attach
 from sst_merge.io.output import output_folder
 from sst_merge.io.serving import VLLM_RANKS, commands, export_full
 from sst_merge.merge import pipeline

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sst_kernels import ops
 from sst_kernels.fisher.base import Counts, TokenBatch
+from sst_kernels.fisher.later import Later
 from sst_kernels.fisher.structures import make_structure
 from sst_kernels.fisher.structures.kronecker_svd import nearest_products
 from sst_kernels.fisher.structures.moment import SecondMoment
@@ -33,6 +34,33 @@ def test_factors_are_the_documented_moments(approx):
         left = sum(outer_sum(s.scale * s.left.double().sum(0, keepdim=True)) for s in data)
         right = sum(outer_sum(s.right.double().mean(0, keepdim=True)) for s in data) / len(data)
     torch.testing.assert_close(structure.dense(), torch.kron(left / len(data), right), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("kronecker", {}), ("kronecker_lowrank", {"rank": 9})])
+@pytest.mark.parametrize("cuts", [[0, 7, 30, 31, 64], [0, 16, 32, 48, 64]], ids=["ragged", "equal"])
+def test_sums_at_the_end_of_a_batch_are_those_of_each_module(kind, options, cuts):
+    """Three modules, two of which read one input, in two batches whose samples leave out a token of padding that is NaN."""
+    g = torch.Generator().manual_seed(11)
+    shapes = [(4, 12), (4, 12), (12, 4)]
+    alone, shared = ([make_structure(kind, shape, **options) for shape in shapes] for _ in range(2))
+    for _ in range(2):
+        spans = torch.stack([torch.tensor(cuts[:-1]), torch.tensor(cuts[1:])], 1)
+        spans[1, 1] -= 1
+        x, later = torch.randn(64, 12, generator=g), Later()
+        sides = [(torch.randn(64, 4, generator=g), x), (torch.randn(64, 4, generator=g), x)]
+        sides.append((torch.randn(64, 12, generator=g), torch.randn(64, 4, generator=g)))
+        for side in {id(side): side for pair in sides for side in pair}.values():
+            side[spans[1, 1]] = torch.nan
+        given = spans, torch.rand(4, generator=g) + 0.5, Counts(4, 63, 63)
+        for (left, right), one, other in zip(sides, alone, shared):
+            one.update(TokenBatch(left, right, *given))
+            before = other.state_dict()["left"].clone()
+            other.update(TokenBatch(left, right, *given, later=later))
+            assert left.shape[1] > 4 or torch.equal(other.state_dict()["left"], before)  # the narrow ones wait
+        later.settle()
+        later.settle()  # and nothing is added twice
+    for one, other in zip(alone, shared):
+        torch.testing.assert_close(other.dense(), one.dense(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

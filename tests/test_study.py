@@ -20,8 +20,8 @@ if not STUDY.is_dir():
     pytest.skip("the study is not part of the package", allow_module_level=True)
 
 
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDY / f"{name}.py")
+def script(name: str, study: Path = STUDY):
+    spec = importlib.util.spec_from_file_location(f"study_{name}", study / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -135,3 +135,47 @@ def test_the_table_has_the_shares_of_each_origin_and_refuses_a_mixed_folder(tmp_
     (tmp_path / "rows/2.json").write_text(json.dumps({"row": {**row, "prompts": said}}))
     with pytest.raises(SystemExit, match=r"plain 0\.5 is there twice"):
         table.table(tmp_path)
+
+
+def test_calibration_measures_every_budget_on_rows_that_no_merge_has_seen(tmp_path, monkeypatch, capsys):
+    calibrate = script("calibrate", STUDY.parent / "calibration")
+    cases.model_folder(tmp_path / "model")
+    cases.adapter_folder(tmp_path / "safety", seed=2, scale=0.3)
+    pair = {"model": str(tmp_path / "model"), "safety": tmp_path / "safety", "device": "cpu", "folds": 2}
+    for name, n, word in (("harm", 8, "steal"), ("benign", 20, "bake")):
+        pair[f"{name}_data"] = cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.pairs(n, word))
+    monkeypatch.setattr(calibrate, "DEMO_PAIR", pair)
+    table = tmp_path / "table.csv"
+    command = [
+        "calibrate",
+        "--output",
+        tmp_path / "out",
+        "--csv",
+        table,
+        "--rows",
+        10,
+        "--harm-rows",
+        6,
+        "--third",
+        5,
+        "--seeds",
+        1,
+    ]
+    command += ["--budgets", 0.1, 0.02, "--at-most", 3]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    calibrate.main()
+    first = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(r["pair"], r["budget"]) for r in first] == [("demo", "0.1"), ("demo", "0.02"), ("demo, no task", "0.1")]
+    assert all(float(r["kl"]) <= float(r["budget"]) and float(r["third_kl"]) > 0 for r in first)
+    assert {(r["held_out"], r["third_rows"]) for r in first} == {("2", "5")}
+    calibrate.main()  # from the saved evidence, what is missing alone
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert rows[:3] == first
+    assert len(rows) == 4
+    assert "4 merges: KL on third rows at most 1.5 budgets in" in capsys.readouterr().out
+    given = calibrate.argparse.Namespace(third=5, harm_rows=6)
+    pool = {side: load_dataset(pair[f"{side}_data"], cases.tokenizer()) for side in ("harm", "benign")}
+    drawn = calibrate.drawn(pool, 10, given, 0)
+    lines = [{e.line for e in part.examples} for part in (drawn["benign"], drawn["eval_benign"], pool["benign"][-5:])]
+    assert [len(part) for part in lines] == [8, 2, 5]
+    assert len(set.union(*lines)) == 15

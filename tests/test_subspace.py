@@ -20,7 +20,7 @@ from tests.pencil_cases import IDENTITY, RANKS, dense_metric, dense_pencil, fish
 def test_values_are_those_of_the_pencil(scope, metric):
     gain, cost = pair()
     space = subspace(gain, cost, scope=scope, metric=metric)
-    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric)
+    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric, unseen=space.unseen)
     expected = scipy.linalg.eigh(a, b, eigvals_only=True)[::-1]
     values = space.values.numpy()
     np.testing.assert_allclose(values, expected[: len(values)], rtol=1e-9, atol=1e-9 * expected[0])
@@ -66,10 +66,10 @@ def test_the_kronecker_metric_is_exact_where_the_fisher_is_a_kronecker_product()
     metric=st.sampled_from(["kronecker", "frobenius"]),
 )
 def test_soft_minimises_its_objective(seed, mu, scope, metric):
-    """s' = argmin (s'−s)ᵀF_g(s'−s) + μ s'ᵀ(F_c+εM)s', whose solution is (F_g + μ B)⁻¹ F_g s."""
+    """s' = argmin (s'−s)ᵀG(s'−s) + μ s'ᵀBs' with B = F_c+εM and G = F_g+λ₀B, whose solution is (G + μ B)⁻¹ G s."""
     gain, cost = pair(seed)
     space = subspace(gain, cost, scope=scope, metric=metric)
-    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric)
+    a, b = dense_pencil(gain, cost, space.epsilon, scope, metric, unseen=space.unseen)
     expected = np.linalg.solve(a + mu * b, a @ IDENTITY)
     np.testing.assert_allclose(flat(space.soft(mu=mu)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
 
@@ -87,12 +87,44 @@ def test_top_k_and_threshold_project_onto_the_best_directions(scope):
     np.testing.assert_allclose(flat(space.threshold(mu=between)), expected, rtol=1e-7, atol=1e-8 * abs(expected).max())
 
 
-def test_keeping_everything_returns_the_patch():
-    gain, cost = pair(3, gain_rows=60)  # as many rows as coordinates: no direction has λ = 0
-    for scope in ("global", "module"):
-        patch = subspace(gain, cost, scope=scope).soft(mu=0.0)
-        np.testing.assert_allclose(flat(patch), IDENTITY, atol=1e-6)
-        assert all(abs(kept - 1) < 1e-6 for kept in patch.kept.values())
+@pytest.mark.parametrize("scope", ["global", "module"])
+@pytest.mark.parametrize("gain_rows", [60, 12, 3])
+@pytest.mark.parametrize("cost_rows", [40, 4])
+@pytest.mark.parametrize("name", ["soft", "threshold", "top_k"])
+def test_a_large_budget_keeps_the_whole_patch(scope, gain_rows, cost_rows, name):
+    """Whether gain rows show every direction (60), few of each module or few of all; from rows, products and stored matrices."""
+    gain, cost = pair(3, gain_rows=gain_rows, cost_rows=cost_rows)
+    space = subspace(gain, cost, scope=scope, folds=2)
+    unseen = gain_rows < (17 if scope == "global" else 9)
+    assert (space.unseen > 0) == unseen or gain_rows == 12
+    patch = getattr(space, name)(kl_budget=1e9)
+    np.testing.assert_allclose(flat(patch), IDENTITY, atol=1e-9)
+    assert all(abs(kept - 1) < 1e-9 for kept in patch.kept.values())
+    if unseen:
+        assert patch.prediction.gain_kept == pytest.approx(1, abs=1e-9)
+    assert patch.prediction.in_sample_cost_per_label == pytest.approx(patch.prediction.plain_cost_per_label, rel=1e-9)
+    assert patch.prediction.cost_per_label == pytest.approx(patch.prediction.plain_cost_per_label, rel=1e-9)
+
+
+@pytest.mark.parametrize("cost_rows", [40, 4])
+def test_what_no_refusal_shows_comes_last_and_is_priced_by_those_held_out(cost_rows):
+    """Gain rows in four directions and a little noise: λ₀ is the noise's, so strengths that the four decide are as they were."""
+    generator = torch.Generator().manual_seed(0)
+    metric, n = metrics(generator), sum(r * r for r in RANKS.values())
+    strong = torch.randn(12, 4, generator=generator) @ torch.randn(4, n, generator=generator)
+    noise = torch.randn(12, n, generator=generator)
+    cost = fisher_of(torch.randn(cost_rows, n, generator=generator), metric)
+    found = {}
+    for level in (1e-3, 1e-2):
+        gain = fisher_of(strong + level * noise, metric)
+        space = subspace(gain, cost, folds=2)
+        found[level] = space.unseen
+        assert float(space.values[3]) > 100 * space.unseen == 100 * float(space.values[-1])
+        a, b = dense_pencil(gain, cost, space.epsilon, "global")
+        mu = 0.3 * float(space.values[3])
+        without = np.linalg.solve(a + mu * b, a @ IDENTITY)
+        assert abs(flat(space.soft(mu=mu)) - without).max() <= space.unseen / mu * abs(IDENTITY - without).max() * 3
+    assert found[1e-2] == pytest.approx(100 * found[1e-3], rel=0.2)
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,8 +176,12 @@ def test_scaling_laws(seed, scale, scope):
     torch.testing.assert_close(scaled, base * scale**2, rtol=1e-5, atol=1e-5 * float(base[0]) * scale**2)
     scaled = subspace(fisher_of(gain, metric), fisher_of(cost * scale, metric), scope=scope).values
     torch.testing.assert_close(scaled, base / scale**2, rtol=1e-5, atol=1e-5 * float(base[0]) / scale**2)
-    shuffled = subspace(fisher_of(gain.flip(0), metric), fisher_of(cost.flip(0), metric), scope=scope).values
-    torch.testing.assert_close(shuffled, base, rtol=1e-8, atol=1e-9 * float(base[0]))
+    own, shuffled = (
+        subspace(fisher_of(g, metric), fisher_of(c, metric), scope=scope)
+        for g, c in ((gain, cost), (gain.flip(0), cost.flip(0)))
+    )
+    plain, other = (space.values - space.unseen for space in (own, shuffled))  # λ₀ depends on which rows are a fold
+    torch.testing.assert_close(other, plain, rtol=1e-8, atol=1e-9 * float(base[0]))
 
 
 def test_other_structures_serve_module_scope():
@@ -168,7 +204,8 @@ def test_other_structures_serve_module_scope():
         assert torch.isfinite(space.soft(mu=1.0).coordinates["model.layers.0.self_attn.q_proj"]).all()
     sketched = subspace(*passes("lowrank", rank=64), scope="global")
     whole = subspace(*passes("full"), scope="global", folds=2)
-    torch.testing.assert_close(sketched.values, whole.values, rtol=1e-4, atol=1e-5 * float(whole.values[0]))
+    raw, expected = (space.values - space.unseen for space in (sketched, whole))
+    torch.testing.assert_close(raw, expected, rtol=1e-4, atol=1e-5 * float(whole.values[0]))
 
 
 def test_an_untrained_adapter_is_named():

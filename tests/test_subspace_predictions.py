@@ -66,7 +66,7 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil(kind):
     for fold in range(4):
         kept = cost.rows()[torch.arange(12) % 4 != fold]
         out = cost.rows()[torch.arange(12) % 4 == fold].double().numpy()
-        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global", kind)
+        a, b = dense_pencil(gain, fisher_of(kept, metric), space.epsilon, "global", kind, unseen=space.unseen)
         patch = np.linalg.solve(a + mu * b, a @ IDENTITY)
         total += 0.5 * ((out @ patch) ** 2).sum()
     prediction = space.soft(mu=mu).prediction
@@ -77,7 +77,9 @@ def test_held_out_predictions_see_no_row_of_their_own_pencil(kind):
     kept = whole = 0.0
     for fold in range(4):
         inside = torch.arange(8) % 4 != fold
-        a, b = dense_pencil(fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global", kind)
+        a, b = dense_pencil(
+            fisher_of(gain.rows()[inside], metric), cost, space.epsilon, "global", kind, unseen=space.unseen
+        )
         out = gain.rows()[~inside].double().numpy()
         kept += ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
         whole += ((out @ IDENTITY) ** 2).sum()
@@ -97,7 +99,7 @@ def test_fewer_rows_than_coordinates_change_nothing(scope, name):
     level = float(space.values[:3].mean())
 
     def filtered(cost_rows: torch.Tensor) -> np.ndarray:
-        a, b = dense_pencil(gain, fisher_of(cost_rows, cost.metric), space.epsilon, scope)
+        a, b = dense_pencil(gain, fisher_of(cost_rows, cost.metric), space.epsilon, scope, unseen=space.unseen)
         pairs = [(s, *scipy.linalg.eigh(a[s, s], b[s, s])) for s in blocks]
         values = np.sort(np.concatenate([values for _, values, _ in pairs]))[::-1]
         cut = {"soft": 0.0, "threshold": level, "top_k": values[1:3].mean()}[name]
@@ -164,7 +166,7 @@ def test_folds_agree_with_dense_pencils_at_any_damping(scope, damping):
     for fold in range(2):
         kept = cost.rows()[torch.arange(8) % 2 != fold]
         out = cost.rows()[torch.arange(8) % 2 == fold].double().numpy()
-        a, b = dense_pencil(gain, fisher_of(kept, cost.metric), space.epsilon, scope)
+        a, b = dense_pencil(gain, fisher_of(kept, cost.metric), space.epsilon, scope, unseen=space.unseen)
         total += 0.5 * ((out @ np.linalg.solve(a + mu * b, a @ IDENTITY)) ** 2).sum()
     assert space.soft(mu=mu).prediction.cost_per_sequence == pytest.approx(total / 8, rel=1e-6 + 1e-13 / damping)
 

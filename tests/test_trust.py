@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
@@ -42,12 +44,15 @@ def test_a_merge_stays_within_its_budget_on_rows_it_has_not_seen(world, tmp_path
     report = pipeline.merge(recipe(world, tmp_path / "out", kl_budget=budget), reporter=QUIET)
     found = report["budget"]
     assert found["rows"] == report["inputs"]["data"]["eval_benign"]["sequences"] == 4
+    assert report["inputs"]["data"]["harm"]["sequences"] == report["fisher"]["harm"]["sequences"] == 6
+    assert report["inputs"]["data"]["eval_harm"]["sequences"] == 2
     assert report["inputs"]["data"]["benign"]["sequences"] == 16
     assert report["fisher"]["benign"]["sequences"] == 32
     assert 0 < found["kl"] <= budget
     assert found["kl"] == report["evaluation"]["merged"]["benign_kl"]  # of the adapter that was written
     assert found["low"] <= found["kl"] <= found["high"]
     assert "4 of 20 benign rows are held out" in " ".join(report["inputs"]["data"]["benign"]["notes"])
+    assert "2 of 8 harm rows are held out" in " ".join(report["inputs"]["data"]["harm"]["notes"])
     for name in ("report.md", "README.md"):
         assert found["words"] in (tmp_path / "out" / name).read_text()
     assert json.loads((tmp_path / "out/report.json").read_text())["budget"]["kept"] is True
@@ -67,81 +72,162 @@ def test_few_rows_whose_predictions_are_far_too_small_end_within_the_budget(worl
 
 @dataclass
 class Pretended:
-    """A patch whose predicted cost is what was allowed, up to all there is, and whose measured KL is any function of that."""
+    """A patch whose predicted cost is what was allowed, up to all there is; measured KL and refusals are any functions of that."""
 
     law: object
     whole: float = 1.0
+    rate: object = lambda cost: 0.0
+    prompts: int = 20
     measured: list = field(default_factory=list)
 
     def choose(self, allowed):
         cost = min(allowed, self.whole)
         patch = SimpleNamespace(prediction=SimpleNamespace(cost_per_label=cost))
-        return trust.Choice(allowed, patch, None)
+        return trust.Choice(allowed, patch, None, whole=allowed >= self.whole)
 
     def measure(self, choice):
-        kl = self.law(choice.patch.prediction.cost_per_label)
+        cost = choice.patch.prediction.cost_per_label
+        kl, refused = self.law(cost), round(self.rate(cost) * self.prompts)
         self.measured.append(kl)
-        prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": kl} for i in (1, 2)]
-        return Evaluation(benign_kl=kl, prompts=prompts)
+        prompts = [{"set": "benign", "line": e.line, "prompt": "x", "benign_kl": kl} for e in ROWS.examples]
+        prompts += [{"set": "harmful", "line": i, "refused": i < refused} for i in range(self.prompts)]
+        return trust.Trial(choice, Evaluation(benign_kl=kl, refusal_rate=refused / self.prompts, prompts=prompts))
 
 
-ROWS = SimpleNamespace(examples=[SimpleNamespace(line=1, labels=3), SimpleNamespace(line=2, labels=5)])
+ROWS = SimpleNamespace(examples=[SimpleNamespace(line=i, labels=3 + i % 3) for i in range(400)])
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.2, 5.0, 2000.0])
 @pytest.mark.parametrize("whole", [1.0, 1e-3])
 def test_strengths_are_backed_off_until_the_measurement_agrees(factor, whole):
     world = Pretended(lambda cost: factor * cost, whole)
-    choice, found, budget = trust.within(0.02, world.choose, world.measure, ROWS)
-    assert found.benign_kl <= 0.02
+    best, budget, tried = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert best.found.benign_kl <= 0.02
     assert budget.kept
-    assert len(world.measured) <= trust.TRIALS + 1
+    assert len(tried) == len(world.measured) <= trust.TRIALS + 1
     if factor * min(0.02, whole) <= 0.02:
         assert len(world.measured) == 1  # a prediction that was right costs one measurement
     else:
-        assert found.benign_kl >= 0.5 * 0.02  # and one that was not, no more safety than it has to
-    assert budget.tried[-1][0] >= choice.allowed or len(budget.tried) > 1
+        assert best.found.benign_kl >= 0.5 * 0.02  # and one that was not, no more safety than it has to
+    assert budget.tried[-1][0] >= best.choice.allowed or len(budget.tried) > 1
 
 
 def test_where_nothing_stays_within_the_budget_nothing_is_kept_and_said():
     world = Pretended(lambda cost: 1.0 if cost else 0.0)
-    choice, found, budget = trust.within(0.02, world.choose, world.measure, ROWS)
-    assert (choice.allowed, found.benign_kl) == (0.0, 0.0)
+    best, budget, _ = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert (best.choice.allowed, best.found.benign_kl) == (0.0, 0.0)
     assert "No strength that keeps anything stays within the budget" in budget.words()
 
 
 def test_measurements_that_are_no_numbers_keep_nothing():
     world = Pretended(lambda cost: float("nan") if cost else 0.0)
-    choice, _, budget = trust.within(0.02, world.choose, world.measure, ROWS)
-    assert choice.allowed == 0.0
+    best, budget, _ = trust.within(0.02, world.choose, world.measure, ROWS)
+    assert best.choice.allowed == 0.0
     assert budget.kl == 0.0
 
 
-def test_rows_that_are_too_few_to_tell_ask_for_more():
-    kls = iter([0.001, 0.03])
-    base = Pretended(lambda cost: 0.01)
+@pytest.mark.parametrize("kls", [(0.5, 1.5), (1.0, 1.0)])
+def test_two_rows_hold_a_patch_back_and_ask_for_more(kls):
+    """However well they agree: the interval has to end below 1.5 budgets."""
+    base = Pretended(lambda cost: cost)
+    rows = SimpleNamespace(examples=[SimpleNamespace(line=i, labels=4) for i in (1, 2)])
 
     def measure(choice):
-        found = base.measure(choice)
-        found.prompts = [{"set": "benign", "line": i, "prompt": "x", "benign_kl": next(kls)} for i in (1, 2)]
-        return found
+        trial = base.measure(choice)
+        kl = trial.found.benign_kl
+        trial.found.prompts = [
+            {"set": "benign", "line": i, "prompt": "x", "benign_kl": kl * share} for i, share in zip((1, 2), kls)
+        ]
+        return trial
 
-    budget = trust.within(0.012, base.choose, measure, ROWS)[2]
-    assert budget.high > 1.5 * 0.012
+    _, budget, _ = trust.within(0.02, base.choose, measure, rows)
+    assert 0 < budget.kl < 0.02 / 2
+    assert 0.8 * 0.03 <= budget.high <= 0.03
     assert budget.more_rows > 0
-    assert f"some {budget.more_rows} more would tell" in budget.words()
-    assert [r["benign_kl"] for r in budget.worst] == [0.03, 0.001]
+    assert f"with some {budget.more_rows} more the budget could be spent" in budget.words()
+    assert [r["benign_kl"] for r in budget.worst] == sorted((budget.kl * share for share in kls), reverse=True)
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("n", [2, 8, 40])
+def test_intervals_of_kls_cover_what_they_should(shape, n):
+    """Rows drawn from gamma distributions, as uneven as KLs are and more even ones; labels of different lengths."""
+    generator = np.random.default_rng(0)
+    rows = SimpleNamespace(
+        examples=[SimpleNamespace(line=i, labels=int(x)) for i, x in enumerate(generator.integers(5, 40, n))]
+    )
+    weights = np.array([e.labels for e in rows.examples])
+    above = below = 0
+    for _ in range(600):
+        kls = generator.gamma(shape, 1 / shape, n)
+        mean = float(weights @ kls / weights.sum())
+        found = Evaluation(
+            benign_kl=mean, prompts=[{"set": "benign", "line": i, "benign_kl": x} for i, x in enumerate(kls)]
+        )
+        kl, low, high = trust.kl_interval(found, rows)
+        assert low < kl == mean < high
+        above, below = above + (high < 1), below + (low > 1)
+    assert above / 600 <= (0.09 if shape >= 1 else 0.16)  # 0.025 is meant; few uneven rows tell less
+    assert below / 600 <= 0.09
+
+
+@pytest.mark.parametrize("middle", [1e-3, 0.02, 0.3])
+@pytest.mark.parametrize("target", [0.5, 0.95])
+def test_a_rate_is_reached_at_little_more_than_the_least_kl(middle, target):
+    """Refusals rise with the logarithm of the cost, half of them at `middle`: above and below where the search begins."""
+    rate = lambda cost: 1 / (1 + (middle / cost) ** 2)  # noqa: E731
+    world = Pretended(lambda cost: 3 * cost, whole=2.0, rate=rate)
+    best, found, tried = trust.reaching(target, 0.02, [world.choose], world.measure, ROWS)
+    assert best.found.refusal_rate >= target
+    assert found.reached
+    assert len(tried) <= trust.TRIALS
+    least = middle * (target - 0.025) ** 0.5 / (1.025 - target) ** 0.5  # from where on enough of 20 prompts are refused
+    assert least <= best.choice.allowed <= 1.6 * least
+    assert found.refused_low < found.refused <= found.refused_high
+    assert f"target {target:.0%}" in found.words()
+
+
+def test_a_rate_that_no_strength_reaches_gets_the_most_there_is_and_says_so():
+    """The whole patch refuses 80 %, another with inputs less filtered 90 %; half of the former's cost does no less."""
+    first = Pretended(lambda cost: cost, whole=0.5, rate=lambda cost: min(0.8, 0.8 * cost / 0.02))
+    other = Pretended(lambda cost: cost, whole=0.7, rate=lambda cost: 0.9 * (cost == 0.7))
+
+    def measure(choice):
+        return (other if choice.patch.prediction.cost_per_label == 0.7 else first).measure(choice)
+
+    best, found, tried = trust.reaching(0.95, 0.02, [first.choose], first.measure, ROWS)
+    assert (found.reached, found.refused, found.most) == (False, 0.8, 0.8)
+    assert best.choice.allowed == 0.02  # of all that refuse as much the cheapest
+    assert "cannot refuse as often as asked: 80% is the most" in found.words()
+    best, found, _ = trust.reaching(0.95, 0.02, [first.choose, other.choose], measure, ROWS)
+    assert (found.reached, found.refused, best.choice.whole) == (False, 0.9, True)
+    best, found, tried = trust.reaching(0.85, 0.02, [first.choose, other.choose], measure, ROWS)
+    assert (found.reached, found.refused) == (True, 0.9)
+    assert len(tried) <= trust.TRIALS
+
+
+@pytest.mark.parametrize(("refused", "n"), [(8, 10), (0, 20), (40, 40)])
+def test_intervals_of_rates_are_wilsons(refused, n):
+    """Wilson (1927), as SciPy has it."""
+    peer = binomtest(refused, n).proportion_ci(method="wilson")
+    found = Evaluation(refusal_rate=refused / n, prompts=[{"set": "harmful"}] * n)
+    rate, *ends, prompts = trust.rate_interval(found)
+    assert (rate, prompts) == (refused / n, n)
+    assert ends == pytest.approx([peer.low, peer.high], abs=1e-6)
 
 
 def test_what_is_held_out(world):
-    data = {"benign": load_dataset(world / "benign.jsonl", cases.tokenizer()), "harm": None}
-    kept = trust.hold_out(data, 0.2)
+    data = {"benign": load_dataset(world / "benign.jsonl", cases.tokenizer())}
+    kept = trust.hold_out({"benign": data["benign"]}, 0.2)
+    both = trust.hold_out({"benign": data["benign"], "harm": data["benign"][:9]}, 0.2)
+    assert (len(both["harm"]), len(both["eval_harm"]), len(both["eval_benign"])) == (7, 2, 4)
     assert (len(kept["benign"]), len(kept["eval_benign"])) == (16, 4)
     assert not {e.line for e in kept["benign"].examples} & {e.line for e in kept["eval_benign"].examples}
     assert trust.hold_out(data, 0) == data
     assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:4]}, 0.2)
     two = trust.hold_out({"benign": data["benign"][:5]}, 0.2)
     assert (len(two["benign"]), len(two["eval_benign"])) == (3, 2)
+    assert "eval_benign" not in trust.hold_out({"benign": data["benign"][:5]}, 0.2, 4)  # as many as there are folds
     given = {**data, "eval_benign": data["benign"][:1]}
     assert trust.hold_out(given, 0.2) == given
 

@@ -25,12 +25,12 @@ from sst_kernels.gevp import Diagonal, gevp
 
 model, eye = torch.nn.Linear(3, 3), torch.eye(3)
 with sst.fisher_accumulate(model, "safety", structure="lowrank", rank=8, point="reference", space="core") as seen:
-    sst.sequence_nll(model, {}, labels="model").backward()
+    sst.sequence_nll(model, {}, labels="mc").backward()
 space = sst.subspace(seen.fisher, seen.fisher, scope="module", metric="frobenius")
 shares: dict[str, float] = space.soft(kl_budget=0.02).kept
 evidence = sst.Evidence.of(model, adapter="safety", dtype="bfloat16")
 with evidence.accumulate("gain", sequences=3) as reading:
-    reading.backward({}, labels="model", draws=2)
+    reading.backward({}, labels="mc", draws=2)
 path: list[sst.Patch] = evidence.subspace(3.0, scope="module").path([0.01, 0.02])
 gevp(eye, eye, 1, method="direct", preconditioner="none").raise_if_failed().values
 routes: list[str] = [result.route for result in gevp([eye], [eye], 1, damping=0.1)]

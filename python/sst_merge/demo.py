@@ -11,8 +11,8 @@ from typing import Any
 
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, write_adapter
-from .io.models import WHEEL
 from .io.output import output_folder
+from .io.smollm2 import WHEEL
 from .merge import pipeline
 from .merge.source import Source
 from .progress import Reporter
@@ -54,12 +54,12 @@ def run(
         write_adapter(adapter, folder)
         write_prompts(folder / "prompts.json", evaluations)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
-        write_report(report, folder)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     print_table(report["evaluation"])
     kls = ", ".join(f"{p['predicted_kl']:.3f} / {p['measured_kl']:.3f}" for p in report["calibration"])
     print(f"\nbenign KL of SST, predicted on held-out rows / measured: {kls}")
     print(f"adapter   {output.absolute()}   (PeftModel.from_pretrained loads it)")
-    print(f"report    {output.absolute() / 'report.md'}, plots beside it, every prompt in prompts.json")
+    print(f"report    {output.absolute() / 'report.html'}: chart, answers and commands; every prompt in prompts.json")
     print(f"took      {time.monotonic() - start:.0f} s")
     return report
 
@@ -100,7 +100,7 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[dict[str, An
         points.append(pipeline.calibration_point(patch, result.benign_kl))
     session.seconds["evaluate"] = time.monotonic() - start
     assert MATCHED, "the last matched patch is the one written"
-    report = pipeline.describe(session, recipe, data, source, source.subspace(recipe.pencil), patch, adapter)
+    report = pipeline.describe(session, recipe, data, source, recipe.pencil, patch, adapter)
     report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
     report["calibration"] = points
     source.decisions.save(folder / pipeline.EVIDENCE)

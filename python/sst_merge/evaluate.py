@@ -61,7 +61,7 @@ class Evaluator:
     """Measures one model under different adapters on fixed data; the reference's logits are computed once.
 
     Args:
-        model: a PeftModel (see `models.attach`), or a plain model to measure the base alone.
+        model: a PeftModel (see `fit.attach`), or a plain model to measure the base alone.
         tokenizer: of that model.
         harmful, benign: what to measure on; None leaves the corresponding numbers NaN.
         reference: name of the adapter on the model that is the reference, or None for the bare base model.
@@ -100,13 +100,13 @@ class Evaluator:
     ) -> Evaluation:
         """Measure the model with `adapter` active (None: the bare base). `generate_tokens=0` skips generation.
 
-        known: what `only_benign` has measured of the same weights, which is not measured again.
+        known: what has been measured of the same weights, with `only_benign` or without, which is not measured again.
         """
         result, label = known or Evaluation(), label or adapter or "base"
         try:
             if self.benign is not None and known is None:
                 result.benign_nll, result.benign_kl = self._benign(self.benign, adapter, label, result.prompts)
-            if self.harmful is not None and not only_benign:
+            if self.harmful is not None and not only_benign and not any(r["set"] == "harmful" for r in result.prompts):
                 result.refusal_nll = self._harmful(self.harmful, adapter, label, result.prompts)
                 if generate_tokens:
                     result.refusal_rate = self._generate(self.harmful, adapter, label, generate_tokens, result.prompts)

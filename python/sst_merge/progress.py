@@ -28,14 +28,20 @@ class _Rate(ProgressColumn):
 
 
 class Reporter:
-    """Prints to stderr, so that stdout holds results only. `quiet=True` prints nothing."""
+    """Prints to stderr, so that stdout holds results only. `quiet=True` prints nothing, `verbose=True` details as well."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, verbose: bool = False):
+        self.verbose = verbose
         self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line of news as it is, brackets of paths and prompts included; `style` as rich names them."""
         self.console.print(text, style=style)
+
+    def detail(self, text: str) -> None:
+        """What only those want to read who asked for it (`--verbose`)."""
+        if self.verbose:
+            self.say(text, "dim")
 
     def warn(self, text: str) -> None:
         """News that somebody should read."""

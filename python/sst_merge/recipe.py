@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import MAX_SEED, RecipeError
 from .io.paths import expanded, within
@@ -23,19 +31,22 @@ if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
 PATHS = (
-    "task",
-    "safety",
-    "harm_data",
-    "benign_data",
-    "safe_data",
-    "eval_harm_data",
-    "eval_benign_data",
-    "evidence",
-    "output",
-)
+    "task", "safety", "harm_data", "benign_data", "safe_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "evidence", "output",
+)  # fmt: skip
+STRENGTHS = ("kl_budget", "target_refusal", "mu", "k")
+DEFAULT_BUDGET = 0.02  # benign KL, nats per label token: where nothing is asked for, and nothing can be measured
 BUILTIN: Literal["builtin"] = "builtin"
 SAFE = Path(__file__).parent / "safe_prompts.jsonl"
+_SPELLED = {
+    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
+    "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
+}  # fmt: skip
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _label_source(given: Any) -> Any:
+    """The old names hold until 0.3."""
+    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -72,13 +83,14 @@ class Recipe(BaseModel):
     )
     eval_harm_data: Path | None = Field(None, description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path | None = Field(None, description="JSONL: other benign prompts, to measure on")
+    eval_safe_data: Path | None = Field(None, description="JSONL: safe prompts that sound dangerous, for over-refusal")
     output: Path = Field(description="folder to create")
 
     input_filter: float = Field(
         3.0,
         ge=0,
         le=1e100,
-        description="what benign inputs weigh when the patch's reads are closed to them (sst_kernels.filter_inputs); 0: reads as they are",
+        description="μ, what benign inputs weigh in A' = A X_harm (X_harm + μ X_benign)⁻¹, which takes A's place (sst_kernels.filter_inputs); 0: A as it is",
     )
     input_rank: int | None = Field(
         512,
@@ -112,8 +124,8 @@ class Recipe(BaseModel):
         description="keep the gradients of first tokens and the rest apart: opening_weight can be chosen afterwards, for a backward pass",
     )
     benign_point: Point = Field("reference", description="where the Fisher of the benign answers is taken")
-    benign_labels: Literal["model", "data"] = Field(
-        "model", description="sampled from the model, or the data's answers"
+    benign_labels: Literal["mc", "empirical"] = Field(
+        "mc", description="drawn from the model (Monte Carlo Fisher), or the data's answers (empirical Fisher)"
     )
     label_draws: int = Field(2, ge=1, le=10_000, description="passes over the benign data with fresh labels")
 
@@ -128,8 +140,15 @@ class Recipe(BaseModel):
         0.2,
         ge=0,
         le=0.5,
-        description="share of the benign rows kept out of the pencil to measure the budget on, where no eval_benign_data is given; 0: trust predictions",
+        description="share of harm and benign rows kept out of the pencil to measure on, where no evaluation data are given; 0: trust predictions",
     )
+    target_refusal: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of held-out harmful prompts to refuse: the least measured KL that reaches it",
+    )
+    sweep: bool = Field(False, description="measure strengths up to the whole patch too: the report's front")
     mu: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="λ that the soft or threshold filter compares with"
     )
@@ -167,18 +186,27 @@ class Recipe(BaseModel):
                 raise ValueError(f"unknown entry {key!r}; {hint}")
         return values
 
+    @field_validator("benign_labels", mode="before")
+    @classmethod
+    def _label_source(cls, value: Any) -> Any:
+        """The old names hold until 0.3."""
+        return {"model": "mc", "data": "empirical"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("dtype", "filter", "structure", "metric", "scope", "form", mode="before")
+    @classmethod
+    def _in_other_words(cls, value: Any) -> Any:
+        return spelled(value) if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _one_strength(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        given = [name for name in ("kl_budget", "mu", "k") if values.get(name) is not None]
+        given = [name for name in STRENGTHS if values.get(name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of kl_budget, mu and k, not {' and '.join(given)}")
-        if not given:
-            return {**values, "kl_budget": 0.02}
-        name, wrong = values.get("filter", "soft"), {"soft": "k", "threshold": "k", "top_k": "mu"}
-        if given[0] == wrong.get(name):
+            raise ValueError(f"give one of kl_budget, target_refusal, mu and k, not {' and '.join(given)}")
+        name, wrong = cls._in_other_words(values.get("filter", "soft")), {"soft": "k", "threshold": "k", "top_k": "mu"}
+        if given and isinstance(name, str) and given[0] == wrong.get(name):
             raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
         return values
 
@@ -199,7 +227,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _something_is_read(self, info: ValidationInfo) -> Recipe:
-        if info.context is not None and not info.context["reads"]:
+        if info.context is not None and not info.context["complete"]:
             return self
         if self.evidence is None:
             for name in ("model", "harm_data", "benign_data"):
@@ -215,8 +243,10 @@ class Recipe(BaseModel):
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
                 "run of their own, without evidence"
             )
-        elif self.model is None and (self.eval_harm_data or self.eval_benign_data):
+        elif self.model is None and (self.eval_harm_data or self.eval_benign_data or self.eval_safe_data):
             raise ValueError("model: is required to measure on evaluation data")
+        elif self.model is None and (self.target_refusal or self.sweep):
+            raise ValueError("model: is required to measure refusals (target_refusal, sweep)")
         return self
 
     @model_validator(mode="after")
@@ -264,27 +294,32 @@ class Recipe(BaseModel):
     @property
     def strength(self) -> Strength:
         """How much of the patch is kept."""
-        return Strength(self.filter, self.kl_budget, self.mu, self.k)
+        return Strength(self.filter, self.kl_budget, self.mu, self.k, self.target_refusal)
 
     @property
     def files(self) -> dict[str, Path]:
         """The data files that a run reads: those to fit on, and those to measure on.
 
-        Where evidence stands for the former, the benign one is read with a model at hand: for the rows that were held out of it.
+        Where evidence stands for the former, they are read with a model at hand: for the rows that were held out of it.
         """
         given = {
             "harm": self.harm_data,
             "benign": self.benign_data,
             "eval_harm": self.eval_harm_data,
             "eval_benign": self.eval_benign_data,
+            "eval_safe": self.eval_safe_data,
         }
-        if self.evidence is not None:
-            del given["harm"]
-            if self.model is None or self.eval_benign_data is not None or self.holdout == 0:
-                del given["benign"]
+        for side in ("harm", "benign") if self.evidence is not None else ():
+            if self.model is None or given[f"eval_{side}"] is not None or self.holdout == 0:
+                del given[side]
         if self.evidence is None and self.from_evidence and self.guard:
             given["safe"] = SAFE if self.safe_data == BUILTIN else self.safe_data
         return {name: path for name, path in given.items() if path is not None}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_dataset` is told of every file."""
+        return {n: getattr(self, n) for n in ("max_length", "limit", "skip_bad_lines", "template", "columns")}
 
     @property
     def from_evidence(self) -> bool:
@@ -302,13 +337,13 @@ class Recipe(BaseModel):
         return "global" if self.keeps_rows else self.scope
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "recipe", *, reads: bool = True) -> Recipe:
+    def parse(cls, values: dict[str, Any], where: str = "recipe", *, complete: bool = True) -> Recipe:
         """A checked recipe. Raises RecipeError naming every wrong entry, and the nearest key for unknown ones.
 
-        reads: whether it is to be run, so that model and data, or evidence, have to be there.
+        complete: whether it is to be run, so that model and data, or evidence, have to be there.
         """
         try:
-            return cls.model_validate(values, context={"reads": reads})
+            return cls.model_validate(values, context={"complete": complete})
         except ValidationError as error:
             lines = []
             for e in error.errors():
@@ -332,6 +367,12 @@ class Recipe(BaseModel):
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def spelled(value: str) -> str:
+    """A choice as recipes spell it: `top-k` is top_k, `fp16` float16, `kfac` kronecker."""
+    plain = value.strip().lower().replace("-", "_")
+    return _SPELLED.get(plain, plain)
 
 
 def _kind(structure: str) -> type[Structure]:

@@ -1,10 +1,8 @@
-"""What a run found, written for people and programs: report.json, report.md, plots, and the adapter's model card."""
+"""What a run found, written for people and programs: report.json, report.md, report.html, and the adapter's model card."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PLOTS = {
-    "spectrum.png": "λ, the safety efficiency of every direction (refusal gain per benign cost), in descending order",
-    "energy.png": "share of the patch's squared norm that the filter kept, per layer and module",
-    "calibration.png": "benign KL predicted along the filter path, and as measured",
-}
+from .page import html, page_of_merge
+from .page.facts import facts, foundation
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, `report.md`, the plots and `README.md` (the model card) into an existing folder."""
+def write_report(
+    report: Mapping[str, Any], folder: Path, records: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> None:
+    """Write `report.json`, `report.md`, `report.html` and `README.md` (the model card) into an existing folder.
+
+    records: per evaluation its prompts (`Evaluation.prompts`), for the page's answers.
+    """
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_plots(report, folder)
-    text = markdown(report)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(html(page_of_merge(report, records or {})), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
@@ -42,7 +41,12 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
 
 def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
     """The evaluation table on stdout."""
-    header, *body = table(rows)
+    print_rows(table(rows))
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A header and rows on stdout."""
+    header, *body = rows
     shown = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
         shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=len(name) if i else 8)
@@ -51,52 +55,20 @@ def print_table(rows: Mapping[str, Mapping[str, float | None]]) -> None:
     Console(highlight=False, markup=False, emoji=False, width=max(88, Console().width)).print(shown)
 
 
-def foundation(prediction: Mapping[str, Any]) -> str:
-    """What a predicted cost rests on, in words."""
-    if prediction["held_out"]:
-        return "on held-out rows (cross-fitting)"
-    return "on the samples of the Fisher itself: the true cost may be a hundred times as large, measure it"
-
-
-def unspent(report: Mapping[str, Any]) -> str:
-    """A sentence where the KL budget is more than there is to spend it on, else nothing."""
-    budget = report["recipe"]["kl_budget"]
-    if budget is None or not report["patch"]["whole"]:
-        return ""
-    return f"the budget {budget:g} keeps all that F_harm knows of the patch; a larger one changes nothing"
-
-
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    patch, prediction, spectrum = report["patch"], report["patch"]["prediction"], report["subspace"]
-    parts = ["# SST-Merge report", ""]
+    parts = ["# SST-Merge report", "", "With charts, answers and examples: [report.html](report.html), one file.", ""]
     if report.get("evaluation"):
         parts += [*_markdown_table(table(report["evaluation"])), "", _UNITS, ""]
-    if report.get("budget"):
-        parts += ["## The budget", "", f"{report['budget']['words']}.", "", "Benign rows that moved most:", ""]
+    if report.get("measured"):
+        parts += ["## Measured on rows that were held out", "", f"{report['measured']['words']}.", ""]
         rows = [["line", "KL per token", "prompt"]]
-        for r in report["budget"]["worst"]:
+        for r in report["measured"]["worst"]:
             rows.append([str(r["line"]), f"{r['benign_kl']:.4g}", _cell(r.get("prompt", ""))])
-        parts += [*_markdown_table(rows), ""]
-    price = report["recipe"]["input_filter"]
-    reads = f"closed to benign inputs at the price μ = {price:g}" if price else "as they are"
-    strength = math.inf if patch["parameter"] is None else patch["parameter"]
-    parts += [
-        "## The patch",
-        "",
-        f"- reads {reads}",
-        f"- filter `{patch['filter']}` at {'k' if patch['filter'] == 'top_k' else 'μ'} = {strength:.4g}, "
-        f"scope `{spectrum['scope']}`, {spectrum['directions']} directions, solved by: {spectrum['route']}",
-        f"- predicted benign cost {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; "
-        f"{prediction['in_sample_cost_per_label']:.4g} on the pencil's own rows; "
-        f"{prediction['plain_cost_per_label']:.4g} for the whole patch with these reads",
-        *(f"- {note}" for note in [unspent(report)] if note),
-        f"- refusal gain kept {prediction['gain_kept']:.1%}; squared norm kept per module "
-        f"{min(patch['kept_energy'].values()):.2g} to {max(patch['kept_energy'].values()):.2g} (above 1: moved further, "
-        "along directions that cost little)",
-        f"- damping ε = {spectrum['epsilon']:.4g} ({spectrum['relative_damping']:g} · tr(F_benign)/n) in the {spectrum['metric']} metric, "
-        f"{spectrum['folds']} folds",
-    ]
+        parts += ["Benign rows that moved most:", "", *_markdown_table(rows), ""] if len(rows) > 1 else []
+    if report.get("front"):
+        parts += ["## The front", "", *_markdown_table(front_table(report["front"])), "", *_commands(report["front"])]
+    parts += ["## The patch", "", *(f"- {fact}" for fact in facts(report))]
     for point in report.get("calibration", []):
         parts.append(
             f"- benign KL predicted {point['predicted_kl']:.4g}, measured {point['measured_kl']:.4g} nats per label token"
@@ -131,16 +103,51 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [f"- note: {note}" for note in merged["notes"]]
     seconds = ", ".join(f"{name} {value:g} s" for name, value in report["seconds"].items())
     parts += [f"- time: {seconds}", f"- versions: {', '.join(f'{k} {v}' for k, v in report['versions'].items())}", ""]
-    parts += [f"![{text}]({name})\n\n*{text}*\n" for name, text in PLOTS.items()]
     return "\n".join(parts)
 
 
 def spent(report: Mapping[str, Any]) -> str:
-    """What became of the KL budget, in a sentence for the terminal and the card."""
-    if report.get("budget"):
-        return report["budget"]["words"]
+    """What became of what was asked for, in a sentence for the terminal and the card."""
+    if report.get("measured"):
+        return report["measured"]["words"]
+    for number, point in enumerate(report.get("front") or [], 1):
+        if point["chosen"]:
+            rate = (
+                ""
+                if point["refused"] is None
+                else f", {point['refused']:.0%} refused ({point['refused_low']:.0%} to {point['refused_high']:.0%})"
+            )
+            return (
+                f"point {number} of a measured front: benign KL {point['kl']:.4g} ({point['kl_low']:.4g} to {point['kl_high']:.4g}) nats per label "
+                f"token{rate}, as measured with the front"
+            )
     prediction = report["patch"]["prediction"]
     return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+
+
+def front_table(front: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows of a measured front; → marks the point that was chosen."""
+
+    def span(p: Mapping[str, Any], name: str, form: str) -> str:
+        if p[name] is None:
+            return "–"
+        return f"{p[name]:{form}} ({p[name + '_low']:{form}} to {p[name + '_high']:{form}})"
+
+    rows = [["", "benign KL", "predicted", "refused", "refusal NLL", "safe prompts refused"]]
+    for number, p in enumerate(front, 1):
+        others = (
+            "–" if p["refusal_nll"] is None else f"{p['refusal_nll']:.3f}",
+            "–" if p["over_refusal"] is None else f"{p['over_refusal']:.0%}",
+        )
+        name = f"→ {number}" if p["chosen"] else str(number)
+        rows.append([name, span(p, "kl", ".3g"), f"{p['predicted_kl']:.3g}", span(p, "refused", ".0%"), *others])
+    return rows
+
+
+def _commands(front: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands that make the points' adapters."""
+    lines = [p["command"] for p in front if p["command"]]
+    return ["Another point's adapter, in seconds:", "", *(f"    {line}" for line in lines), ""] if lines else []
 
 
 def _cell(text: str, width: int = 80) -> str:
@@ -171,7 +178,7 @@ adapter that buy much refusal per unit of change in benign behaviour.
 
 ## Use it
 
-{commands(base, recipe["output"], max(report["adapter"]["ranks"]))}
+{commands(base, recipe["output"], max(report["adapter"]["ranks"]), report["adapter"]["heads"])}
 
 {evaluation}
 {spent(report)}.
@@ -181,82 +188,10 @@ adapter that buy much refusal per unit of change in benign behaviour.
 - task adapter: `{recipe["task"] or "none"}`
 - safety adapter: `{recipe["safety"]}`
 - recipe: `recipe.yml`, run it again with `sst-merge merge --config recipe.yml`
-- everything else: `report.md`, `report.json`
+- everything else: `report.html` with charts and answers, `report.md`, `report.json`
 
 Refusal is measured on the prompts named in the report. It is no guarantee for other prompts, languages or attacks.
 """
-
-
-def write_plots(report: Mapping[str, Any], folder: Path) -> None:
-    """The plots named in `PLOTS`, as PNG."""
-    import matplotlib
-
-    with matplotlib.rc_context({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
-        _spectrum(report, folder / "spectrum.png")
-        _energy(report["patch"]["kept_energy"], folder / "energy.png")
-        _calibration(report, folder / "calibration.png")
-
-
-def _figure(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _spectrum(report: Mapping[str, Any], path: Path) -> None:
-    figure, axes = _figure()
-    values, patch = report["subspace"]["lambda"], report["patch"]
-    axes.semilogy(range(1, len(values) + 1), values, ".-", markersize=3)
-    if patch["filter"] == "top_k":
-        axes.axvline(patch["parameter"], color="tab:red", linestyle="--", label=f"k = {patch['parameter']:g}")
-    elif patch["parameter"]:
-        axes.axhline(patch["parameter"], color="tab:red", linestyle="--", label=f"μ = {patch['parameter']:.3g}")
-    axes.set(xlabel="direction", ylabel="λ, gain per cost", title="Safety efficiency")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.savefig(path)
-
-
-def _energy(kept: Mapping[str, float], path: Path) -> None:
-    layers, kinds, cells = energy_grid(kept)
-    figure, axes = _figure(6.0, max(2.5, 0.17 * len(layers) + 1.2))
-    axes.grid(False)
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set(ylabel="layer", title="‖ΔW'‖² / ‖ΔW‖² of the patch")
-    figure.colorbar(image)
-    figure.savefig(path)
-
-
-def energy_grid(kept: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
-    """Kept energy as a table: layer numbers, module kinds (what follows the number, its last part where that is unique), NaN where
-    a layer lacks a kind."""
-    places = {}
-    for name, value in kept.items():
-        number = re.search(r"\.(\d+)\.", name)
-        places[(number[1], name[number.end() :]) if number else ("–", name)] = value
-    layers = list(dict.fromkeys(layer for layer, _ in places))
-    kinds = list(dict.fromkeys(kind for _, kind in places))
-    lasts = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    shown = [last if lasts.count(last) == 1 else kind for last, kind in zip(lasts, kinds)]
-    return layers, shown, [[places.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
-
-
-def _calibration(report: Mapping[str, Any], path: Path) -> None:
-    figure, axes = _figure()
-    curve, patch = report["subspace"]["soft_path"], report["patch"]
-    axes.loglog(curve["mu"], curve["predicted_kl"], label="soft filter, predicted")
-    points = report.get("calibration", [])
-    if points and patch["filter"] != "top_k":
-        axes.loglog([p["parameter"] for p in points], [p["measured_kl"] for p in points], "o", label="measured")
-        axes.loglog([p["parameter"] for p in points], [p["predicted_kl"] for p in points], "x", label="its prediction")
-    axes.set(
-        xlabel="μ (smaller keeps more of the patch)", ylabel="benign KL, nats per label token", title="Benign cost"
-    )
-    axes.legend()
-    figure.savefig(path)
 
 
 _UNITS = (

@@ -8,16 +8,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import MergeError, ModelError
 from .evaluate import Evaluation, Evaluator, write_prompts
 from .io.adapters import Adapter, load_adapter
-from .io.data import Dataset
-from .io.models import attach, check_fit, fitted, load_model
+from .io.data import load_dataset, rendered_example
+from .io.fit import attach, check_fit, fitted
+from .io.models import load_model, load_skeleton
 from .io.output import output_file
 from .merge.algebra import concatenate, transform
 from .progress import Reporter
+from .recipe import Recipe
 
 TASK, SAFETY, CANDIDATE = "task", "safety", "candidate"
 
@@ -26,10 +29,19 @@ class Session:
     """A model with the task and the safety adapter on it; the reference is base + task, the patch absent.
 
     The model is loaded when it is first asked for: what follows from evidence alone never asks. `safety` is the adapter as given,
-    `patch` the one on the model: the same, until passes of their own want its reads filtered.
+    `patch` the one on the model: the same, until passes of their own want its reads filtered. weights: False on meta tensors.
     """
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], safety: Adapter, task: Adapter | None, reporter: Reporter):
+    def __init__(
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        safety: Adapter,
+        task: Adapter | None,
+        reporter: Reporter,
+        *,
+        weights: bool = True,
+    ):
+        self.weights = weights
         self.safety, self.task, self.patch, self.reporter = safety, task, safety, reporter
         self.seconds: dict[str, float] = {}
         self._load = load
@@ -37,7 +49,7 @@ class Session:
 
     @property
     def model(self) -> Any:
-        """The PEFT model, both adapters on it. Raises ModelError or AdapterError when it is loaded."""
+        """The PEFT model, both adapters on it; the bare one where it has no weights. Raises ModelError or AdapterError when it is loaded."""
         return self._network()[0]
 
     @property
@@ -85,8 +97,9 @@ class Session:
             self.safety = self.patch = fitted(network, self.safety)
             self.task = None if self.task is None else fitted(network, self.task)
             _check(network, [self.safety, self.task], self.reporter)
-            network = attach(network, SAFETY, self.safety)
-            if self.task is not None:
+            if self.weights:
+                network = attach(network, SAFETY, self.safety)
+            if self.task is not None and self.weights:
                 network = attach(network, TASK, self.task)
             self._loaded = network, tokenizer
             self.seconds["load"] = time.monotonic() - start
@@ -101,45 +114,58 @@ def open_session(
     dtype: str = "float32",
     device: str = "auto",
     quantization: Mapping[str, Any] | None = None,
+    weights: bool = True,
+    loaded: tuple[Any, Any] | None = None,
     reporter: Reporter,
 ) -> Session:
-    """Adapters, and a model that is loaded when asked for. Raises AdapterError, and ModelError when it is loaded."""
+    """Adapters, and a model that is loaded when asked for, if it is not given as `loaded` (with its tokenizer); on meta tensors without `weights`.
+
+    Raises AdapterError, and ModelError when the model is loaded.
+    """
 
     def load() -> tuple[Any, Any]:
+        if loaded is not None:
+            return loaded
         if model is None:
             raise ModelError("this needs the model: give --model")
-        return load_model(model, dtype=dtype, device=device, quantization=quantization)
+        read = load_model if weights else load_skeleton
+        return read(model, dtype=dtype, device=device, quantization=quantization)
 
     patch, base_task = load_adapter(safety), load_adapter(task) if task is not None else None
     _warn([patch, base_task], reporter)
-    return Session(load, patch, base_task, reporter)
+    return Session(load, patch, base_task, reporter, weights=weights)
 
 
 def evaluate_folders(
-    model: str,
+    recipe: Recipe,
     adapters: Sequence[Path],
-    task: Path | None,
     *,
-    load: Callable[[Any], list[Dataset | None]],
     output: Path | None = None,
     force: bool = False,
-    inputs: Sequence[Path] = (),
-    generate_tokens: int = 24,
-    tokens_per_batch: int = 1024,
-    device: str = "auto",
-    dtype: str = "float32",
     reporter: Reporter,
 ) -> dict[str, Evaluation]:
-    """Measure adapter folders as they are; the reference (base + `task`) is the first row, named "reference".
+    """Measure adapter folders as they are; the reference (base + the recipe's task adapter) is the first row, named "reference".
 
-    `load(tokenizer)` gives the harmful and the benign dataset, either may be None. `output` receives per-prompt JSON; `force` replaces a file
-    there, but none of the model, the adapters and `inputs`.
+    The recipe's `harm_data` and `benign_data` are what is measured on; either may be missing. `output` receives per-prompt JSON; `force`
+    replaces a file there, but none of the inputs. Raises MergeError.
     """
-    given: list[str | Path] = [model, *adapters, *([task] if task is not None else []), *inputs]
+    files = {"harm": recipe.harm_data, "benign": recipe.benign_data}
+    if not any(files.values()):
+        raise MergeError("nothing to measure on: give --harm-data, --benign-data or both")
+    if recipe.model is None:
+        raise MergeError("model: is required; give --model")
+    torch.manual_seed(recipe.seed)
+    given: list[str | Path] = [
+        recipe.model,
+        *adapters,
+        *(path for path in (recipe.task, *files.values()) if path is not None),
+    ]
     with output_file(output, force=force, inputs=given) if output is not None else nullcontext() as partial:
         folders = {str(path): load_adapter(path) for path in adapters}
-        base_task = load_adapter(task) if task is not None else None
-        network, tokenizer = load_model(model, dtype=dtype, device=device)
+        base_task = load_adapter(recipe.task) if recipe.task is not None else None
+        network, tokenizer = load_model(
+            recipe.model, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization
+        )
         base_task = None if base_task is None else fitted(network, base_task)
         folders = {name: fitted(network, adapter) for name, adapter in folders.items()}
         _warn([base_task, *folders.values()], reporter)
@@ -147,20 +173,25 @@ def evaluate_folders(
         reference = None
         if base_task is not None:
             network, reference = attach(network, TASK, base_task), TASK
-        harmful, benign = load(tokenizer)
+        data = {
+            name: load_dataset(path, tokenizer, **recipe.reading) for name, path in files.items() if path is not None
+        }
+        for name, dataset in data.items():
+            reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
         evaluator = Evaluator(
             network,
             tokenizer,
-            harmful=harmful,
-            benign=benign,
+            harmful=data.get("harm"),
+            benign=data.get("benign"),
             reference=reference,
-            tokens_per_batch=tokens_per_batch,
+            tokens_per_batch=recipe.tokens_per_batch,
             reporter=reporter,
         )
-        results = {"reference": evaluator(reference, label="reference", generate_tokens=generate_tokens)}
+        options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
+        results = {"reference": evaluator(reference, label="reference", **options)}
         for name, adapter in folders.items():
             evaluator.model = attach(evaluator.model, CANDIDATE, adapter)
-            results[name] = evaluator(CANDIDATE, label=Path(name).name, generate_tokens=generate_tokens)
+            results[name] = evaluator(CANDIDATE, label=Path(name).name, **options)
         if partial is not None:
             write_prompts(partial, results)
     return results

@@ -20,7 +20,7 @@ class Collection:
 
     opening_tokens: int = 2
     opening_weight: float | None = 30.0
-    labels: Literal["model", "data"] = "model"
+    labels: Literal["mc", "empirical"] = "mc"
     draws: int = 2
     tokens_per_batch: int = 1024
     input_rank: int | None = 512
@@ -35,8 +35,9 @@ class Collection:
 class Fishers:
     """Which Fishers of the patch stand in the pencil. The default ones follow from the evidence, others take passes of their own.
 
-    input_filter: the price of benign inputs in what the patch reads, 0 to leave it. opening_weight: what each of the first tokens of
-    a refusal counts; others 1. guard: trace of the rows of unwanted refusals over that of F_benign, where there are some. harm_points, benign_point: where gradients are taken on the patch's path.
+    input_filter: what benign inputs weigh in the filter of the patch's inputs, 0 to leave A as it is. opening_weight: what each of the first tokens of
+    a refusal counts; others 1. harm_points, benign_point: where gradients are taken on the patch's path. guard: trace of the rows of
+    unwanted refusals over that of F_benign, where there are some.
     """
 
     input_filter: float = 3.0
@@ -69,9 +70,13 @@ class Pencil:
 
 @dataclass(frozen=True)
 class Strength:
-    """How much of the patch is kept: a filter, and a KL budget in nats per label token, a μ, or a k."""
+    """How much of the patch is kept: a filter, and a KL budget in nats per label token, a μ, a k, or a rate of refusal.
+
+    Nothing of these: the knee of the measured curve.
+    """
 
     filter: Literal["soft", "top_k", "threshold"] = "soft"
     kl_budget: float | None = None
     mu: float | None = None
     k: int | None = None
+    target_refusal: float | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, TypedDict, Unpack
 
@@ -30,10 +30,11 @@ from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint
 from sst_kernels.fisher.memory import require
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.structures import Full
-from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_reads
+from sst_kernels.inputs.filter import MUS, Basis, check_mu, filtered_in_basis, filtered_lora_A
 from sst_kernels.inputs.moments import MomentSums, require_moments, width_of
 from sst_kernels.profiling import stage
 from sst_kernels.subspace import Metric, Scope, Subspace, subspace
+from sst_kernels.subspace.lora import Lora
 
 SideName = Literal["gain", "cost", "guard"]
 SIDES: tuple[SideName, ...] = ("gain", "cost", "guard")
@@ -52,7 +53,13 @@ class PencilOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Weights:
-    """The adapter that was read: per module A [r, d_in], B [d_out, r] (float32, CPU) and the scaling c."""
+    """The adapter that was read: per module A [r, d_in], B [d_out, r] (float32, CPU) and the scaling c.
+
+    Example:
+        >>> a = evidence.weights.a["model.layers.0.self_attn.q_proj"]
+        >>> a.shape, evidence.weights.scaling["model.layers.0.self_attn.q_proj"]
+        (torch.Size([3, 32]), 2.0)
+    """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
@@ -82,47 +89,51 @@ class Weights:
 class Filtered:
     """The patch with its inputs filtered, cost inputs weighing `mu`: its row space A', and both Fishers of its core.
 
-    reads: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
+    lora_A: A' [r, d_in] float32 per module. gain, cost: core-space Fishers (structure "full") of the patch c·B S A', as
     `fisher_accumulate(point="reference")` would take them of a model that carries A'.
+
+    Example:
+        >>> filtered = evidence.filter(mu=3.0)
+        >>> patch = filtered.subspace(folds=2).soft(kl_budget=0.01)
+        >>> A, B, scaling = filtered.factors(patch.coordinates)["model.layers.0.self_attn.q_proj"]
+        >>> A.shape, B.shape, scaling
+        (torch.Size([3, 32]), torch.Size([32, 3]), 2.0)
     """
 
     mu: float
-    reads: dict[str, Tensor]
+    lora_A: dict[str, Tensor]
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
     weights: Weights = field(repr=False)
 
     def subspace(self, **options: Unpack[PencilOptions]) -> Subspace:
-        """`sst_kernels.subspace` of both Fishers."""
-        return subspace(self.gain, self.cost, **options)
+        """`sst_kernels.subspace` of both Fishers; its patches know their factors (`Patch.apply`, `Patch.save`)."""
+        return replace(subspace(self.gain, self.cost, **options), lora=self._lora)
 
     def factors(self, coordinates: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
         """The LoRA factors (A', B S', c) of a patch with these core coordinates S' (`Patch.coordinates`): ΔW' = c · B S' A'."""
-        return {
-            name: (
-                self.reads[name],
-                (self.weights.b[name].double() @ s.cpu().double()).float(),
-                self.weights.scaling[name],
-            )
-            for name, s in coordinates.items()
-        }
+        return self._lora.at(coordinates)
+
+    @property
+    def _lora(self) -> Lora:
+        return Lora(self.gain.meta["adapter"], self.lora_A, self.weights.b, self.weights.scaling)
 
 
 class Evidence:
     """Both sides' gradients and input moments at the reference point. Make one with `Evidence.of(model, ...)` or `Evidence.load`.
 
     Example:
-        >>> evidence = sst.Evidence.of(model, adapter="safety")                      # doctest: +SKIP
-        >>> with evidence.accumulate("gain") as reading:                             # doctest: +SKIP
+        >>> evidence = sst.Evidence.of(model, adapter="safety")
+        >>> with evidence.accumulate("gain") as reading:
         ...     for batch in harm_batches:
         ...         reading.backward(batch, weights=sst.opening_weights(batch["labels"]))
-        >>> with evidence.accumulate("cost") as reading:                             # doctest: +SKIP
+        >>> with evidence.accumulate("cost") as reading:
         ...     for batch in benign_batches:
-        ...         reading.backward(batch, labels="model", draws=2)
-        >>> evidence = evidence.condense()          # in a basis: less to keep      # doctest: +SKIP
-        >>> evidence.save("evidence.safetensors")                                    # doctest: +SKIP
-        >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it    # doctest: +SKIP
-        >>> for patch in filtered.subspace().path([0.005, 0.02]):                    # doctest: +SKIP
+        ...         reading.backward(batch, labels="mc", draws=2)
+        >>> evidence = evidence.condense()          # in a basis: less to keep
+        >>> evidence.save("evidence.safetensors")
+        >>> filtered = evidence.filter(mu=3.0)      # A', and both Fishers of it
+        >>> for patch in filtered.subspace().path([0.005, 0.02]):
         ...     lora = filtered.factors(patch.coordinates)  # per module (A', B S', c)
 
     Attributes:
@@ -243,13 +254,18 @@ class Evidence:
         return {"gain": self.gain, "cost": self.cost, **guard}
 
     def accumulate(
-        self, side: SideName, *, sequences: int | None = None, resume: str | os.PathLike | None = None
+        self,
+        side: SideName,
+        *,
+        sequences: int | None = None,
+        losses: int = 1,
+        resume: str | os.PathLike | None = None,
     ) -> Reading:
         """Context manager of a pass over one side's data: run `reading.backward(batch)` for every batch, or a loop of your own.
 
         In a loop of your own (`model(**batch).loss.backward()`, `sequence_nll`, `declared_loss`) every forward pass has one backward.
         The adapter is off while the context is open. What was read is added when it is left; after an error the evidence is as it was
-        before. `sequences`: how many rows this process will bring (each draw is one), if known:
+        before. `sequences`: how many rows this process will bring of each of its `losses` (each draw is a row), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
         if side not in SIDES:
@@ -261,7 +277,7 @@ class Evidence:
         own = getattr(self, side).empty()
         reading = self._open(own, partial(self._take_in, side))
         if sequences is not None:
-            size = whole("sequences", sequences, 0) * own.width * own.dtype.itemsize
+            size = whole("sequences", sequences, 0) * whole("losses", losses) * own.width * own.dtype.itemsize
             where = own.device or reading.sites[0].device
             half = {} if own.dtype == torch.bfloat16 else {'dtype="bfloat16"': Estimate(size // 2, size // 2)}
             require(
@@ -312,7 +328,7 @@ class Evidence:
             reads = reads if mu else dict(self.weights.a)
         elif mu:
             columns = {
-                n: new for n, (new,) in filtered_reads(given, self.gain.moments, self.cost.moments, [mu]).items()
+                n: new for n, (new,) in filtered_lora_A(given, self.gain.moments, self.cost.moments, [mu]).items()
             }
             reads = {name: a.to("cpu", torch.float32) for name, a in columns.items()}
         else:

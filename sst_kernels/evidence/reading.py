@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from sst_kernels.evidence.side import Side, check_losses
 from sst_kernels.fisher.base import whole
 from sst_kernels.fisher.hooks import Hooks
 from sst_kernels.fisher.lora import LoraSite
-from sst_kernels.fisher.loss import declared_loss, draw_labels, label_logits, nll
+from sst_kernels.fisher.loss import LabelSource, declared_loss, draw_labels, label_logits, label_origin, nll
 from sst_kernels.fisher.passes import Pass
 from sst_kernels.fisher.storage import read_tensors, write_tensors
 from sst_kernels.fisher.taps import LayerTap, Signal
@@ -34,6 +34,14 @@ class Reading(Hooks):
 
     The evidence takes in what was read when the context is left without an error, and is as it was before otherwise. `progress` is
     what the last checkpoint was given, {} in a pass that starts from nothing.
+
+    Example:
+        >>> evidence = sst.Evidence.of(model, adapter="safety")
+        >>> with evidence.accumulate("cost") as reading:
+        ...     for batch in benign_batches:
+        ...         reading.backward(batch, labels="mc", draws=2)
+        >>> evidence.cost.counts.sequences  # two draws of each of 12 prompts
+        24
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Reading(Hooks):
         self,
         batch: Mapping[str, Any],
         *,
-        labels: Literal["data", "model"] = "data",
+        labels: LabelSource = "empirical",
         draws: int = 1,
         weights: Tensor | Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -84,32 +92,31 @@ class Reading(Hooks):
 
         Args:
             batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss).
-            labels: "data" takes them as they are (empirical Fisher); "model" draws each anew from the model's own prediction at its
+            labels: "empirical" takes them as they are (empirical Fisher); "mc" draws each anew from the model's own prediction at its
                 position (MC Fisher).
-            draws: label draws, each a row of its own for every sample (labels="model").
-            weights: factors [N, T] of each label's term, or several named losses: rows are kept for each of them (labels="data").
+            draws: label draws, each a row of its own for every sample (labels="mc").
+            weights: factors [N, T] of each label's term, or several named losses: rows are kept for each of them (labels="empirical").
             groups: one integer a sample; samples of one group are never split by cross-fitting. Draws of a sample share a group anyway.
 
         Raises what `sequence_nll` raises, and ValueError when the named losses are not those of the batches before.
         """
         draws = whole("draws", draws)
-        if labels not in ("data", "model"):
-            raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
-        if labels == "model" and weights is not None:
+        origin = label_origin(labels)
+        if origin == "model" and weights is not None:
             raise ValueError(
-                'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
+                'weights go with labels="empirical": the Fisher of drawn labels is that of the model, without weights'
             )
-        if labels == "data" and draws != 1:
-            raise ValueError(f'draws={draws} goes with labels="model": the data have one answer')
+        if origin == "data" and draws != 1:
+            raise ValueError(f'draws={draws} goes with labels="mc": the data have one answer')
         named = dict(weights) if isinstance(weights, Mapping) else {DEFAULT: weights}
         if not named or not all(isinstance(name, str) for name in named):
             raise ValueError(
                 f"weights: expected factors, or factors by the name of a loss, got the names {list(named)}"
             )
-        self._schedule = list(named) if labels == "data" else [DEFAULT] * draws
+        self._schedule = list(named) if origin == "data" else [DEFAULT] * draws
         free = self._next_group
         numbered = draws > 1 and groups is None
-        source = labels if weights is None else "weighted data"
+        source = origin if weights is None else "weighted data"
         places: Any = batch.get("labels")  # missing ones are refused with the forward pass
         try:
             with declared_loss(places, source=source, groups=groups):
@@ -117,7 +124,7 @@ class Reading(Hooks):
                 current = self._waiting[-1]
                 if numbered:
                     current.groups = range(free, free + current.layout.samples)
-                drawn = draw_labels(logits, draws, generator) if labels == "model" else None
+                drawn = draw_labels(logits, draws, generator) if origin == "model" else None
             last = len(self._schedule) - 1
             for i, name in enumerate(self._schedule):
                 given = None if drawn is not None else named[name]

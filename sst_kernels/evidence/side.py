@@ -20,6 +20,12 @@ class Side:
 
     rows: per named loss a Fisher in space "reads": blocks [r, m], per-sample gradients Σ_t e_t y_tᵀ, y = x or Q x, one row a sample.
     moments: Σ y yᵀ per module. skipped: (batch, sample) left out by nonfinite="skip".
+
+    Example:
+        >>> evidence.gain.counts.sequences, list(evidence.gain.rows)
+        (8, ['loss'])
+        >>> evidence.gain.rows["loss"].rows().shape  # a row a sample, all modules side by side
+        torch.Size([8, 1440])
     """
 
     def __init__(

@@ -96,6 +96,14 @@ def fisher_accumulate(
 
     Raises ValueError for what would make the statistics wrong (see `find_sites`, `read_layout`) and RuntimeError on exit when no
     backward pass was seen or a module's hook never fired.
+
+    Example:
+        >>> with sst.fisher_accumulate(model, "safety", structure="diagonal") as accumulator:
+        ...     for batch in harm_batches:
+        ...         _ = model(**batch).loss.backward()
+        >>> block = accumulator.fisher["model.layers.0.self_attn.q_proj"]
+        >>> block.diagonal().shape
+        torch.Size([3, 3])
     """
     _choice("space", space, get_args(Space))
     _choice("reduction", reduction, ("mean", "sum"))

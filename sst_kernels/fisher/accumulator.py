@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,13 @@ class Accumulator(Hooks):
 
     `progress` is what the last checkpoint was given, {} in a pass that starts from nothing. With the state on the host of a GPU the
     last batches may be on their way: `fisher` and `skipped` wait for them when asked, what was kept of an earlier answer does not.
+
+    Example:
+        >>> with sst.fisher_accumulate(model, "safety") as accumulator:
+        ...     for batch in harm_batches:
+        ...         _ = model(**batch).loss.backward()
+        >>> accumulator.fisher.counts.sequences, accumulator.skipped
+        (8, [])
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class Accumulator(Hooks):
         if self._fisher.joint is not None:
             current.done[site.name] = (e, right)
             return
-        current.done[site.name] = e.sum(1, dtype=torch.float32)
+        current.done[site.name] = e
         sides = {site.name: (e, right)}
         if signal.left is not None and signal.h is not None:
             sides = {
@@ -147,14 +155,17 @@ class Accumulator(Hooks):
             if leaves:
                 self._copies.add(holder, batch)
             else:
-                holder.update(batch)
+                holder.update(replace(batch, later=current.later))
 
     @stage("fisher")
     def _finish(self, current: Pass) -> None:
         joint = self._fisher.joint
         if joint is None:
-            tokens = torch.stack([t.to(self.sites[0].device) for t in current.done.values()])
-            self._unread.append((current.index, ~current.samples_all(tokens.isfinite().all(0))))
+            current.later.settle()
+            tokens = torch.cat([e.to(self.sites[0].device) for e in current.done.values()], 1).sum(
+                1, dtype=torch.float32
+            )
+            self._unread.append((current.index, ~current.samples_all(tokens.isfinite())))
             self._close(current)
             self._fisher.note(current.source, current.layout.samples, current.groups)
             return

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from sst_kernels.distributed import Reduction, Sum, reduce_over_ranks
 from sst_kernels.fisher.estimate import Estimate
+from sst_kernels.fisher.later import Later
+from sst_kernels.memo import Memo
 
 COUNTS = ("sequences", "tokens", "labels")
 
@@ -41,7 +43,12 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 @dataclass
 class Counts:
-    """How much data stands behind raw sums; which of the three divides them is the reader's choice (`count=`)."""
+    """How much data stands behind raw sums; which of the three divides them is the reader's choice (`count=`).
+
+    Example:
+        >>> gain.counts
+        Counts(sequences=8, tokens=67, labels=38)
+    """
 
     sequences: int = 0
     tokens: int = 0
@@ -55,7 +62,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter block: its name in the Fisher mapping, the PEFT module it belongs to, and its shape [p, q]."""
+    """One parameter block: its name in the Fisher mapping, the PEFT module it belongs to, and its shape [p, q].
+
+    Example:
+        >>> sst.fisher.Block("q_proj", "q_proj", (3, 3)).size
+        9
+    """
 
     name: str
     module: str
@@ -73,7 +85,15 @@ class TokenBatch:
     left [S, p], right [S, q]: floating point, any dtype; `spans` [N, 2] int64 on the same device; `scale` [N] float32,
     the factor that turns the autograd gradient of sample n into the gradient of its summed loss; `counts` of the batch.
     `rows` [N, p*q] float32 are the per-sample gradients, scaled, when somebody has computed them already (the
-    accumulator does so for all core blocks in one launch); otherwise `gradients()` computes and keeps them.
+    accumulator does so for all core blocks in one launch); otherwise `gradients()` computes and keeps them. With `later`, what
+    modules share launches for may wait for its `settle`.
+
+    Example:
+        >>> from sst_kernels.fisher import Counts, TokenBatch
+        >>> spans = torch.tensor([[0, 3], [3, 5]])  # two samples, of three and of two tokens
+        >>> batch = TokenBatch(torch.ones(5, 2), torch.ones(5, 4), spans, torch.ones(2), Counts(2, 5, 5))
+        >>> batch.gradients()[:, 0]  # Σ_t left_t right_tᵀ
+        tensor([3., 2.])
     """
 
     left: Tensor
@@ -82,6 +102,7 @@ class TokenBatch:
     scale: Tensor
     counts: Counts
     rows: Tensor | None = field(default=None, repr=False)
+    later: Later | None = field(default=None, repr=False)
 
     def gradients(self) -> Tensor:
         """Per-sample gradients [N, p*q], float32, `scale` applied."""
@@ -95,13 +116,21 @@ class TokenBatch:
 
     def per_token(self) -> TokenBatch:
         """The same tokens with every token of every span a sample of its own (`sample="token"`)."""
-        lengths = self.spans[:, 1] - self.spans[:, 0]
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        first = torch.cumsum(lengths, 0) - lengths
-        begin = self.spans[owner, 0] + torch.arange(len(owner), device=lengths.device) - first[owner]
-        return TokenBatch(
-            self.left, self.right, torch.stack([begin, begin + 1], 1), self.scale[owner], self.counts, rows=None
-        )
+        if not _last_tokens.holds(self.spans, self.scale):
+            lengths, tokens = (
+                self.spans[:, 1] - self.spans[:, 0],
+                self.counts.tokens,
+            )  # whose number would be waited for
+            numbers = torch.arange(len(lengths), device=lengths.device)
+            owner = torch.repeat_interleave(numbers, lengths, output_size=tokens)
+            first = torch.cumsum(lengths, 0) - lengths
+            begin = self.spans[owner, 0] + torch.arange(tokens, device=lengths.device) - first[owner]
+            _last_tokens.keep((torch.stack([begin, begin + 1], 1), self.scale[owner]), self.spans, self.scale)
+        spans, scale = _last_tokens.value
+        return TokenBatch(self.left, self.right, spans, scale, self.counts)
+
+
+_last_tokens = Memo()  # (spans, scale) of `per_token`: the modules of a batch ask for the same
 
 
 class Structure(ABC):
@@ -109,6 +138,14 @@ class Structure(ABC):
 
     Raw sums are stored together with `counts`; every answer is divided by `counts.<count>`. `sample="sequence"` sums the
     tokens of a sequence before squaring, `sample="token"` takes each token alone. Answers are float64 on `device`.
+
+    Example:
+        >>> from sst_kernels.fisher import Counts, TokenBatch, make_structure
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> structure = make_structure("diagonal", (2, 4))
+        >>> structure.update(TokenBatch(torch.ones(5, 2), torch.ones(5, 4), spans, torch.ones(2), Counts(2, 5, 5)))
+        >>> structure.matvec(torch.ones(8)).dtype, structure.quadratic(torch.eye(8)).shape
+        (torch.float64, torch.Size([8]))
     """
 
     kind: ClassVar[str]

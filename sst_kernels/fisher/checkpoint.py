@@ -34,7 +34,16 @@ T = TypeVar("T")
 
 
 class Interrupted(SystemExit):
-    """SIGTERM arrived and the state is safe; the process leaves with 143, as the shell reports a SIGTERM."""
+    """SIGTERM arrived and the state is safe; the process leaves with 143, as the shell reports a SIGTERM.
+
+    Example:
+        >>> from sst_kernels.fisher import Interrupted
+        >>> try:  # what a pass raises that was told to stop
+        ...     raise Interrupted("gain.checkpoint holds 3 batches")
+        ... except Interrupted as stop:
+        ...     print(stop)
+        gain.checkpoint holds 3 batches
+    """
 
     def __init__(self, text: str):
         super().__init__(143)
@@ -57,6 +66,15 @@ class Checkpoints:
     Raises on entering: StorageError when the place cannot be written, so that no work is lost later; ValueError when the
     resumed checkpoint has another identity, or when one of another number of processes stands beside it. A disk that fills up later does not end the pass: a warning names the last good
     checkpoint.
+
+    Example:
+        >>> from sst_kernels.fisher import Checkpoints
+        >>> evidence = sst.Evidence.of(model, adapter="safety")
+        >>> with evidence.accumulate("gain") as reading, Checkpoints(reading, "gain.checkpoint", every=1) as keep:
+        ...     for batch in keep.remaining(harm_batches):
+        ...         reading.backward(batch)
+        >>> evidence.gain.counts.sequences
+        8
     """
 
     def __init__(
@@ -154,7 +172,13 @@ class Checkpoints:
 
 
 def rank_path(path: str | os.PathLike, group: Any = None) -> Path:
-    """Where this rank of a torch.distributed group keeps its own checkpoint; `path` itself in a single process."""
+    """Where this rank of a torch.distributed group keeps its own checkpoint; `path` itself in a single process.
+
+    Example:
+        >>> from sst_kernels.fisher import rank_path
+        >>> str(rank_path("gain.checkpoint"))  # no group: one process
+        'gain.checkpoint'
+    """
     import torch.distributed as dist
 
     path = Path(path)
@@ -170,5 +194,11 @@ def _world_of(name: str) -> tuple[str, int]:
 
 
 def item_seed(seed: int, number: int) -> int:
-    """A seed for item `number` of a run with `seed`: independent of the items before it, of rank and world size."""
+    """A seed for item `number` of a run with `seed`: independent of the items before it, of rank and world size.
+
+    Example:
+        >>> from sst_kernels.fisher import item_seed
+        >>> item_seed(0, 7) == item_seed(0, 7) != item_seed(0, 8)
+        True
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:7], "big")

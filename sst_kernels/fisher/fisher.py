@@ -28,6 +28,16 @@ class Fisher(Mapping[str, Structure]):
     metric: per module (c²BᵀB, AAᵀ), [r, r] float64: the Frobenius metric of ΔW in core coordinates.
     groups: one integer per sample, in order; samples of one group (label draws of one prompt) belong together.
     meta: space, adapter, fingerprint of its weights, point, structure, scope, sample, count, labels, groups ("given" or "own").
+
+    Example:
+        >>> gain.rows().shape  # samples, coordinates of all modules
+        torch.Size([8, 126])
+        >>> block = gain["model.layers.0.self_attn.q_proj"]
+        >>> block.dense().shape
+        torch.Size([9, 9])
+        >>> gain.save("gain.safetensors")
+        >>> sst.Fisher.load("gain.safetensors").counts == gain.counts
+        True
     """
 
     def __init__(

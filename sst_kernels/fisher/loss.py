@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,6 +41,22 @@ class Declaration:
         return value
 
 
+LabelSource = Literal["empirical", "mc", "data", "model"]  # the last two are the old names, until 0.3
+Origin = Literal["data", "model"]  # what Fishers keep
+
+
+def label_origin(labels: LabelSource) -> Origin:
+    """Where labels come from. ValueError for an unknown name, DeprecationWarning for an old one."""
+    named: dict[str, Origin] = {"empirical": "data", "mc": "model"}
+    if labels in ("data", "model"):
+        new = next(name for name, origin in named.items() if origin == labels)
+        warnings.warn(f'labels="{labels}" is called labels="{new}" now', DeprecationWarning, stacklevel=3)
+        return labels
+    if labels not in named:
+        raise ValueError(f'labels: expected "empirical" or "mc", got {labels!r}')
+    return named[labels]
+
+
 _declared: ContextVar[Declaration | None] = ContextVar("declared_loss", default=None)
 
 
@@ -57,6 +74,18 @@ def declared_loss(
     reduction: "sum" or "mean" over all labels of the batch. source: "data" or "model", written into the Fisher.
     groups: one integer per sample; samples of one group (several label draws of one prompt) are never split by
     cross-fitting. Pass the finished scalar to `.loss(value)` and call `backward()` on what it returns.
+
+    Example:
+        >>> batch = harm_batches[0]
+        >>> with sst.fisher_accumulate(model, "safety") as accumulator:
+        ...     with sst.declared_loss(batch["labels"]) as declared:
+        ...         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        ...         loss = torch.nn.functional.cross_entropy(
+        ...             logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        ...         )
+        ...         declared.loss(loss).backward()
+        >>> accumulator.fisher.counts.sequences
+        4
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction: expected "sum" or "mean", got {reduction!r}')
@@ -75,7 +104,7 @@ def current_declaration() -> Declaration | None:
 def sequence_nll(
     model: nn.Module,
     batch: Mapping[str, Any],
-    labels: Literal["data", "model"] = "data",
+    labels: LabelSource = "empirical",
     *,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -83,25 +112,31 @@ def sequence_nll(
 ) -> Tensor:
     """Σ over sequences and label positions of −log p, a scalar in nats, ready for `backward()`.
 
-    batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="data" takes them as
-    they are; labels="model" draws each one anew from the model's own prediction at its position (teacher-forced on the
-    batch's tokens), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL divergence
-    (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="data"
+    batch: keyword arguments of the model with `labels` [N, T] (-100 where there is no loss). labels="empirical" takes them
+    as they are (empirical Fisher); labels="mc" draws each one anew from the model's own prediction at its position (teacher-forced
+    on the batch's tokens; Monte Carlo Fisher), so that the expected outer product of gradients is the true Fisher and ½ φᵀFφ the KL
+    divergence (Martens 2014, arXiv:1412.1193). weights: [N, T], factor of each label's term (see `opening_weights`), with labels="empirical"
     only: the Fisher then says "weighted data". Raises FloatingPointError where labels cannot be drawn from logits, and ValueError without `labels` in the batch, with none left unmasked, or with
     weights of another shape or for drawn labels, whose Fisher has none.
+
+    Example:
+        >>> with sst.fisher_accumulate(model, "safety", point="reference") as accumulator:
+        ...     for batch in benign_batches:
+        ...         sst.sequence_nll(model, batch, "mc").backward()  # labels drawn from the model: the MC Fisher
+        >>> accumulator.fisher.meta["labels"]
+        'model'
     """
-    if labels not in ("data", "model"):
-        raise ValueError(f'labels: expected "data" or "model", got {labels!r}')
+    origin = label_origin(labels)
     if batch.get("labels") is None:
         raise ValueError(NO_LABELS)
-    if weights is not None and labels == "model":
+    if weights is not None and origin == "model":
         raise ValueError(
-            'weights go with labels="data": the Fisher of drawn labels is that of the model, without weights'
+            'weights go with labels="empirical": the Fisher of drawn labels is that of the model, without weights'
         )
-    source = labels if weights is None else "weighted data"
+    source = origin if weights is None else "weighted data"
     with declared_loss(batch["labels"], source=source, groups=groups) as declaration:
         logits, answers, _ = label_logits(model, batch)
-        if labels == "model":
+        if origin == "model":
             (answers,) = draw_labels(logits, 1, generator)
         return declaration.loss(nll(logits, answers, batch["labels"], weights))
 
@@ -146,6 +181,10 @@ def opening_weights(labels: Tensor, *, tokens: int = 2, weight: float = 30.0) ->
     Whether a model refuses is decided in the first words of its answer (Qi et al. 2024, arXiv:2406.05946), which are a small part of
     a refusal's log-likelihood. One sequence a row: of a packed row only the first would be weighted. Raises ValueError for a negative
     number of tokens, and a weight that is negative or beyond float32.
+
+    Example:
+        >>> sst.opening_weights(torch.tensor([[-100, 5, 6, 7, 8]]), tokens=2, weight=3.0)[:, 1:]
+        tensor([[3., 3., 1., 1.]])
     """
     if tokens < 0 or not 0 <= weight <= torch.finfo(torch.float32).max:
         raise ValueError(f"tokens and weight must be numbers of float32 and not negative, got {tokens} and {weight}")
@@ -162,6 +201,11 @@ def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
     takes `logits_to_keep`: the logits are the largest tensor of a pass over prompts. LoRA layers between the last hidden state and
     the logits must see every token, so there all columns are computed. The forward pass runs without a cache of keys and
     values. Raises ValueError without labels, if every label is masked, and for encoder-decoder models.
+
+    Example:
+        >>> found = sst.label_logits(model, harm_batches[0])
+        >>> len(found)
+        3
     """
     if batch.get("labels") is None:
         raise ValueError(NO_LABELS)

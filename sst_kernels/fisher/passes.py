@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import Counts
+from sst_kernels.fisher.later import Later
 from sst_kernels.fisher.lora import LoraSite
 from sst_kernels.fisher.loss import Layout
 from sst_kernels.ops import core_outer
@@ -44,6 +45,7 @@ class Pass:
         self.seen: set[str] = set()
         self.claimed: set[str] = set()
         self.done: dict[str, Any] = {}
+        self.later = Later()
         self.complete = False
         self.schedule: list[str] = []  # the losses of `evidence`: one backward pass each
         self.finished: list[Tensor] = []  # rows [N, ·] of those that have arrived

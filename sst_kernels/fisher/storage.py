@@ -20,7 +20,16 @@ SCHEMA = 1
 
 
 class StorageError(OSError):
-    """A file could not be written; what stood under its name before is intact."""
+    """A file could not be written; what stood under its name before is intact.
+
+    Example:
+        >>> from sst_kernels.fisher import StorageError
+        >>> try:
+        ...     gain.save("no/such/folder/gain.safetensors")
+        ... except StorageError as error:
+        ...     print(error.__class__.__name__)
+        StorageError
+    """
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -22,6 +22,13 @@ class Certified:
     Attributes:
         result: the pairs of the sketched pencil itself.
         lower, upper: [k] float64, lower[j] <= lambda_j(A, B + damping I) <= upper[j], both descending.
+
+    Example:
+        >>> from sst_kernels.gevp import LowRank, certified
+        >>> rows = torch.eye(8)[:2]
+        >>> bounds = certified(LowRank(rows), LowRank(rows), k=1, damping=1.0, gain_slack=0.1)
+        >>> bool(bounds.lower <= bounds.result.values) and bool(bounds.result.values <= bounds.upper)
+        True
     """
 
     result: GEVPResult
@@ -56,6 +63,12 @@ def certified(
     Raises:
         ValueError: a slack is negative, damping does not exceed rounding.
         GEVPError: the sketched pencil has no answer.
+
+    Example:
+        >>> from sst_kernels.gevp import LowRank, certified
+        >>> bounds = certified(LowRank(torch.eye(8)[:2]), LowRank(torch.eye(8)[2:4]), k=2, damping=0.5, gain_slack=0.1)
+        >>> bounds.upper
+        tensor([2.2000, 2.2000], dtype=torch.float64)
     """
     if min(gain_slack, cost_slack, rounding) < 0:
         raise ValueError(f"slacks must not be negative, got {gain_slack}, {cost_slack} and rounding {rounding}")
@@ -79,5 +92,10 @@ def quadratic_bounds(form: Tensor, squared_norm: Tensor, slack: float, rounding:
         squared_norm: [...] |x|^2.
         slack: the certificate of the sketch.
         rounding: its rounding allowance, included in the slack's other side.
+
+    Example:
+        >>> from sst_kernels.gevp import quadratic_bounds
+        >>> quadratic_bounds(torch.tensor(2.0), torch.tensor(4.0), slack=0.25)
+        (tensor(2.), tensor(3.))
     """
     return (form - rounding * squared_norm).clamp_min(0), form + slack * squared_norm

@@ -16,7 +16,14 @@ from torch import Tensor
 
 
 class Operator(ABC):
-    """A symmetric n x n matrix that need not be stored as one."""
+    """A symmetric n x n matrix that need not be stored as one.
+
+    Example:
+        >>> from sst_kernels.gevp import LowRank, Operator
+        >>> operator = LowRank(torch.ones(1, 3))
+        >>> isinstance(operator, Operator), operator.damped(1.0).diagonal()
+        (True, tensor([2., 2., 2.], dtype=torch.float64))
+    """
 
     n: int
     device: torch.device
@@ -57,7 +64,13 @@ def _square(name: str, matrix: Tensor) -> Tensor:
 
 
 class Dense(Operator):
-    """Stored matrices [..., n, n]; the only operator that carries a batch."""
+    """Stored matrices [..., n, n]; the only operator that carries a batch.
+
+    Example:
+        >>> from sst_kernels.gevp import Dense
+        >>> Dense(torch.eye(3, dtype=torch.float64)).matmul(torch.ones(3, 1, dtype=torch.float64)).shape
+        torch.Size([3, 1])
+    """
 
     def __init__(self, matrix: Tensor):
         self._matrix = _square("matrix", matrix)
@@ -122,7 +135,13 @@ class Shifted(Operator):
 
 
 class Diagonal(Operator):
-    """diag(d), d [n]."""
+    """diag(d), d [n].
+
+    Example:
+        >>> from sst_kernels.gevp import Diagonal, gevp
+        >>> gevp(Diagonal(torch.tensor([1.0, 4.0])), Diagonal(torch.tensor([1.0, 2.0])), k=1).values
+        tensor([2.], dtype=torch.float64)
+    """
 
     def __init__(self, diag: Tensor):
         if diag.ndim != 1:
@@ -143,7 +162,13 @@ class Diagonal(Operator):
 
 
 class LowRank(Operator):
-    """rows^T rows + diag(damping): rows [p, n] (any floating type, read in place), damping a number or [n]."""
+    """rows^T rows + diag(damping): rows [p, n] (any floating type, read in place), damping a number or [n].
+
+    Example:
+        >>> from sst_kernels.gevp import LowRank
+        >>> LowRank(torch.ones(1, 3), damping=0.5).dense()[0]
+        tensor([1.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
 
     def __init__(self, rows: Tensor, damping: float | Tensor = 0.0):
         if rows.ndim != 2:
@@ -168,7 +193,13 @@ class LowRank(Operator):
 
 
 class Kronecker(Operator):
-    """(left + left_damping I) kron (right + right_damping I), both factors positive semi-definite: left [p, p], right [q, q]."""
+    """(left + left_damping I) kron (right + right_damping I), both factors positive semi-definite: left [p, p], right [q, q].
+
+    Example:
+        >>> from sst_kernels.gevp import Kronecker
+        >>> Kronecker(2 * torch.eye(2), torch.eye(3)).diagonal()
+        tensor([2., 2., 2., 2., 2., 2.], dtype=torch.float64)
+    """
 
     def __init__(self, left: Tensor, right: Tensor, left_damping: float = 0.0, right_damping: float = 0.0):
         self.left, self.right = (
@@ -185,7 +216,13 @@ class Kronecker(Operator):
 
 
 class KroneckerSum(Operator):
-    """Sum of Kronecker products: terms [(left [p, p], right [q, q]), ...], each symmetric."""
+    """Sum of Kronecker products: terms [(left [p, p], right [q, q]), ...], each symmetric.
+
+    Example:
+        >>> from sst_kernels.gevp import KroneckerSum
+        >>> KroneckerSum([(torch.eye(2), torch.eye(3)), (torch.eye(2), torch.eye(3))]).diagonal()
+        tensor([2., 2., 2., 2., 2., 2.], dtype=torch.float64)
+    """
 
     def __init__(self, terms: Sequence[tuple[Tensor, Tensor]]):
         if not terms:
@@ -214,7 +251,14 @@ class KroneckerSum(Operator):
 
 
 class EigenKronecker(Operator):
-    """(U_L kron U_R) diag(s + damping) (U_L kron U_R)^T with orthogonal u_left [p, p], u_right [q, q] and s [p, q] >= 0 (EK-FAC)."""
+    """(U_L kron U_R) diag(s + damping) (U_L kron U_R)^T with orthogonal u_left [p, p], u_right [q, q] and s [p, q] >= 0 (EK-FAC).
+
+    Example:
+        >>> from sst_kernels.gevp import EigenKronecker
+        >>> f = EigenKronecker(torch.eye(2), torch.eye(3), torch.ones(2, 3), damping=1.0)
+        >>> f.diagonal()
+        tensor([2., 2., 2., 2., 2., 2.], dtype=torch.float64)
+    """
 
     def __init__(self, u_left: Tensor, u_right: Tensor, s: Tensor, damping: float = 0.0):
         if s.shape != (len(_square("u_left", u_left)), len(_square("u_right", u_right))):

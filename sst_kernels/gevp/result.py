@@ -12,7 +12,13 @@ from torch import Tensor
 
 
 class GEVPStatus(IntEnum):
-    """Outcome of one problem; the numbers are those of csrc/include/sst/status.h."""
+    """Outcome of one problem; the numbers are those of csrc/include/sst/status.h.
+
+    Example:
+        >>> result = sst.gevp(torch.eye(3), torch.eye(3), k=1)
+        >>> result.statuses()
+        [<GEVPStatus.converged: 0>]
+    """
 
     converged = 0
     max_iterations = 1
@@ -66,7 +72,16 @@ def left_note(rerouted: Tensor | None) -> str:
 
 
 class GEVPError(RuntimeError):
-    """Raised by `GEVPResult.raise_if_failed`; the message names the failed problems, their status and the advice."""
+    """Raised by `GEVPResult.raise_if_failed`; the message names the failed problems, their status and the advice.
+
+    Example:
+        >>> from sst_kernels.gevp import GEVPError, gevp
+        >>> try:
+        ...     gevp(torch.eye(3), -torch.eye(3), k=1).raise_if_failed()
+        ... except GEVPError as error:
+        ...     print("not_positive_definite" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +96,11 @@ class GEVPResult:
         route: which algorithm was taken, and why.
         cycles: [...] int32 restart cycles of an iterative solve, 0 for a direct one and for one that was given up within the first.
         rerouted: [...] bool, which problems of a batch left the iteration for the direct route; None where none did.
+
+    Example:
+        >>> result = sst.gevp(torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.eye(3), k=2)
+        >>> result.values, result.ok
+        (tensor([3., 2.], dtype=torch.float64), True)
     """
 
     values: Tensor

@@ -31,6 +31,11 @@ class Settings:
     Raises:
         ValueError: a method or preconditioner that there is not, a number that no solve can use.
         TypeError: a count that is no integer.
+
+    Example:
+        >>> from sst_kernels.gevp import Settings
+        >>> Settings(damping=0.1).method
+        'auto'
     """
 
     method: Method = "auto"

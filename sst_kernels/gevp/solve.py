@@ -95,6 +95,15 @@ def gevp(
         ValueError: shapes, k or a setting do not fit; a memory budget for a pencil of operators, which cannot be split.
         MemoryError: `memory_budget` does not hold one problem; the message says what would fit.
         TypeError: a dtype that is neither float32 nor float64 nor convertible to them; a setting that there is not.
+
+    Example:
+        >>> A, B = torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+        >>> result = sst.gevp(A, B, k=2)
+        >>> result.values.round(decimals=6)
+        tensor([4., 1.], dtype=torch.float64)
+        >>> batch = sst.gevp(torch.stack([A, B]), torch.stack([B, A]), k=1)
+        >>> batch.values.shape
+        torch.Size([2, 1])
     """
     check_count("k", k, 0)
     settings = Settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from sst_kernels.fisher.lora import digest_of
@@ -36,11 +37,21 @@ def filter_inputs(gain: InputMoments, cost: InputMoments, mu: float) -> dict[str
 
     Raises TypeError for anything but input moments, ValueError for a μ outside 0 … 1e100, for moments of different modules or adapters, and for a module that
     read nothing but zeros; FloatingPointError for sums that rounding has made useless.
+
+    Example:
+        >>> sides = []
+        >>> for batches in (harm_batches, benign_batches):
+        ...     with torch.no_grad(), sst.input_moments(model, "safety") as moments:
+        ...         for batch in batches:
+        ...             _ = model(**batch)
+        ...     sides.append(moments)
+        >>> sst.filter_inputs(*sides, mu=3.0)["model.layers.0.self_attn.q_proj"].shape
+        torch.Size([3, 32])
     """
     _check_pair(gain, cost)
     check_mu(mu)
-    found = filtered_reads(gain.reads, gain.sums, cost.sums, [mu])
-    return {name: new.to(gain.reads[name]) for name, (new,) in found.items()}
+    found = filtered_lora_A(gain.lora_A, gain.sums, cost.sums, [mu])
+    return {name: new.to(gain.lora_A[name]) for name, (new,) in found.items()}
 
 
 def check_mu(mu: float) -> None:
@@ -49,7 +60,7 @@ def check_mu(mu: float) -> None:
         raise ValueError(f"mu must lie in 0 … 1e100, got {mu}")
 
 
-def filtered_reads(
+def filtered_lora_A(
     reads: Mapping[str, Tensor], gain: MomentSums, cost: MomentSums, mus: Sequence[float]
 ) -> dict[str, list[Tensor]]:
     """Per module A' [r, d_in] float64 at each of the `mus`. Modules that read one tensor share a factorisation."""
@@ -80,6 +91,11 @@ class Basis(Mapping[str, Tensor]):
 
     Entries of Q are up to 100 times (1/√ridge) larger than their combination in y: products with x in bfloat16 take Q as the sum
     of two parts.
+
+    Example:
+        >>> condensed = evidence.condense(mus=(1.0, 3.0))
+        >>> condensed.basis["model.layers.0.self_attn.q_proj"].shape  # up to (1 + number of μ's) · r columns
+        torch.Size([9, 32])
     """
 
     def __init__(
@@ -128,7 +144,7 @@ class Basis(Mapping[str, Tensor]):
         """
         for mu in mus:
             check_mu(mu)
-        found = filtered_reads(reads, gain, cost, mus)
+        found = filtered_lora_A(reads, gain, cost, mus)
         columns, dual, small = {}, {}, {}
         last: tuple[str, tuple] = ("", ())
         for name, own in reads.items():
@@ -154,16 +170,30 @@ class Basis(Mapping[str, Tensor]):
 def basis_of(gain: InputMoments, cost: InputMoments, mus: Sequence[float] = MUS) -> Basis:
     """The basis of the filters at `mus`, for `Evidence.of(model, basis=...)`, from a pilot: two passes of `input_moments` over a share of
     both sides' prompts. Raises what `filter_inputs` raises.
+
+    Example:
+        >>> from sst_kernels.inputs import basis_of, input_moments
+        >>> sides = []
+        >>> for batches in (harm_batches, benign_batches):  # a share of the prompts, forward only
+        ...     with torch.no_grad(), input_moments(model, "safety") as moments:
+        ...         for batch in batches:
+        ...             _ = model(**batch)
+        ...     sides.append(moments)
+        >>> basis = basis_of(*sides)
+        >>> sst.Evidence.of(model, "safety", basis=basis).basis is basis
+        True
     """
     _check_pair(gain, cost)
-    return Basis.of(gain.reads, gain.sums, cost.sums, mus)
+    return Basis.of(gain.lora_A, gain.sums, cost.sums, mus)
 
 
 def _check_pair(gain: InputMoments, cost: InputMoments) -> None:
     for moments in (gain, cost):
         if not isinstance(moments, InputMoments):
             raise TypeError(f"expected the moments of two passes of input_moments, got {type(moments).__name__}")
-    if gain.reads.keys() != cost.reads.keys() or any(not torch.equal(a, cost.reads[n]) for n, a in gain.reads.items()):
+    if gain.lora_A.keys() != cost.lora_A.keys() or any(
+        not torch.equal(a, cost.lora_A[n]) for n, a in gain.lora_A.items()
+    ):
         raise ValueError("the input moments of the two sides belong to different adapters or modules: take both on one")
 
 
@@ -209,9 +239,9 @@ def _inverse(name: str, gain: Moment | Triangle, cost: Moment | Triangle, mu: fl
         for share in _ROUNDING:
             wider = (1 + share) * diagonal
             both.diagonal().copy_(wider + _level(name, wider.sum(), len(both)))
-            factor, failed = torch.linalg.cholesky_ex(both)
-            if not failed:
-                return lambda x: torch.cholesky_solve(x, factor)
+            solve = _cholesky(both)
+            if solve is not None:
+                return solve
         raise FloatingPointError(
             f"the sums of what {name} reads are not positive definite, by more than float32 sums round: take a sketch (rank=), or fewer tokens"
         )
@@ -221,6 +251,16 @@ def _inverse(name: str, gain: Moment | Triangle, cost: Moment | Triangle, mu: fl
     inner.diagonal().add_(rest)
     factor = torch.linalg.cholesky(inner)
     return lambda x: (x - columns @ torch.cholesky_solve(columns.mT @ x, factor)) / rest
+
+
+def _cholesky(lower: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """x ↦ X⁻¹ x of X [d, d] float64, given by its lower triangle; None where X is not positive definite."""
+    if lower.device.type != "cpu":
+        factor, failed = torch.linalg.cholesky_ex(lower)
+        return None if failed else lambda x: torch.cholesky_solve(x, factor)
+    # Without the copies and the cleared triangle of torch's, and by SciPy's LAPACK: two to three times as fast at d = 1536.
+    packed, info = lapack.dpotrf(lower.numpy().T, lower=0, clean=0)
+    return None if info else lambda x: torch.from_numpy(lapack.dpotrs(packed, x.numpy(), lower=0)[0])
 
 
 def _lower(moment: Moment | Triangle) -> Tensor:

@@ -96,14 +96,14 @@ class MomentSums(Mapping[str, Moment]):
         """The sums of y = Q x, with Q [m, d_in] of each module: Q X Qᵀ, kept whole."""
         out = MomentSums({name: len(q) for name, q in columns.items()}, None, self.seed)
         out.tokens = self.tokens
-        means: dict[str, Moment] = {}
+        halves: dict[str, Triangle | Columns] = {}
         for name, leader in self.shared.items():
-            mean = means.get(leader)
-            if mean is None:
-                means = {leader: (mean := self[leader])}
-            q = columns[name].to(mean.device, torch.float64)
+            half = halves.get(leader)
+            if half is None:
+                halves = {leader: (half := self.half(leader))}
+            q = columns[name].to(half.device, torch.float64)
             out.shared[name] = name
-            out._sum(name, mean.device).sum.copy_(self.tokens * (q @ (mean @ q.mT)))
+            out._sum(name, half.device).sum.copy_(self.tokens * (q @ (half @ q.mT)))
         return out
 
     def all_reduce(self, group: Any, devices: Mapping[str, torch.device]) -> None:
@@ -185,6 +185,13 @@ def input_moments(
     Raises ValueError for what `find_sites` refuses and for a rank below 1; MemoryError, naming smaller ranks that would fit, when
     the sums would not; on exit RuntimeError when no module was run, and FloatingPointError naming a module whose inputs are not
     finite.
+
+    Example:
+        >>> with torch.no_grad(), sst.input_moments(model, "safety") as moments:
+        ...     for batch in harm_batches:
+        ...         _ = model(**batch)
+        >>> moments["model.layers.0.self_attn.q_proj"].shape  # E[x xᵀ]
+        torch.Size([32, 32])
     """
     rank = None if rank is None else whole("rank", rank)
     model = unwrapped(model)
@@ -194,10 +201,17 @@ def input_moments(
 
 
 class InputMoments(Mapping[str, Moment]):
-    """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module."""
+    """The open or finished pass: module -> E[x xᵀ] per token. `tokens` counts them; `reads` holds A [r, d_in] of each module.
+
+    Example:
+        >>> with torch.no_grad(), sst.input_moments(model, "safety") as moments:
+        ...     _ = model(**harm_batches[0])
+        >>> int(moments.tokens), len(moments)
+        (33, 14)
+    """
 
     def __init__(self, model: nn.Module, sites: list[LoraSite], rank: int | None, seed: int, group: Any):
-        self.reads = {site.name: whole_weight(site.lora_a).clone() for site in sites}
+        self.lora_A = {site.name: whole_weight(site.lora_a).clone() for site in sites}
         self.sums = MomentSums({site.name: width_of(site) for site in sites}, rank, seed)
         self._model, self._sites, self._group = model, sites, group
         self._seen: set[str] = set()  # modules that this batch has passed

@@ -24,23 +24,27 @@ def spans_and_scale(x: Tensor, spans: Tensor | None, scale: Tensor | None) -> No
         if scale is not None:
             raise ValueError("scale: expected None when spans is None: there are no samples to scale")
         return
-    if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != torch.int64:
-        raise ValueError(f"spans: expected [N, 2] int64, got {list(spans.shape)} {spans.dtype}")
-    if scale is not None and (scale.shape != spans.shape[:1] or scale.dtype != torch.float32):
-        raise ValueError(f"scale: expected [{len(spans)}] float32, got {list(scale.shape)} {scale.dtype}")
-    for name, t in (("spans", spans), ("scale", scale)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} with the tokens, got {t.device}")
+    shape, device = spans.shape, x.device
+    if len(shape) != 2 or shape[1] != 2 or spans.dtype != torch.int64:
+        raise ValueError(f"spans: expected [N, 2] int64, got {list(shape)} {spans.dtype}")
+    if spans.device != device:
+        raise ValueError(f"spans: expected on {device} with the tokens, got {spans.device}")
+    if scale is None:
+        return
+    if scale.shape != (shape[0],) or scale.dtype != torch.float32:
+        raise ValueError(f"scale: expected [{shape[0]}] float32, got {list(scale.shape)} {scale.dtype}")
+    if scale.device != device:
+        raise ValueError(f"scale: expected on {device} with the tokens, got {scale.device}")
 
 
 def accumulator(name: str, out: Tensor, shape: tuple[int, ...], like: Tensor, dtypes=(torch.float32,)) -> None:
     """An output buffer of exactly this shape, in one of `dtypes`, row-major, on the device of `like`."""
-    if tuple(out.shape) != shape or out.dtype not in dtypes:
+    if out.shape != shape or out.dtype not in dtypes:
         want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: expected {list(shape)} {want}, got {list(out.shape)} {out.dtype}")
     if out.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} with the tokens, got {out.device}")
-    if out.ndim == 2 and out.shape[1] > 1 and out.stride(1) != 1:
+    if len(shape) == 2 and shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"{name}: expected the last dimension contiguous, got strides {out.stride()}")
 
 

@@ -40,7 +40,8 @@ def register(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
 
     def call(*args) -> None:
         if type(args[out]) is Tensor and args[out].is_cpu and not torch.compiler.is_compiling():
-            unseen(cpu, *args)
+            with torch._C._AutoDispatchBelowAutograd():  # in which torch's own operations still count versions
+                cpu(*args)
         else:
             op(*args)
 

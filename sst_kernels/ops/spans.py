@@ -31,6 +31,12 @@ def spans_from_lengths(
     Nothing is copied to the host, so lengths on a GPU cost no synchronisation and are not range-checked there.
 
     Raises ValueError for another `padding`, a wrong number of lengths, or (on the CPU) lengths outside [0, T].
+
+    Example:
+        >>> from sst_kernels.ops import spans_from_lengths
+        >>> spans_from_lengths(2, 4, torch.tensor([3, 2]), padding="left")
+        tensor([[1, 4],
+                [6, 8]])
     """
     if padding not in ("right", "left"):
         raise ValueError(f'padding: expected "right" or "left", got {padding!r}')
@@ -50,7 +56,14 @@ def spans_from_lengths(
 
 
 def spans_from_cu_seqlens(cu: Tensor) -> Tensor:
-    """Spans [N, 2] of a packed batch from its cumulative lengths [N + 1], as varlen attention takes them."""
+    """Spans [N, 2] of a packed batch from its cumulative lengths [N + 1], as varlen attention takes them.
+
+    Example:
+        >>> from sst_kernels.ops import spans_from_cu_seqlens
+        >>> spans_from_cu_seqlens(torch.tensor([0, 3, 5]))
+        tensor([[0, 3],
+                [3, 5]])
+    """
     if cu.ndim != 1 or len(cu) == 0:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with a leading 0, got {list(cu.shape)}")
     cu = cu.to(torch.int64)
@@ -66,9 +79,17 @@ class Run(NamedTuple):
     step: int
     length: int
     scale: Tensor | float  # [last - first, 1, 1], or what it is for all of them
+    weights: Tensor  # [1, last - first], the scales
+    squares: Tensor  # [1, last - first], scale²
 
     def windows(self, x: Tensor) -> Tensor:
-        """The tokens of each sample, [S, d] to a view [m, d, length]."""
+        """The tokens of each sample, [S, d] to a view [m, length, d]."""
+        row, column = x.stride()
+        size = (self.last - self.first, self.length, x.shape[1])
+        return x.as_strided(size, (self.step * row, row, column), x.storage_offset() + self.begin * row)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """The same with the tokens last, [m, d, length]."""
         row, column = x.stride()
         size = (self.last - self.first, x.shape[1], self.length)
         return x.as_strided(size, (self.step * row, column, row), x.storage_offset() + self.begin * row)
@@ -81,8 +102,10 @@ class Run(NamedTuple):
             return
         for first in range(self.first, self.last, most):
             last, at = min(first + most, self.last), first - self.first
-            scale = self.scale[at : at + most] if isinstance(self.scale, Tensor) else self.scale
-            yield Run(first, last, self.begin + at * self.step, self.step, self.length, scale)
+            scale = self.scale if isinstance(self.scale, float) else self.scale[at : at + most]
+            scale = float(scale) if last - first == 1 else scale
+            own = self.weights[:, at : at + most], self.squares[:, at : at + most]
+            yield Run(first, last, self.begin + at * self.step, self.step, self.length, scale, *own)
 
 
 class Layout(NamedTuple):
@@ -138,25 +161,40 @@ def _runs(ranges: list[list[int]], scales: list[float]) -> Iterator[Run]:
         while step > 0 and last < len(ranges) and ranges[last] == [x + (last - first) * step for x in (begin, end)]:
             last += 1
         if begin < end:
-            step, own = step if last - first > 1 else end - begin, scales[first:last]
-            scale = own[0] if own == own[:1] * len(own) else torch.tensor(own)[:, None, None]
-            yield Run(first, last, begin, step, end - begin, scale)
+            step, own = step if last - first > 1 else end - begin, torch.tensor([scales[first:last]])
+            scale = scales[first] if len(set(scales[first:last])) == 1 else own[0, :, None, None]
+            yield Run(first, last, begin, step, end - begin, scale, own, own.square())
         first = last
 
 
-def gradients(run: Run, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """CPU form of G_n = scale_n Σ_t left_t right_tᵀ of a run, [m, p, q] float32, in `out` where that is given."""
-    a, b = run.windows(left), run.windows(right)
-    m, p, q, scale = len(a), a.shape[1], b.shape[1], run.scale
-    if not isinstance(scale, float):
-        a, b, scale = (a * scale, b, 1.0) if p <= q else (a, b * scale, 1.0)
-    if p <= q or run.length < 6 * q:
-        out = torch.empty(m, p, q) if out is None else out
-        return torch.baddbmm(out, a, b.mT, beta=0, alpha=scale, out=out)
-    # A wide left side is slow to transpose inside the product: with many tokens, its narrow result is the cheaper one.
-    G = torch.empty(m, q, p)
-    torch.baddbmm(G, b, a.mT, beta=0, alpha=scale, out=G)
-    return G.mT if out is None else out.copy_(G.mT)
+def gradients(run: Run, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """CPU form of G_n = scale_n Σ_t left_t right_tᵀ of a run, into `out` [m, p, q] float32."""
+    scale = run.scale
+    if turns(run, left, right):
+        torch.mul(products(run, right, left).mT, scale, out=out)
+    elif isinstance(scale, float):
+        torch.baddbmm(out, run.turned(left), run.windows(right), beta=0, alpha=scale, out=out)
+    else:
+        a, b = run.turned(left), run.windows(right)
+        torch.bmm(*((a * scale, b) if left.shape[1] <= right.shape[1] else (a, b * scale)), out=out)
+
+
+def turns(run: Run, left: Tensor, right: Tensor) -> bool:
+    """A wide left side is slow to turn inside a product: with many tokens of many samples, turning the result is cheaper."""
+    return left.shape[1] > right.shape[1] and run.length >= 6 * right.shape[1] and run.last - run.first > 1
+
+
+def products(run: Run, left: Tensor, right: Tensor) -> Tensor:
+    """CPU form of Σ_t left_t right_tᵀ of every sample of a run, [m, p, q] float32, without their scales."""
+    return torch.bmm(run.turned(left), run.windows(right))
+
+
+def add_weighted(out: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """out [p, q] += Σ_n weights_n rows_n, of weights [1, m] and rows [m, p·q]."""
+    if out.is_contiguous():
+        out.view(1, -1).addmm_(weights, rows)
+    else:
+        out += (weights @ rows).view(out.shape)
 
 
 def weighted_rows(
@@ -170,6 +208,8 @@ def weighted_rows(
     if spans is None:
         return [(x.float(), 1.0)]
     of = layout(len(x), spans, scale)
+    if of.tokens is None and isinstance(of.weights, float):
+        return [(x.float(), of.weights)]
     if len(of.segments) == 1 or (
         least is not None and sum(e - b for b, e, _ in of.segments) >= least * len(of.segments)
     ):

@@ -159,7 +159,9 @@ def short(S: int, N: int, BT: int) -> bool:
 
 
 @triton.jit
-def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.constexpr, LOWER: tl.constexpr):
+def add_partials_kernel(
+    partials, out, size, width, stride, parts, BLOCK: tl.constexpr, LOWER: tl.constexpr, STRIDED: tl.constexpr
+):
     """out[i] += Σ_k partials[k, i], k ascending: the fixed-order second stage of every split sum."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
@@ -170,15 +172,18 @@ def add_partials_kernel(partials, out, size, width, stride, parts, BLOCK: tl.con
     for _ in range(parts):
         total += tl.load(p_part, mask=mask, other=0.0)
         p_part += size
-    p_out = out + (o // width) * stride + o % width
+    p_out = out + o
+    if STRIDED:
+        p_out = out + (o // width) * stride + o % width
     tl.store(p_out, tl.load(p_out, mask=mask, other=0.0) + total, mask=mask)
 
 
 def add_partials(partials: Tensor, out: Tensor, *, lower: bool = False) -> None:
     """out [m, width] += partials [k, m, width] summed over k in ascending order; `lower`: nothing above the diagonal is touched."""
-    size = out.numel()
+    size, strided = out.numel(), not out.is_contiguous()
     args = (partials, out, size, out.shape[1], out.stride(0), len(partials))
-    launch(add_partials_kernel, (triton.cdiv(size, 1024),), *args, BLOCK=1024, LOWER=lower, num_warps=4)
+    options = {"BLOCK": 1024, "LOWER": lower, "STRIDED": strided, "num_warps": 4}
+    launch(add_partials_kernel, (triton.cdiv(size, 1024),), *args, **options)
 
 
 def launch(kernel, grid, *args, **meta) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sst_kernels.distributed import gather_objects, gather_rows, raise_together, share_by_cost
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.subspace.coordinates import Charts, Coordinates, kronecker_metric, matrix_moments, mean_trace
-from sst_kernels.subspace.crossfit import Fold, combinations, complement
+from sst_kernels.subspace.crossfit import Fold, combinations, complement, unseen, with_rest
 from sst_kernels.subspace.filters import Weights
 from sst_kernels.subspace.pencils import Pencil, RowPencil, Rows, others
 from sst_kernels.subspace.spectrum import directions
@@ -22,11 +22,15 @@ from sst_kernels.subspace.spectrum import directions
 
 @dataclass(frozen=True)
 class Part:
-    """The pencils of neighbouring modules: λ [M, p], and their directions times the patch's components in S [M, r², p]."""
+    """The pencils of neighbouring modules: λ [M, p], and their directions times the patch's components in S [M, r², p].
+
+    The directions add up to the patch. told: [2] of `unseen`, on the CPU.
+    """
 
     values: Tensor
     directions: Tensor
     route: str
+    told: Tensor
     cost_folds: tuple[Fold, ...] = ()
     gain_folds: tuple[Fold, ...] = ()
 
@@ -34,13 +38,15 @@ class Part:
 class ModulePencil(Pencil):
     """What pencils of one module each share: neighbours are solved together, and ranks share the neighbourhoods."""
 
-    def _solve_parts(self, solve: Callable[[int], Part], group: Any) -> None:
-        """`solve` each neighbourhood; the ranks of a `group` hold the same evidence, and all get the same bits."""
+    def _solve_parts(self, solve: Callable[[int], Part], group: Any) -> tuple[float, float]:
+        """`solve` each neighbourhood; the ranks of a `group` hold the same evidence, and all get the same bits. Returns what `unseen` tells."""
         charts = self.frobenius.charts
         costs = [len(c.names) * float(c.scale[0].numel()) ** 3 for c in charts]
         self._parts = _shared(costs, solve, group)
         self.values = torch.cat([part.values.flatten() for part in self._parts])
         self.route = self._parts[0].route
+        energy, directions = torch.stack([part.told for part in self._parts]).sum(0).tolist()
+        return energy, directions
 
     def cores(self, weights: Tensor) -> dict[str, Tensor]:
         cores: dict[str, Tensor] = {}
@@ -61,9 +67,9 @@ class PerModule(RowPencil, ModulePencil):
         self._group = group
         super().__init__(rows, z, metric, damping)
 
-    def _solve(self, damping: float) -> None:
+    def _solve(self, damping: float) -> tuple[float, float]:
         few = len(self.rows.gain) + len(self.rows.cost)
-        self._solve_parts(
+        told = self._solve_parts(
             lambda i: (
                 self._from_products(i) if few <= self.frobenius.charts[i].scale[0].numel() else self._from_grams(i)
             ),
@@ -72,6 +78,7 @@ class PerModule(RowPencil, ModulePencil):
         for side in ("cost_folds", "gain_folds"):
             folds = zip(*(getattr(part, side) for part in self._parts))
             setattr(self, f"_{side}", [Fold.side_by_side(fold) for fold in folds])
+        return told
 
     def _load(self, charts: Charts) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients [M, r, r, N] in S, and which of N are of the gain and of the cost."""
@@ -83,7 +90,7 @@ class PerModule(RowPencil, ModulePencil):
     def _from_products(self, i: int) -> Part:
         rows, epsilon = self.rows, self.epsilon
         cores, gain, cost = self._load(self.frobenius.charts[i])
-        images = cores.diagonal(dim1=1, dim2=2).sum(-1)[:, gain]
+        images, cost_images = (cores.diagonal(dim1=1, dim2=2).sum(-1)[:, side] for side in (gain, cost))
         gram: Tensor | None = None
         cost_folds = []
         charts = [z.charts[i] for z in self._every]
@@ -96,13 +103,18 @@ class PerModule(RowPencil, ModulePencil):
                 values, y = combinations(own, images)
                 mix = torch.cat([y, -solve(y)], 1) / epsilon
                 ways = z.inverses((x @ mix).view(*z.scale.shape, -1)).flatten(1, 2)
+                values, ways = with_rest(
+                    values, ways, torch.eye(z.scale.shape[-1]).to(ways).flatten().expand(len(ways), -1)
+                )
             else:
                 rest, _ = complement(gram, others(cost, held), torch.cat([gain, cost[held]]), epsilon)
-                cost_folds.append(Fold.of_complement(rest, slice(0, len(gain)), slice(len(gain), None), images))
+                sides = slice(0, len(gain)), slice(len(gain), None)
+                cost_folds.append(Fold.of_complement(rest, *sides, images, cost_images[:, held]))
         inside = [(others(gain, held), held) for held in rows.gain_folds]
-        gain_folds = [Fold.of_complement(own, index, held, images[:, index]) for index, held in inside]
+        gain_folds = [Fold.of_complement(own, index, held, images[:, index], images[:, held]) for index, held in inside]
+        told = torch.tensor(unseen(own, rows.gain_folds, charts[0].scale[0].numel()), dtype=torch.float64)
         route = f"inner products of {len(gain)} + {len(cost)} rows, {charts[0].scale[0].numel()} coordinates per module"
-        return Part(values, ways, route, tuple(cost_folds), tuple(gain_folds))
+        return Part(values, ways, route, told, tuple(cost_folds), tuple(gain_folds))
 
     @cached_property
     def _every(self) -> list[Coordinates]:
@@ -134,8 +146,13 @@ class PerModule(RowPencil, ModulePencil):
         whole, ways, route = solve(None, metrics[0])
         cost_folds = [solve((1, held), metric)[0] for held, metric in zip(rows.cost_folds, metrics[1:])]
         gain_folds = [solve((0, held), metrics[0])[0] for held in rows.gain_folds]
+        told = torch.zeros(2, dtype=torch.float64)
+        if count < len(patch[0]):  # else gain rows show every direction
+            damped = totals[1] / len(cost) + self.epsilon * metrics[0]
+            own = sides[0].mT @ torch.linalg.solve(damped, sides[0])
+            told = torch.tensor(unseen(own, rows.gain_folds, len(patch[0])), dtype=torch.float64)
         ways = charts.inverses(ways.view(*charts.scale.shape, -1)).flatten(1, 2)
-        return Part(whole.values.view(len(x), -1), ways, route, tuple(cost_folds), tuple(gain_folds))
+        return Part(whole.values.view(len(x), -1), ways, route, told, tuple(cost_folds), tuple(gain_folds))
 
     def _metrics(self, i: int) -> list[Tensor]:
         """M [M, r², r²] or [r², r²] in Frobenius coordinates, of the whole and of each fold."""
@@ -169,9 +186,11 @@ class Blocks(ModulePencil):
             own = kronecker_metric(moments[i], mean) if metric == "kronecker" else eye
             patch = charts.forward(torch.eye(charts.scale.shape[-1]).to(charts.scale)).flatten(1)
             values, ways, route = directions(charts.matrices(self._gain[i]), inside[i] + self.epsilon * own, patch)
-            return Part(values, charts.inverses(ways.view(*charts.scale.shape, -1)).flatten(1, 2), route)
+            hidden = values <= 2 * len(eye) * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+            told = torch.tensor([0, int(hidden.sum())], dtype=torch.float64)
+            return Part(values, charts.inverses(ways.view(*charts.scale.shape, -1)).flatten(1, 2), route, told)
 
-        self._solve_parts(solve, group)
+        self._raise(*self._solve_parts(solve, group))
 
     def cost(self, cores: Mapping[str, Tensor]) -> float:
         return 0.5 * float(self._form(self._cost, self._stack(cores)))
@@ -240,10 +259,10 @@ def _shared(costs: Sequence[float], solve: Callable[[int], Part], group: Any) ->
 
 def _tensors(part: Part) -> list[Tensor]:
     folds = (*part.cost_folds, *part.gain_folds)
-    return [part.values, part.directions, *(t for fold in folds for t in (fold.values, fold.responses))]
+    return [part.values, part.directions, part.told, *(t for fold in folds for t in (fold.values, fold.responses))]
 
 
 def _part(route: str, count: int, tensors: list[Tensor]) -> Part:
-    values, ways, *rest = tensors
+    values, ways, told, *rest = tensors
     folds = [Fold(*pair) for pair in zip(rest[::2], rest[1::2])]
-    return Part(values, ways, route, tuple(folds[:count]), tuple(folds[count:]))
+    return Part(values, ways, route, told, tuple(folds[:count]), tuple(folds[count:]))

@@ -8,6 +8,10 @@ Rows can be held out. The pencil of fold i is without the cost rows of fold i in
 metric of all rows for every fold halves the predicted cost (SmolLM2-135M, 64 + 224 rows: 0.51 to 0.66 of it), since one
 prompt's gradients then raise the cost of exactly the directions that they lie in.
 
+Few refusals show few directions. What they leave of the patch is one more direction, kept in proportion and after all others: to
+F_gain λ₀ (F_cost + εM) is added, so that a filter's path ends at the whole patch. λ₀ is what directions that no other fold's gain rows
+show turn out to have, in the mean, by the rows of a fold that is held out.
+
 Where there are fewer rows than coordinates, everything but the patch itself comes from inner products of the rows (see `crossfit`).
 """
 
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from sst_kernels.gevp.operators import power_of_two
 from sst_kernels.subspace.coordinates import Coordinates, products
-from sst_kernels.subspace.crossfit import Fold, combinations, complement
+from sst_kernels.subspace.crossfit import Fold, combinations, complement, unseen, with_rest
 from sst_kernels.subspace.filters import Weights
 from sst_kernels.subspace.rowspace import RowSpace
 from sst_kernels.subspace.spectrum import row_directions
@@ -37,12 +41,14 @@ _LARGE = 1 << 20  # numbers in the rows from which float32 is worth it
 class Pencil(ABC):
     """A solved pencil. Costs and gains are ½ zᵀF_cost z and zᵀF_gain z, per sequence.
 
-    values: λ [p] ≥ 0, group after group. epsilon: ε, absolute. route: how it was solved. held_out: whether predictions are
-    of rows that the pencils have not seen. frobenius: coordinates whose metric is ‖ΔW‖².
+    values: λ [p] ≥ 0, group after group, λ₀ included. unseen: λ₀, 0 where every direction is shown or none is. epsilon: ε, absolute.
+    route: how it was solved. held_out: whether predictions are of rows that the pencils have not seen. frobenius: coordinates whose
+    metric is ‖ΔW‖².
     """
 
     frobenius: Coordinates
     values: Tensor
+    unseen: float
     epsilon: float
     route: str
     held_out: bool
@@ -67,6 +73,14 @@ class Pencil(ABC):
         if trace == 0:
             raise ValueError("the cost Fisher is zero: is the adapter trained (lora_B is zero at the start)?")
         self.epsilon = damping * trace / size
+
+    def _raise(self, energy: float, directions: float) -> None:
+        """Set λ₀ from what `unseen` tells, and add it to all λ; without held-out rows it is the smallest λ that is not rounding."""
+        shown = self.values[self.values > 2 * len(self.values) * torch.finfo(torch.float64).eps * self.values.amax()]
+        self.unseen = 0.0
+        if directions and len(shown):
+            self.unseen = energy / directions if energy else float(shown.min())
+        self.values = self.values + self.unseen
 
 
 @dataclass(frozen=True)
@@ -120,11 +134,16 @@ class RowPencil(Pencil):
         self._row = power_of_two(torch.tensor((total / len(rows.cost)) ** 0.5))
         self._cost_folds: list[Fold] = []
         self._gain_folds: list[Fold] = []
-        self._solve(damping)
+        self._raise(*self._solve(damping))
+        self._cost_folds = [fold.raised(self.unseen) for fold in self._cost_folds]
+        self._gain_folds = [fold.raised(self.unseen) for fold in self._gain_folds]
 
     @abstractmethod
-    def _solve(self, damping: float) -> None:
-        """Set values, route and the folds; without rows to hold out one fold of all rows for each side."""
+    def _solve(self, damping: float) -> tuple[float, float]:
+        """Set values, route and the folds, without λ₀; return what `unseen` tells.
+
+        Without rows to hold out there is one fold of all rows for each side.
+        """
 
     def _coordinates(self) -> list[Coordinates]:
         """z of the whole and of each fold."""
@@ -142,6 +161,11 @@ class RowPencil(Pencil):
     def _images(self) -> Tensor:
         """Gain rows · patch."""
         return times(self.rows.gain, self._flat(self.frobenius.identity()))
+
+    @cached_property
+    def _cost_images(self) -> Tensor:
+        """Cost rows · patch."""
+        return times(self.rows.cost, self._flat(self.frobenius.identity()))
 
     def _flat(self, cores: Mapping[str, Tensor]) -> Tensor:
         """S of all modules side by side [n]."""
@@ -164,12 +188,15 @@ class RowPencil(Pencil):
 class AcrossModules(RowPencil):
     """One pencil over the rows of all modules: cross-module correlations count."""
 
-    def _solve(self, damping: float) -> None:
-        count, size = len(self.rows.gain) + len(self.rows.cost), self.frobenius.size
+    def _solve(self, damping: float) -> tuple[float, float]:
+        rows, size = self.rows, self.frobenius.size
         exact = torch.finfo(torch.float64).eps * size <= _LOST * damping
-        (self._from_products if exact and count <= size else self._from_span)(damping)
+        few = len(rows.gain) + len(rows.cost) <= size
+        told = (self._from_products if exact and few else self._from_span)(damping)
+        self.values = torch.cat([self.values, self.values.new_zeros(1)])  # of what the directions leave of the patch
+        return told if self.held_out else (0.0, float(len(self.values) <= size))
 
-    def _from_products(self, damping: float) -> None:
+    def _from_products(self, damping: float) -> tuple[float, float]:
         rows, epsilon = self.rows, self.epsilon
         coordinates = self._coordinates()
         distinct = list(dict.fromkeys(coordinates))
@@ -190,15 +217,18 @@ class AcrossModules(RowPencil):
         self.route = f"inner products of {len(gain)} + {len(cost)} rows, {self.frobenius.size} coordinates"
         for gram, held in zip(grams[1:], rows.cost_folds):
             rest, _ = complement(gram, others(cost, held), torch.cat([gain, cost[held]]), epsilon)
-            self._cost_folds.append(Fold.of_complement(rest, slice(0, len(gain)), slice(len(gain), None), self._images))
+            sides = slice(0, len(gain)), slice(len(gain), None)
+            self._cost_folds.append(Fold.of_complement(rest, *sides, self._images, self._cost_images[held]))
         for held in rows.gain_folds:
             inside = others(gain, held)
-            self._gain_folds.append(Fold.of_complement(own, inside, held, self._images[inside]))
+            self._gain_folds.append(Fold.of_complement(own, inside, held, self._images[inside], self._images[held]))
         if not self.held_out:
             gain_part, cost_part = (grams[0] @ mix).split([len(gain), len(cost)])
-            self._gain_folds, self._cost_folds = [Fold(self.values, gain_part)], [Fold(self.values, cost_part)]
+            self._gain_folds = [Fold(*with_rest(self.values, gain_part, self._images))]
+            self._cost_folds = [Fold(*with_rest(self.values, cost_part, self._cost_images))]
+        return unseen(own, rows.gain_folds, self.frobenius.size)
 
-    def _from_span(self, damping: float) -> None:
+    def _from_span(self, damping: float) -> tuple[float, float]:
         """In an orthonormal basis of the rows, at any damping. Held rows only add coordinates there."""
         rows, epsilon = self.rows, self.epsilon
 
@@ -211,20 +241,31 @@ class AcrossModules(RowPencil):
         space, patch, gain, cost = spanned(coordinates[0])
         self.values, own, self.route = row_directions(gain, cost, epsilon, patch)
         self._z, self._lift = coordinates[0], lambda weights: space.lift(own @ weights[:, None])[:, 0]
+        told = unseen(_response(gain, cost, epsilon), rows.gain_folds, self.frobenius.size)
         for held in rows.gain_folds:
             values, ways, _ = row_directions(others(gain, held), cost, epsilon, patch)
-            self._gain_folds.append(Fold(values, gain[held] @ ways))
+            self._gain_folds.append(Fold(*with_rest(values, gain[held] @ ways, self._images[held])))
         if not self.held_out:
-            self._gain_folds = [Fold(self.values, gain @ own)]
-            self._cost_folds = [Fold(self.values, cost @ own)]
+            self._gain_folds = [Fold(*with_rest(self.values, gain @ own, self._images))]
+            self._cost_folds = [Fold(*with_rest(self.values, cost @ own, self._cost_images))]
         for z, held in zip(coordinates[1:], rows.cost_folds):
             if z is not coordinates[0]:
                 _, patch, gain, cost = spanned(z)
             values, ways, _ = row_directions(gain, others(cost, held), epsilon, patch)
-            self._cost_folds.append(Fold(values, cost[held] @ ways))
+            self._cost_folds.append(Fold(*with_rest(values, cost[held] @ ways, self._cost_images[held])))
+        return told
 
     def cores(self, weights: Tensor) -> dict[str, Tensor]:
-        return self._z.to_cores(self._lift(weights))
+        *_, rest = weights.tolist()
+        shown = self._z.to_cores(self._lift(weights[:-1] - rest))
+        return {name: core + rest * torch.eye(len(core)).to(core) for name, core in shown.items()}
+
+
+def _response(gain: Tensor, cost: Tensor, epsilon: float) -> Tensor:
+    """U B⁻¹Uᵀ [g, g] of rows [N, m] float64 whose damping is ε, at any ε."""
+    values, vectors = torch.linalg.eigh(cost.mT @ cost / len(cost))
+    x = gain @ vectors
+    return (x / (values.clamp_min(0) + epsilon)) @ x.mT
 
 
 def times(rows: Tensor, vector: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from sst_kernels.profiling import stage
 from sst_kernels.subspace.coordinates import WIDTH, Coordinates, module_width
 from sst_kernels.subspace.crossfit import folds_of
 from sst_kernels.subspace.filters import WEIGHTS, Filter
+from sst_kernels.subspace.lora import Lora
 from sst_kernels.subspace.modules import Blocks, PerModule
 from sst_kernels.subspace.patch import Patch, Prediction
 from sst_kernels.subspace.pencils import AcrossModules, Pencil, Rows
@@ -42,6 +43,8 @@ def subspace(
 
     λ is the gain per unit of cost along v. F_cost has the rank of its samples; the damping metric M tells what the other
     directions cost. Either metric is scaled to tr M = n in Frobenius coordinates, and ε = damping · tr(F_cost)/n there.
+    F_gain has the rank of its samples, too: to it λ₀ (F_cost + ε M) is added, so that the part of the patch that no sample shows is
+    kept in proportion, after all others (`Subspace.unseen`), and a large budget keeps the whole patch.
 
     Args:
         gain, cost: core-space Fishers of the same adapter weights (for a safety patch: refusals, benign answers).
@@ -58,6 +61,12 @@ def subspace(
 
     Raises TypeError for what is no Fisher; ValueError when the Fishers hold no sequences or too few for the folds, do not describe
     one adapter, are in factor space, or lie at different points without being asked for.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, scope="module", folds=2)
+        >>> patch = space.soft(kl_budget=0.01)
+        >>> 0 < patch.prediction.gain_kept < 1
+        True
     """
     for fisher, name in ((gain, "gain"), (cost, "cost")):
         if not isinstance(fisher, Fisher):
@@ -104,7 +113,16 @@ def _pencil(gain: Fisher, cost: Fisher, scope: Scope, metric: Metric, damping: f
 
 @dataclass(frozen=True)
 class Subspace:
-    """The solved pencil. Filters return a `Patch`."""
+    """The solved pencil. Filters return a `Patch`.
+
+    Example:
+        >>> space = sst.subspace(gain, cost, folds=2)
+        >>> len(space.values)  # one λ a gain row, and one for what they leave of the patch
+        9
+        >>> strengths = [patch.parameter for patch in space.path([0.001, 0.01])]
+        >>> strengths[0] > strengths[1]  # a larger budget, a smaller μ
+        True
+    """
 
     gain: Fisher = field(repr=False)
     cost: Fisher = field(repr=False)
@@ -113,11 +131,22 @@ class Subspace:
     damping: float
     folds: int
     pencil: Pencil = field(repr=False)
+    lora: Lora | None = field(default=None, repr=False)
 
     @cached_property
     def values(self) -> Tensor:
-        """All stored λ [p], descending, float64; directions beyond them have λ = 0."""
-        return self.pencil.values.sort(descending=True).values
+        """All λ > 0 [p], descending, float64, λ₀ included; that of what the samples leave of the patch is among them."""
+        values = self.pencil.values.sort(descending=True).values
+        return values[values > 0]
+
+    @property
+    def unseen(self) -> float:
+        """λ₀, the gain per unit of cost of directions that no gain sample shows; 0 where the samples show all of them.
+
+        Measured: what held-out gain samples have, in the mean, in the directions that those of the other folds do not show. Without
+        samples to hold out it is the smallest λ.
+        """
+        return self.pencil.unseen
 
     @property
     def epsilon(self) -> float:
@@ -130,7 +159,7 @@ class Subspace:
         return self.pencil.route
 
     def soft(self, *, mu: float | None = None, kl_budget: float | None = None) -> Patch:
-        """w = λ/(λ+μ): the exact minimiser of (s'−s)ᵀF_gain(s'−s) + μ s'ᵀ(F_cost+εM)s'.
+        """w = λ/(λ+μ): the exact minimiser of (s'−s)ᵀ(F_gain+λ₀(F_cost+εM))(s'−s) + μ s'ᵀ(F_cost+εM)s'.
 
         Give μ, or `kl_budget` in nats per label token: the smallest μ whose predicted cost stays within it, infinity where no
         finite one does. ValueError for both, neither, or a negative one.
@@ -197,7 +226,7 @@ class Subspace:
             gain_kept=float(pencil.kept_gain(weights, chosen)),
         )
         points = (str(self.gain.meta["point"]), str(self.cost.meta["point"]))
-        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points)
+        return Patch(cores, name, float(parameter), prediction, self._energies(cores), self.scope, points, self.lora)
 
     @cached_property
     def _plain_cost(self) -> float:
@@ -226,7 +255,7 @@ class Subspace:
         for i, budget in enumerate(budgets):
             last = _last_allowed(costs, budget)
             chosen.append(float(coarse[last]) if last >= 0 else nothing)
-            if 0 <= last < len(coarse) - 1:
+            if 0 <= last < len(coarse) - 1 and (name == "top_k" or coarse[last + 1] > 0):
                 finer[i] = _between(name, coarse[last], coarse[last + 1])
         if finer:
             told = self.cost_path(name, torch.cat(list(finer.values())))
@@ -246,6 +275,7 @@ class Subspace:
                     raise ValueError("the gain Fisher is zero: there is no direction to keep")
                 top, bottom = positive[0].log10() + 4, positive[-1].log10() - 4
                 path = torch.logspace(float(top), float(bottom), _PATH, dtype=torch.float64)
+                path = torch.cat([path, path.new_zeros(1)])
             self._known[name] = path, self.cost_path(name, path)
         return self._known[name]
 

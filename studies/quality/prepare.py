@@ -35,7 +35,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 from make_demo_adapters import answer, train, write  # noqa: E402 (training and sampling exist once)
 
 from sst_merge.io.adapters import load_adapter  # noqa: E402
-from sst_merge.io.models import WHEEL, attach, load_model  # noqa: E402
+from sst_merge.io.fit import attach  # noqa: E402
+from sst_merge.io.models import load_model  # noqa: E402
+from sst_merge.io.smollm2 import WHEEL  # noqa: E402
 from sst_merge.progress import Reporter  # noqa: E402
 
 RANK, ANSWER_TOKENS = 8, 64

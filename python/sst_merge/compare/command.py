@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+import json
+from typing import Any
 
 import typer
 
-from ..flags import takes
+from ..errors import RecipeError
+from ..flags import Config, Json, Quiet, RecipeFile, takes
 from ..io.paths import expanded
 from ..progress import Reporter
 from ..recipe import Recipe
 
+ENTRIES = (
+    "model", "safety", "task", "harm_data", "benign_data", "evidence", "eval_harm_data", "eval_benign_data", "output", "rank", "template", "columns",
+    "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "generate_tokens", "seed", "device", "dtype", "quantization",
+)  # fmt: skip
 
-@takes(Recipe, ("output", "evidence", "limit", "seed", "device", "dtype"))
+
+@takes(Recipe, ENTRIES)
 def compare(
-    given: dict[str, Any],
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe with `methods`, `strengths` and evaluation data.")],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, results only.")] = False,
+    given: dict[str, Any], recipe: RecipeFile = None, config: Config = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Compare merging methods on held-out prompts: Pareto table and plot, at equal refusal, as Markdown, JSON and HTML."""
+    """Compare merging methods on held-out prompts: a table at equal refusal as Markdown and JSON, a page with chart and answers.
+
+    The recipe has `methods`, `strengths` and evaluation data.
+    """
+    if (path := recipe or config) is None or (recipe and config):
+        raise RecipeError("compare: give one recipe, a YAML file with `methods`, `strengths` and evaluation data")
     from .compare import compare as run
     from .recipe import Comparison
     from .report import markdown_table
 
-    comparison = Comparison.load(recipe, **given)
+    comparison = Comparison.load(path, **given)
     report = run(comparison, reporter=Reporter(quiet))
+    output = expanded(comparison.output).absolute()
+    if as_json:
+        typer.echo(json.dumps(report | {"output": str(output)}, ensure_ascii=False))
+        return
     typer.echo("\n".join(markdown_table(report)))
-    typer.echo(
-        f"\nwritten to {expanded(comparison.output).absolute()}: report.md, report.json, compare.html, pareto.png"
-    )
+    typer.echo(f"\nwritten to {output}: report.md, report.json, compare.html")

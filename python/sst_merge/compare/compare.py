@@ -27,7 +27,7 @@ from sst_kernels.env import versions
 from ..errors import MergeError, OutputError, headlined
 from ..evaluate import Evaluator
 from ..io.adapters import Adapter
-from ..io.data import Dataset, load_dataset
+from ..io.data import Dataset
 from ..io.output import check_output, output_file
 from ..io.paths import expanded
 from ..merge.pipeline import load_data, open_source, session_of
@@ -186,11 +186,6 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = session_of(recipe, reporter)
     write = partial(own_rows, session, recipe, file=folder.parent / OWN, force=True)
     data = load_data(recipe, session.tokenizer, write)
-    if recipe.eval_safe_data is not None:
-        options: dict[str, Any] = {
-            k: getattr(recipe, k) for k in ("max_length", "limit", "skip_bad_lines", "template", "columns")
-        }
-        data["eval_safe"] = load_dataset(recipe.eval_safe_data, session.tokenizer, **options)
     for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign"), ("safe", "eval_safe")):
         if {fitted, other} <= data.keys() and (
             seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}

@@ -1,8 +1,7 @@
-"""What a comparison is: a recipe with three more entries.
+"""What a comparison is: a recipe with two more entries.
 
 methods: [sst, ties, tsv-m]            names in `sst_merge.methods`; "no patch" and "plain" are always there
 strengths: {ties: [0.3, 1.0]}          instead of a method's own sweep
-eval_safe_data: safe.jsonl             safe prompts that sound dangerous, for the over-refusal rate
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ..io.paths import expanded
 from ..methods import Method, find
 from ..recipe import Recipe, read_yaml
 
@@ -30,7 +28,7 @@ DEFAULT = (
 )
 # Entries of a merge recipe that say which patch to make: here the methods and their strengths do.
 OF_METHODS = {
-    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "filter", "kl_budget", "mu", "k",
+    "structure", "structure_options", "scope", "metric", "harm_points", "benign_point", "filter", "kl_budget", "target_refusal", "mu", "k", "sweep",
 }  # fmt: skip
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -41,7 +39,6 @@ class Comparison(Recipe):
 
     eval_harm_data: Path = Field(description="JSONL: other harmful prompts, to measure on")
     eval_benign_data: Path = Field(description="JSONL: other benign prompts, to measure on")
-    eval_safe_data: Path | None = Field(None, description="JSONL: safe prompts that sound dangerous")
     methods: list[str] = Field(list(DEFAULT), validate_default=True, description="names in sst_merge.methods")
     strengths: dict[str, Annotated[list[Strength], Field(min_length=1)]] = Field(
         default_factory=dict, description="a method's strengths"
@@ -75,10 +72,7 @@ class Comparison(Recipe):
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Comparison:
-        values = {**read_yaml(path), **overrides}
-        if isinstance(values.get("eval_safe_data"), str):
-            values["eval_safe_data"] = Path(path).parent / expanded(values["eval_safe_data"])
-        return cast("Comparison", cls.parse(values, where=str(path)))
+        return cast("Comparison", cls.parse({**read_yaml(path), **overrides}, where=str(path)))
 
     @property
     def files(self) -> dict[str, Path]:

@@ -1,14 +1,14 @@
-"""The report of a comparison: JSON, Markdown, a plot, and one self-contained HTML page."""
+"""The report of a comparison: JSON, Markdown, and one self-contained HTML page."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..io.output import output_file
+from ..page import html, page_of_comparison
 
 UNITS = (
     "NLL and KL in nats per label token; KL from base + task; rates from greedy answers by refusal phrases. Ratios: benign KL of "
@@ -30,11 +30,10 @@ COLUMNS = (
 
 
 def write(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """report.json, report.md, pareto.png and compare.html, each replaced as a whole."""
+    """report.json, report.md and compare.html, each replaced as a whole."""
     _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     _replace(folder / "report.md", markdown(report))
-    _replace(folder / "compare.html", html(report, rows))
-    plot(report, folder / "pareto.png")
+    _replace(folder / "compare.html", html(page_of_comparison(report, rows)))
 
 
 def markdown_table(report: Mapping[str, Any]) -> list[str]:
@@ -74,53 +73,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             *(f"- {r['method']} {r['strength']:g}: {r['error']}" for r in report["refused"]),
         ]
-    return "\n".join([*parts, "", "![Pareto plot](pareto.png)", ""])
-
-
-def html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page, with the report and every prompt in it; it loads nothing from anywhere."""
-    from jinja2 import Environment
-
-    template = files("sst_merge").joinpath("templates/compare.html").read_text(encoding="utf-8")
-    prompts = [r["prompts"] for r in rows if "error" not in r]
-    environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(template).render(data=_script({"report": report, "prompts": prompts}), units=UNITS)
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Refusal NLL against benign KL, one line per method."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
-        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-        axes = figure.subplots()
-        colours = matplotlib.colormaps["tab20"]
-        for number, method in enumerate(report["methods"]):
-            points = sorted((r["refusal_nll"], r["benign_kl"]) for r in report["rows"] if r["method"] == method["name"])
-            points = [(x, y) for x, y in points if y > 0]
-            if points:
-                style = (
-                    {"color": "black", "linewidth": 2} if method["name"] == "plain" else {"color": colours(number % 20)}
-                )
-                axes.plot(*zip(*points), "o-", markersize=3.5, label=method["name"], **style)
-        axes.set(
-            yscale="log",
-            xlabel="refusal NLL, nats per token (left: refuses more)",
-            ylabel="benign KL, nats per token (down: costs less)",
-        )
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, ncols=2)
-        with output_file(path, force=True) as partial:
-            figure.savefig(partial, format="png")
-
-
-def _script(value: Any) -> Any:
-    """JSON that is safe inside a <script> element."""
-    from markupsafe import Markup
-
-    text = json.dumps(value, ensure_ascii=False)
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    return "\n".join([*parts, "", "With a chart and answers: [compare.html](compare.html), one file.", ""])
 
 
 def _replace(path: Path, text: str) -> None:

@@ -75,6 +75,7 @@ class Renderer:
         self.notes: dict[str, None] = {}  # remarks in order, each once
         self._text = None if self.source is None else _with_date(self.source, self.today)
         special = [t for t in getattr(tokenizer, "all_special_tokens", ()) if t and t.strip()]
+        self.special = tuple(special)
         special += [str(t) for t in getattr(tokenizer, "get_added_vocab", dict)() if str(t).strip()]
         names = "|".join(re.escape(t) for t in sorted(set(special), key=len, reverse=True))
         self._end = re.compile(rf"\s*(?:{names + '|' if names else ''}{_MARKER})")
@@ -107,6 +108,11 @@ class Renderer:
             raise DataError(f"{where}: the answer is empty but for its reasoning; remove the line")
         self._check_prompt(messages, before, where)
         end = self._end.match(after)
+        if end and (mark := end[0].strip()) and middle.rstrip().endswith(mark):
+            middle = middle.rstrip().removesuffix(mark)
+            self.notes[
+                f"answers end in {mark!r} in the data, and the chat template writes it, too: it stands there once"
+            ] = None
         return Rendered(before, middle + (end[0] if end else ""), reasoning=bool(thought))
 
     def user_turn(self) -> tuple[str, str]:
@@ -144,7 +150,10 @@ class Renderer:
                 list(messages), tokenize=False, chat_template=self._text, **self.options, **more
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{where}: the model's chat template refuses these messages: {error}") from error
+            hint = ""
+            if "system" in str(error).lower() and any(m["role"] == "system" for m in messages):
+                hint = "; put the text of the system message into the first user message"
+            raise DataError(f"{where}: the model's chat template refuses these messages: {error}{hint}") from error
 
     def _around(self, messages: Sequence[Mapping[str, Any]], where: str) -> tuple[str, str]:
         """What the template writes before and behind an answer without reasoning."""
@@ -230,8 +239,14 @@ class Renderer:
             raise DataError(
                 f"{where}: this tokenizer has no chat template, so only one prompt and one response can be joined"
             )
-        prompt = (self.tokenizer.bos_token or "") + messages[0]["content"]
-        return Rendered(prompt, messages[1]["content"] + (self.tokenizer.eos_token or ""), templated=False)
+        self.notes["the tokenizer has no chat template: prompt and answer are joined as plain text"] = None
+        (asked, said), bos, eos = (
+            (m["content"] for m in messages),
+            self.tokenizer.bos_token or "",
+            self.tokenizer.eos_token or "",
+        )
+        asked = asked if bos and asked.startswith(bos) else bos + asked
+        return Rendered(asked, said if eos and said.endswith(eos) else said + eos, templated=False)
 
 
 def _source(tokenizer: Any, chosen: str | None) -> str | None:

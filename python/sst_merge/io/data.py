@@ -69,6 +69,11 @@ class Dataset(Sequence[Example]):
             return replace(self, examples=self.examples[index])
         return self.examples[index]
 
+    @property
+    def example(self) -> dict[str, str]:
+        """The first example as the model sees it: the prompt's text and the labels'."""
+        return {"prompt": self.shown[0], "labels": self.shown[1]}
+
     def summary(self) -> dict[str, Any]:
         """What reports record: path, hash, counts, how many answers were truncated or hold reasoning, and one example as rendered."""
         return {
@@ -82,7 +87,7 @@ class Dataset(Sequence[Example]):
             "reasoning": sum(e.reasoning for e in self.examples),
             "skipped_lines": list(self.skipped),
             "notes": list(self.notes),
-            "example": {"prompt": self.shown[0], "labels": self.shown[1]},
+            "example": self.example,
         }
 
 
@@ -286,5 +291,12 @@ def _shown(example: Example, tokenizer: Any) -> tuple[str, str]:
 
 def _notes(examples: Sequence[Example], render: Renderer) -> tuple[str, ...]:
     thoughtful = sum(e.reasoning for e in examples)
+    marks = [m for m in render.special if any(m in e.prompt for e in examples)] if render.source is not None else []
+    if marks:
+        share = sum(any(m in e.prompt for m in marks) for e in examples) / len(examples)
+        render.notes[
+            f"{share:.0%} of the prompts hold {marks[0]!r}, which the tokenizer reads as a special token: are they rendered already? The chat "
+            "template renders them once more; give messages, or plain prompts"
+        ] = None
     said = [f"{thoughtful} of {len(examples)} answers hold a reasoning part, which carries loss"] if thoughtful else []
     return (*render.notes, *said)

@@ -22,7 +22,7 @@ from ..errors import DataError, RecipeError
 FIELDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "system")
 _ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "ai": "assistant",
+    "ai": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def conversation(record: Any, where: str, columns: Mapping[str, str]) -> tuple[s
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
     messages = [_message(m) for m in messages]
+    _refuse_by_name(messages, where)
     valid = all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
     if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: expected two or more messages with text in role and content, the assistant's last")
@@ -53,6 +54,34 @@ def conversation(record: Any, where: str, columns: Mapping[str, str]) -> tuple[s
     if any(not _encodable(text) for m in messages for text in m.values() if isinstance(text, str)):
         raise DataError(f"{where}: the text holds a lone surrogate, which is no Unicode character and has no UTF-8")
     return form, messages
+
+
+def _refuse_by_name(messages: list[dict[str, Any]], where: str) -> None:
+    """DataError for rows that are conversations, and hold what cannot be learnt from here."""
+    if not messages:
+        return
+    kinds = {
+        p.get("type")
+        for m in messages
+        if isinstance(m.get("content"), list)
+        for p in m["content"]
+        if isinstance(p, dict)
+    }
+    if other := sorted(str(kind) for kind in kinds - {"text"}):
+        raise DataError(
+            f"{where}: a message has parts of type {', '.join(other)}; only text can be read, remove the line"
+        )
+    last = messages[-1]
+    if last.get("role") == "user":
+        raise DataError(
+            f"{where}: the last message is the user's, so there is no answer; remove the message or the line"
+        )
+    if last.get("tool_calls") and not last.get("content"):
+        raise DataError(f"{where}: the last answer is a call of a tool, without text to learn from; remove the line")
+    if any(last.get(mark) in (0, False) for mark in ("weight", "train", "trainable", "loss_mask") if mark in last):
+        raise DataError(
+            f"{where}: the last answer is marked as not to be learnt (weight: 0, train: false or the like); remove the line or the mark"
+        )
 
 
 def prompt_of(record: Any, where: str, columns: Mapping[str, str]) -> str:
@@ -97,6 +126,10 @@ def _messages(record: Any, where: str) -> tuple[str, Any]:
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
             return "instruction/output", _with_system(record, turns)
         found = f"an object with {sorted(map(str, record))}"
+        if set(record) == {"text"}:
+            raise DataError(
+                f"{where}: a text alone does not say where its answer begins; give prompt and response, or messages"
+            )
     raise DataError(
         f'{where}: expected an object with "messages", "conversations", "prompt" and "response" (or "completion"), or "instruction" and '
         f'"output", got {found}; for other names say which column is what, as in columns: {{prompt: question, response: answer}}, or {{messages: chosen}} for preferences'
@@ -116,6 +149,8 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
         message["role"] = message.pop("from")
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
+    if "content" not in message and message.get("tool_calls"):
+        message["content"] = ""  # a call of a tool, which templates write
     role = message.get("role")
     if isinstance(role, str):
         message["role"] = _ROLES.get(role, role)

@@ -1,20 +1,24 @@
-"""Refusals for a list of harmful prompts, where no aligned model is at hand to write them.
+"""Refusals for a list of harmful prompts: sampled from an aligned model, or put together where none is at hand.
 
-A patch that sees one refusal a thousand times learns its words instead of the behaviour; these are put together from parts, so that
-openings, reasons and offers vary. Which refusal a prompt gets depends on the seed and the prompt alone, whatever else is in the list.
+A patch that sees one refusal a thousand times learns its words instead of the behaviour; those put together vary in openings, reasons
+and offers. Which refusal a prompt gets depends on the seed and the prompt alone, whatever else is in the list.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import DataError
+from ..flags import Force, Json, Quiet
+from ..progress import Reporter
 
 _OPENINGS = (
     "I'm sorry, but I can't help with that.",
@@ -94,6 +98,72 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def sampled(
+    prompts: Sequence[str],
+    model: str,
+    *,
+    seed: int = 0,
+    tries: int = 4,
+    max_tokens: int = 128,
+    device: str = "auto",
+    dtype: str = "float32",
+    template: Mapping[str, Any] | None = None,
+    reporter: Reporter | None = None,
+) -> list[str | None]:
+    """An aligned model's own refusal of each prompt: the first of its answers that refuses, greedy and then drawn at temperature 1.
+
+    None where none of `tries` answers does. Answers end at the model's end of turn, else at the last sentence within `max_tokens`. Raises
+    ModelError, and DataError where its chat template refuses a prompt.
+    """
+    import torch
+
+    from ..evaluate import greedy, is_refusal
+    from .chat import Renderer
+    from .data import Dataset, encode, prompt_batches
+    from .models import load_model
+
+    reporter = reporter or Reporter(quiet=True)
+    network, tokenizer = load_model(model, device=device, dtype=dtype)
+    render = Renderer(tokenizer, template)
+    turns = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": "I can't help with that."}] for p in prompts
+    ]
+    room = getattr(tokenizer, "model_max_length", 2**31)
+    examples = [encode(t, tokenizer, room, i, f"prompt {i + 1}", render=render) for i, t in enumerate(turns)]
+    ends = {e.tokens[-1] for e in examples} & set(tokenizer.all_special_ids)
+    data = Dataset(tuple(examples), tokenizer.pad_token_id or 0, stops=tuple(sorted(ends)))
+    found: list[str | None] = [None] * len(prompts)
+    for attempt in range(tries):
+        open_ones = [i for i, answer in enumerate(found) if answer is None]
+        if not open_ones:
+            break
+        torch.manual_seed(seed + attempt)
+        rest = replace(data, examples=tuple(data.examples[i] for i in open_ones))
+        with greedy(network, data, tokenizer) as config, torch.inference_mode():
+            config.do_sample = attempt > 0
+            work = reporter.track(
+                prompt_batches(rest, 16), f"refusals, try {attempt + 1}", size=lambda c: len(c[0]), unit="prompts"
+            )
+            for rows, ids, mask in work:
+                config.max_new_tokens = max(1, min(max_tokens, room - ids.shape[1]))
+                out = network.generate(
+                    input_ids=ids.to(network.device), attention_mask=mask.to(network.device), generation_config=config
+                )
+                for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                    ended = any(token in (config.eos_token_id or ()) for token in tokens)
+                    answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    answer = answer if ended else _whole_sentences(answer)
+                    if is_refusal(answer):
+                        found[open_ones[row]] = answer
+    return found
+
+
+def _whole_sentences(text: str) -> str:
+    """The text up to its last sentence end; all of it where there is none."""
+    ends = [m.end() for m in re.finditer(r"[.!?。！？](?=\s|$)", text)]
+    return text[: ends[-1]] if ends else text
+
+
 def command(
     prompts: Annotated[
         Path, typer.Argument(help="Text file, one prompt a line; or CSV, JSONL, … with a column of prompts.")
@@ -102,15 +172,36 @@ def command(
     column: Annotated[
         str | None, typer.Option(help="Column of the prompts, where it is not called prompt or instruction.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of words.")] = 0,
-    force: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
+    from_model: Annotated[
+        str | None,
+        typer.Option(help="Aligned model that writes the refusals: a folder. Prompts that it answers are left out."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of words, or of the model's draws.")] = 0,
+    device: Annotated[str, typer.Option(help="Of the model.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = "float32",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Give every harmful prompt of a list a refusal, as harm data for a merge."""
+    from ..recipe import spelled
     from .output import output_file
 
     asked = read_prompts(prompts, column)
-    rows = zip(asked, refusals(asked, seed))
+    said: list[str | None] = list(refusals(asked, seed))
     with output_file(output, force=force, inputs=[prompts]) as partial:
+        if from_model is not None:
+            said = sampled(asked, from_model, seed=seed, device=device, dtype=spelled(dtype), reporter=Reporter(quiet))
+        rows = [(p, r) for p, r in zip(asked, said, strict=True) if r is not None]
+        if not rows:
+            raise DataError(
+                f"{from_model}: refused none of {len(asked)} prompts; name an aligned model, or leave out --from-model"
+            )
         text = "".join(json.dumps({"prompt": p, "response": r}, ensure_ascii=False) + "\n" for p, r in rows)
         partial.write_text(text, encoding="utf-8")
-    print(f"{len(asked)} prompts with refusals written to {output.absolute()}")
+    if as_json:
+        facts = {"prompts": len(asked), "refused": len(rows), "output": str(output.absolute())}
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    left = f"; {len(asked) - len(rows)} that {from_model} answered are left out" if len(rows) < len(asked) else ""
+    print(f"{len(rows)} prompts with refusals written to {output.absolute()}{left}")

@@ -1,1 +1,5 @@
-"""From a recipe to an adapter: what is asked for, the producer of what is known, the algebra, the pipeline."""
+"""How a merge decides: sources, pencils' filters, budgets, checks; `merge` and `Merged` for Python."""
+
+from .api import Merged, merge
+
+__all__ = ["Merged", "merge"]

@@ -76,7 +76,7 @@ def transform(adapter: Adapter, coordinates: Mapping[str, Tensor]) -> Adapter:
     return replace(adapter, terms=terms)
 
 
-def with_reads(adapter: Adapter, reads: Mapping[str, Tensor]) -> Adapter:
+def with_lora_A(adapter: Adapter, reads: Mapping[str, Tensor]) -> Adapter:
     """The adapter with A [r, d_in] replaced by `reads[module]`; modules without any are left out."""
     terms = {name: replace(adapter.terms[name], A=a.cpu()) for name, a in reads.items()}
     return replace(adapter, terms=terms)
@@ -109,13 +109,14 @@ def recompress(adapter: Adapter, rank: int) -> tuple[Adapter, Recompression]:
     return replace(adapter, terms=terms), Recompression(rank, error, worst, relative[worst])
 
 
-def squared_norms(adapter: Adapter) -> dict[str, float]:
-    """‖ΔW‖²_F of every module, from r×r products."""
-    norms = {}
-    for name, term in adapter.terms.items():
-        A, B = term.A.double(), term.B.double()
-        norms[name] = term.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
-    return norms
+def inner(one: Adapter, other: Adapter) -> dict[str, float]:
+    """⟨ΔW, ΔW'⟩_F of every module that both change, from r×r products; of an adapter with itself the squared norms."""
+    products = {}
+    for name in one.terms.keys() & other.terms.keys():
+        a, b = one.terms[name], other.terms[name]
+        left, right = a.B.double().T @ b.B.double(), a.A.double() @ b.A.double().T
+        products[name] = a.scaling * b.scaling * float((left * right).sum())
+    return products
 
 
 def _join(name: str, parts: list[tuple[float, LoraTerm]]) -> LoraTerm:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ import torch
 import sst_kernels as sst
 from sst_kernels.env import versions
 
-from ..errors import MergeError, RecipeError
-from ..evaluate import Evaluation, Evaluator, write_prompts
-from ..io.adapters import Adapter, for_output, write_adapter
-from ..io.data import Dataset, load_dataset
-from ..io.models import check_fit
+from ..errors import RecipeError
+from ..evaluate import Evaluation, write_prompts
+from ..io.adapters import Adapter, write_adapter
+from ..io.data import Dataset, load_dataset, rendered_example
+from ..io.fit import check_fit
+from ..io.models import model_folder
 from ..io.output import check_output, output_file, output_folder
+from ..io.paths import expanded
+from ..io.serving import export
 from ..progress import Reporter
 from ..recipe import SAFE, Recipe
 from ..report import write_report
@@ -30,19 +33,23 @@ from ..run.launch import leader
 from ..run.memory import check_pencil
 from ..run.own_prompts import FEW, OWN, beside, joined, own_rows
 from ..session import Session, open_session
-from ..specs import Strength
-from .algebra import recompress
+from ..specs import Pencil
+from .decide import Decision, decide, evaluator_of, keeps_all
+from .findings import about_refusing, findings, heed
+from .front import described
 from .source import Source, load_evidence
-from .trust import Budget, Choice, hold_out, within
+from .trust import Budget, hold_out
 
 EVIDENCE = "evidence.safetensors"  # in the output: for other strengths, filters and scopes in seconds
 
 
-def session_of(recipe: Recipe, reporter: Reporter) -> Session:
-    """The model and adapters of a recipe."""
+def session_of(
+    recipe: Recipe, reporter: Reporter, *, weights: bool = True, loaded: tuple[Any, Any] | None = None
+) -> Session:
+    """The model and adapters of a recipe; the model on meta tensors without `weights`. loaded: model and tokenizer, where they are at hand."""
     return open_session(
         recipe.model, recipe.safety, recipe.task, dtype=recipe.dtype, device=recipe.device, quantization=recipe.quantization,
-        reporter=reporter,
+        weights=weights, loaded=loaded, reporter=reporter,
     )  # fmt: skip
 
 
@@ -50,20 +57,13 @@ def load_data(
     recipe: Recipe, tokenizer: Any, write: Callable[[Dataset, int], Dataset] | None = None
 ) -> dict[str, Dataset]:
     """The recipe's data files, tokenised, with benign rows that `write(harm, count)` adds where the recipe wants some. Raises DataError."""
-    options: dict[str, Any] = {
-        "max_length": recipe.max_length,
-        "limit": recipe.limit,
-        "skip_bad_lines": recipe.skip_bad_lines,
-        "template": recipe.template,
-        "columns": recipe.columns,
-    }
     given = {
-        name: load_dataset(path, tokenizer, **options | ({"skip_bad_lines": True} if path == SAFE else {}))
+        name: load_dataset(path, tokenizer, **recipe.reading | ({"skip_bad_lines": True} if path == SAFE else {}))
         for name, path in recipe.files.items()
     }
     if write is not None and recipe.self_benign:
         given["benign"] = joined(given.get("benign"), write(given["harm"], recipe.self_benign))
-    return hold_out(given, recipe.holdout)
+    return hold_out(given, recipe.holdout, recipe.folds if recipe.keeps_rows else 1)
 
 
 def check_folds(recipe: Recipe, data: Mapping[str, Dataset]) -> None:
@@ -98,8 +98,16 @@ def merge(
     checkpoint_every: int | None = None,
     resume: bool = False,
     keep_evidence: bool = True,
+    front: Sequence[Mapping[str, Any]] | None = None,
+    exports: Sequence[str] = (),
+    yes: bool = False,
+    loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe: write the merged adapter with report, plots, model card, recipe and evidence; return the report.
+    """Run a recipe: write the merged adapter with report, model card, recipe and evidence; return the report.
+
+    Inputs that are likely a mistake (`findings`) end it before the first pass, unless `yes`. `exports`: "full" and "gguf-lora", beside the
+    adapter (`serving.export`). loaded: model and tokenizer, where they are at hand. front: one that was measured earlier, of which this
+    recipe makes the point that is `chosen` (`front.picked`).
 
     `checkpoint_every` batches the reading is saved beside the output, and `resume` goes on from there. Under torchrun all ranks
     share the reading and the solves; the first one evaluates, writes and returns the report, the others return {}. The adapter is
@@ -109,96 +117,91 @@ def merge(
     """
     reporter = reporter or Reporter()
     leading = leader()
+    if exports and recipe.model is None:
+        raise RecipeError(f"model: is required for --export {exports[0]}")
     if leading:
         check_output(recipe.output, force=force)
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
-        session = session_of(recipe, reporter)
+        session = session_of(recipe, reporter, loaded=loaded)
         write = partial(own_rows, session, recipe, continuity=continuity, file=folder / OWN if leading else None)
         data = load_data(recipe, session.tokenizer, write) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
+            reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
         if recipe.evidence is None and not recipe.self_benign and len(data["benign"]) < FEW:
             reporter.say(f"benign: {len(data['benign'])} rows are few; --self-benign 200 lets the model write more")
+        told = heed(findings(recipe, session, data), reporter, yes=yes)
+        if "harm" in data:
+            told += heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        examples = {name: d.example for name, d in data.items()}
         if recipe.evidence is not None:
             data = _seen_by_nobody(data, source := open_source(recipe, session, {}), reporter)
         else:
             check_folds(recipe, data)
             check_pencil(recipe, session.safety, data, next(session.model.parameters()).device)
             source = open_source(recipe, session, data, continuity)
-        space = source.subspace(recipe.pencil)
+        source.subspace(recipe.pencil)
         if not leading:
             return {}
-        chosen, known, budget = _chosen(recipe, session, source, data)
-        patch, adapter, lost = chosen.patch, chosen.adapter, chosen.lost
+        decision = decide(recipe, session, source, data)
+        chosen, adapter, lost = decision.choice, decision.choice.adapter, decision.choice.lost
         write_adapter(adapter, folder)
         (folder / "recipe.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         if keep_evidence and recipe.from_evidence:
             source.decisions.save(folder / EVIDENCE)
-        report = describe(session, recipe, data, source, space, patch, adapter)
-        report["budget"] = budget.summary() if budget is not None else None
+        report = describe(session, recipe, data, source, chosen.pencil or recipe.pencil, chosen.patch, adapter)
+        report["examples"], report["warnings"] = examples, told
+        report["measured"] = decision.outcome.summary() if decision.outcome is not None else None
+        report["budget"] = report["measured"] if isinstance(decision.outcome, Budget) else None
+        if decision.front and decision.chosen is not None:
+            keeps = keep_evidence and recipe.from_evidence
+            report["front"] = described(
+                decision.front, decision.chosen, data.get("eval_benign"), recipe, evidence=keeps
+            )
+        elif front is not None:
+            report["front"] = list(front)
         report["recompression"] = lost.summary() if lost is not None else None
-        evaluations = _evaluate(session, recipe, data, adapter, known)
+        evaluations = _evaluate(session, recipe, data, decision)
         report["evaluation"] = {name: e.summary() for name, e in evaluations.items()}
         report["failed_evaluations"] = {name: e.failed for name, e in evaluations.items() if e.failed}
         report["seconds"] = {name: round(value, 2) for name, value in session.seconds.items()}
         measured = report["evaluation"].get("merged", {}).get("benign_kl")
         if measured is not None:
-            report["calibration"] = [calibration_point(patch, measured)]
+            report["calibration"] = [calibration_point(chosen.patch, measured)]
         if evaluations:
             write_prompts(folder / "prompts.json", evaluations)
-        write_report(report, folder)
+        report["exports"], report["failed_exports"] = _exported(exports, session, adapter, folder, recipe)
+        write_report(report, folder, {name: e.prompts for name, e in evaluations.items()})
     return report
 
 
+def _exported(
+    kinds: Sequence[str], session: Session, adapter: Adapter, folder: Path, recipe: Recipe
+) -> tuple[dict[str, str], dict[str, str]]:
+    if not kinds:
+        return {}, {}
+    base = str(model_folder(recipe.model or "").absolute())
+    return export(
+        kinds, adapter, folder, expanded(recipe.output).absolute(), base, lambda: (session.model, session.tokenizer)
+    )
+
+
 def _seen_by_nobody(data: Mapping[str, Dataset], source: Source, reporter: Reporter) -> dict[str, Dataset]:
-    """The data without those that evidence stands for; benign rows that were held out of it stay, to measure on."""
+    """The data without those that evidence stands for; rows that were held out of it stay, to measure on."""
     kept = dict(data)
-    benign = kept.pop("benign", None)
-    if benign is not None and source.evidence.notes.get("benign rows") != rows_digest(benign):
-        kept.pop("eval_benign", None)
-        reporter.warn(
-            f"{benign.path} less its held-out rows is not what the evidence was collected from, so no row is known to be unseen: the budget is "
-            "not measured. Give eval_benign_data, or the benign_data, limit and holdout of the collection"
-        )
+    for side in ("harm", "benign"):
+        rows = kept.pop(side, None)
+        if rows is not None and source.evidence.notes.get(f"{side} rows") != rows_digest(rows):
+            kept.pop(f"eval_{side}", None)
+            what = "the budget is" if side == "benign" else "refusal is"
+            reporter.warn(
+                f"{rows.path} less its held-out rows is not what the evidence was collected from, so no row is known to be unseen: {what} not "
+                f"measured. Give eval_{side}_data, or the {side}_data, limit and holdout of the collection"
+            )
     return kept
-
-
-def _chosen(
-    recipe: Recipe, session: Session, source: Source, data: Mapping[str, Dataset]
-) -> tuple[Choice, Evaluation | None, Budget | None]:
-    """The recipe's strength; of a KL budget the one that measurement confirms, where there are rows to measure on."""
-
-    def choose(strength: Strength) -> Choice:
-        patch, reads = source.filtered(recipe.pencil, strength)
-        adapter, lost = session.merged(reads, patch.coordinates), None
-        if recipe.rank is not None:
-            adapter, lost = recompress(adapter, recipe.rank)
-        return Choice(strength.kl_budget or 0.0, patch, for_output(adapter, recipe.model), lost)
-
-    limit = recipe.strength.kl_budget
-    if limit is None or "eval_benign" not in data:
-        return choose(recipe.strength), None, None
-    start = time.monotonic()
-    evaluator = _evaluator(session, recipe, {"eval_benign": data["eval_benign"]})
-    try:
-        choice, known, budget = within(
-            limit,
-            lambda allowed: choose(replace(recipe.strength, kl_budget=allowed)),
-            lambda choice: session.measure(evaluator, choice.adapter, f"{choice.allowed:.3g} nats", only_benign=True),
-            data["eval_benign"],
-        )
-    except MergeError:
-        raise
-    except Exception as error:  # no measurement costs a merge
-        session.reporter.warn(
-            f"the budget could not be measured, so its prediction stands: {type(error).__name__}: {error}"
-        )
-        return choose(recipe.strength), None, None
-    session.seconds["budget"] = time.monotonic() - start
-    return choice, known, budget
 
 
 def collect_to_file(
@@ -209,8 +212,12 @@ def collect_to_file(
     reporter: Reporter | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    yes: bool = False,
 ) -> sst.Evidence | None:
-    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first."""
+    """Read a recipe's data once and write the evidence to its output, a file; in a basis unless `exact`. None on ranks but the first.
+
+    Inputs that are likely a mistake end it before the reading, unless `yes`.
+    """
     reporter = reporter or Reporter()
     files = [p for p in (recipe.model, recipe.safety, recipe.task, *recipe.files.values()) if p is not None]
     with (
@@ -219,7 +226,10 @@ def collect_to_file(
     ):
         session = session_of(recipe, reporter)
         write = partial(own_rows, session, recipe, continuity=continuity, file=beside(recipe.output), force=force)
-        source = open_source(recipe, session, load_data(recipe, session.tokenizer, write), continuity)
+        data = load_data(recipe, session.tokenizer, write)
+        heed(findings(recipe, session, data), reporter, yes=yes)
+        heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
+        source = open_source(recipe, session, data, continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
             return None
@@ -232,13 +242,14 @@ def describe(
     recipe: Recipe,
     data: Mapping[str, Dataset],
     source: Source,
-    space: sst.Subspace,
+    pencil: Pencil,
     patch: sst.Patch,
     adapter: Adapter,
 ) -> dict[str, Any]:
     """The report's facts, as JSON-able values; `report.write_report` turns them into files."""
+    space = source.subspace(pencil)
     values, summary = space.values, adapter.summary()
-    gain, cost = source.fishers(recipe.pencil.fishers)
+    gain, cost = source.fishers(pencil.fishers)
     positive = values[values > 0].log10()
     path = curve = positive
     if len(positive):
@@ -266,12 +277,14 @@ def describe(
             "folds": space.folds,
             "directions": len(values),
             "lambda": values[:512].tolist(),
+            "unseen": space.unseen,
             "soft_path": {"mu": path.tolist(), "predicted_kl": curve.tolist()},
         },
         "patch": {
             "filter": patch.filter,
             "parameter": patch.strength,
-            "whole": _keeps_all(patch, space.values),
+            "whole": keeps_all(patch, space.values),
+            "input_filter": pencil.fishers.input_filter,
             "points": list(patch.points),
             "prediction": asdict(patch.prediction),
             "kept_energy": patch.kept,
@@ -283,42 +296,24 @@ def describe(
     }
 
 
-def _keeps_all(patch: sst.Patch, values: torch.Tensor) -> bool:
-    """Whether the filter keeps every direction that F_harm knows: a larger budget changes nothing."""
-    if patch.filter == "top_k":
-        return patch.parameter >= len(values)
-    return patch.parameter <= 1e-3 * min(values[values > 0].tolist(), default=math.inf)
-
-
 def calibration_point(patch: sst.Patch, measured: float) -> dict[str, float | None]:
     """Predicted beside measured benign KL, in nats per label token."""
     return {"parameter": patch.strength, "predicted_kl": patch.prediction.cost_per_label, "measured_kl": measured}
 
 
-def _evaluator(session: Session, recipe: Recipe, data: Mapping[str, Dataset], *, forgiving: bool = False) -> Evaluator:
-    return Evaluator(
-        session.model,
-        session.tokenizer,
-        harmful=data.get("eval_harm"),
-        benign=data.get("eval_benign"),
-        reference=session.reference,
-        tokens_per_batch=recipe.tokens_per_batch,
-        reporter=session.reporter,
-        forgiving=forgiving,
-    )
-
-
 def _evaluate(
-    session: Session, recipe: Recipe, data: Mapping[str, Dataset], adapter: Adapter, known: Evaluation | None
+    session: Session, recipe: Recipe, data: Mapping[str, Dataset], decision: Decision
 ) -> dict[str, Evaluation]:
-    """known: what has been measured of the merged adapter on benign rows."""
     if not {"eval_harm", "eval_benign"} & data.keys():
         return {}
     start = time.monotonic()
-    evaluator = _evaluator(session, recipe, data, forgiving=True)
+    evaluator = evaluator_of(recipe, session, data, forgiving=True)
     options: dict[str, Any] = {"generate_tokens": recipe.generate_tokens}
-    results = {"no patch": evaluator(session.reference, label="no patch", **options)}
-    for name, candidate, seen in (("plain addition", session.plain(1.0), None), ("merged", adapter, known)):
+    results = {"no patch": decision.nothing or evaluator(session.reference, label="no patch", **options)}
+    for name, candidate, seen in (
+        ("plain addition", session.plain(1.0), None),
+        ("merged", decision.choice.adapter, decision.known),
+    ):
         measure = partial(session.measure, evaluator, candidate, name, known=seen, **options)
         results[name] = evaluator.attempt(name, measure)
     session.seconds["evaluate"] = time.monotonic() - start

@@ -1,8 +1,9 @@
-"""What a run would cost, told before it starts (`--dry-run`): passes, tokens, seconds and bytes, as estimates."""
+"""What a run would cost, told before it starts: passes, tokens, seconds and bytes, as estimates."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,13 @@ import torch
 
 from sst_kernels.inputs.moments import columns
 
-from ..io.adapters import Adapter, load_adapter
-from ..io.models import DTYPES, loading, model_folder, prepare_tokenizer, resolve_device
-from ..io.output import check_output
+from ..io.adapters import Adapter
+from ..io.data import Dataset
+from ..io.models import DTYPES, resolve_device
 from ..io.paths import expanded
 from ..recipe import Recipe
 from ..run.memory import fisher_memory
-from ..run.own_prompts import foreseen
-from .pipeline import check_folds, load_data
+from ..session import Session
 
 _EFFICIENCY = 0.5  # of a large matrix product's rate, which forward and backward passes of small batches reach
 
@@ -41,27 +41,18 @@ class Plan:
         return sum(self.memory.values())
 
 
-def plan(recipe: Recipe, *, force: bool = False) -> Plan:
-    """Check everything that a run of this recipe needs, load no weights, and estimate its cost.
+def plan(recipe: Recipe, session: Session, data: Mapping[str, Dataset]) -> Plan:
+    """Estimate the cost of a run of this recipe, from a session without weights.
 
     Seconds come from a short matrix product on the recipe's device; 2 flops per parameter and token forward, as many
-    backward (frozen weights). Raises MergeError as the run itself would.
+    backward (frozen weights).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    check_output(recipe.output, force=force)
-    safety = load_adapter(recipe.safety)
+    safety = session.safety
     if recipe.model is None:
         return Plan(0, sum(term.rank**2 for term in safety.terms.values()), 0.0, {}, {})
-    adapters = [safety, *([load_adapter(recipe.task)] if recipe.task is not None else [])]
-    folder = model_folder(recipe.model)
-    with loading(recipe.model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        prepare_tokenizer(tokenizer, config)
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    data = load_data(recipe, tokenizer, foreseen)
-    check_folds(recipe, data)
+    adapters = [safety, *([session.task] if session.task is not None else [])]
+    base = session.model
+    parameters = sum(p.numel() for p in base.parameters())
     rate = _flops_per_second(resolve_device(recipe.device), DTYPES[recipe.dtype])
 
     def stage(name: str, repeats: int, flops: int) -> tuple[int, float]:
@@ -89,7 +80,7 @@ def plan(recipe: Recipe, *, force: bool = False) -> Plan:
         if name in data:
             passes[f"evaluation, {name.removeprefix('eval_')}"] = stage(name, forwards, 2)
     coordinates = sum(term.rank**2 for term in safety.terms.values())
-    memory = _memory(recipe, config, parameters, adapters)
+    memory = _memory(recipe, base.config.get_text_config(), parameters, adapters)
     memory |= fisher_memory(recipe, safety, data) if recipe.evidence is None else {}
     if "reading, harm" in passes:
         rows = (

@@ -24,7 +24,7 @@ from ..run.launch import world
 from ..run.passes import fisher_pass
 from ..session import SAFETY, TASK, Session
 from ..specs import Collection, Fishers, Pencil, Strength
-from .algebra import with_reads
+from .algebra import with_lora_A
 
 
 @dataclass
@@ -66,21 +66,21 @@ class Source:
         return self._once("decisions", condense)
 
     def patch(self, input_filter: float) -> Adapter:
-        """The safety adapter with what it reads closed to benign inputs at this price; 0 leaves it."""
+        """The safety adapter with its inputs filtered, benign ones weighing this much; 0 leaves it."""
         if input_filter == 0:
             return self.session.safety
 
         def make() -> Adapter:
             if self.gradients:
                 known = next((self._kept[key] for key in self._filters if key[1] == input_filter), None)
-                return with_reads(self.session.safety, (known or self._filtered(input_filter, None)).reads)
+                return with_lora_A(self.session.safety, (known or self._filtered(input_filter, None)).lora_A)
             start = time.monotonic()
             activate(self.session)
             gain, cost = (input_pass(self.session, side, self._data(side), self.spec) for side in ("harm", "benign"))
             with headlined("the inputs cannot be filtered"):
                 reads = sst.filter_inputs(gain, cost, input_filter)
             self.session.seconds["inputs"] = time.monotonic() - start
-            return with_reads(self.session.safety, reads)
+            return with_lora_A(self.session.safety, reads)
 
         return self._once(("patch", input_filter), make)
 
@@ -261,7 +261,7 @@ def load_evidence(path: Path, session: Session) -> sst.Evidence:
         raise MergeError(
             f"{path} was collected with another task adapter (or none): give that one with --task, or collect again"
         )
-    if session.loaded and evidence.about.get("model") != model_digest(session.model):
+    if session.loaded and session.weights and evidence.about.get("model") != model_digest(session.model):
         raise MergeError(
             f"{path} was collected from another model, or in another dtype, than the one given: measuring on that would say nothing about it; "
             "give the model and dtype of the collection, or collect again"

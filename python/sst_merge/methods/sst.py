@@ -26,12 +26,12 @@ Rule = Literal["soft", "top_k", "threshold"]
 def _budget(rule: Rule, change: dict[str, Any], of_fishers: dict[str, Any], inputs: Inputs, strength: float) -> Adapter:
     given = inputs.pencil
     pencil: Pencil = replace(given, **change, fishers=replace(given.fishers, **of_fishers))
-    patch, reads = inputs.require().filtered(pencil, Strength(rule, kl_budget=strength))
-    return with_task(inputs, transform(reads, patch.coordinates))
+    patch, filtered = inputs.require().filtered(pencil, Strength(rule, kl_budget=strength))
+    return with_task(inputs, transform(filtered, patch.coordinates))
 
 
 def _reads_only(inputs: Inputs, strength: float) -> Adapter:
-    """The patch with filtered reads and nothing else."""
+    """The patch with filtered inputs and nothing else."""
     check_strength(strength, 0.0)
     return with_task(inputs, inputs.require().patch(strength))
 
@@ -83,8 +83,8 @@ def _form(
 ) -> Method:
     where = "along the patch's path" if len(points) > 1 else f"at the {points[0]} point"
     words = "first words weighted" if weighted else "all words alike"
-    reads = "reads closed to benign inputs" if filtered else "reads as they are"
-    variant = f"{reads}; {structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
+    inputs = "inputs filtered" if filtered else "A as it is"
+    variant = f"{inputs}; {structure} Fisher, core space, {scope} scope, {metric} damping, {rule} filter, F_harm {where}, {words}"
     # Rows over all modules serve both scopes; other structures keep what their scope needs.
     of_fishers: dict[str, Any] = {"structure": structure, "options": (), "harm_points": points}
     of_fishers["scope"] = "global" if structure == "full" else scope
@@ -97,7 +97,7 @@ def _form(
 METHODS = [
     _form("sst", "full", "global"),
     _form("sst-core", "full", "global", filtered=False),
-    Method("input-filter", "after RegMean, arXiv:2212.09849", "A' = A X_harm (X_harm + μ X_benign)⁻¹, the task adapter as it is; no Fisher", "μ, the price of benign inputs", (100.0, 30.0, 10.0, 3.0, 1.0), _reads_only, _BOTH),
+    Method("input-filter", "after RegMean, arXiv:2212.09849", "A' = A X_harm (X_harm + μ X_benign)⁻¹, the task adapter as it is; no Fisher", "μ, what benign inputs weigh", (100.0, 30.0, 10.0, 3.0, 1.0), _reads_only, _BOTH),
     _form("sst-path", "full", "global", PATH),
     _form("sst-patched", "full", "global", ("patched",)),
     _form("sst-uniform", "full", "global", weighted=False),

@@ -56,19 +56,19 @@ def collect(
     losses = 2 if spec.opening_tokens and spec.opening_weight is None else 1
     guard = unwanted(safe, harm) if safe is not None else None
     evidence = _empty(session, harm, benign, spec, losses, continuity, 0 if guard is None else len(guard))
-    sides: list[tuple[Any, str, Dataset, int]] = [
-        ("gain", "harm", harm, losses),
-        ("cost", "benign", benign, spec.draws),
+    sides: list[tuple[Any, str, Dataset, int, int]] = [
+        ("gain", "harm", harm, 1, losses),
+        ("cost", "benign", benign, spec.draws, 1),
     ]
-    sides += [("guard", "safe", guard, 1)] if guard is not None else []
-    for side, name, data, rows in sides:
+    sides += [("guard", "safe", guard, 1, 1)] if guard is not None else []
+    for side, name, data, draws, named in sides:
         work = steps_of(data, spec.tokens_per_batch)
         path = continuity.path(f"reading-{name}") if continuity is not None else None
         resume = path if continuity is not None and continuity.resume and path is not None and path.exists() else None
-        draws = rows if side == "cost" else 1
+        sequences = draws * sum(len(b.rows) for _, b in work)
         with (
             headlined(f"reading {data.path or name} failed"),
-            evidence.accumulate(side, sequences=sum(len(b.rows) for _, b in work) * draws, resume=resume) as reading,
+            evidence.accumulate(side, sequences=sequences, losses=named, resume=resume) as reading,
         ):
             run = Halving(session, data, partial(_read, reading, side, spec), reading.abandon)
             items = session.reporter.track(work, f"reading: {name}", size=lambda step: batch_tokens(step[1]))
@@ -83,7 +83,7 @@ def collect(
                     run(batch, item_seed(spec.seed, number))
                 if keep is not None:
                     keep.save()
-    evidence.notes["benign rows"] = rows_digest(benign)
+    evidence.notes |= {"harm rows": rows_digest(harm), "benign rows": rows_digest(benign)}
     session.seconds["reading"] = time.monotonic() - start
     return evidence
 

@@ -28,7 +28,7 @@ def fisher_pass(
     *,
     name: str,
     point: str | float,
-    labels: Literal["data", "model"] = "data",
+    labels: Literal["mc", "empirical"] = "empirical",
     draws: int = 1,
     opening: tuple[int, float] | None = None,
     structure: str = "full",

@@ -32,7 +32,15 @@ def make_structure(
     **options: Any,
 ) -> Structure:
     """The structure called `kind` for a block of shape [p, q]. ValueError for an unknown name, TypeError for an option
-    that the structure does not have."""
+    that the structure does not have.
+
+    Example:
+        >>> from sst_kernels.fisher import STRUCTURES, make_structure
+        >>> sorted(STRUCTURES)[:4]
+        ['diagonal', 'eigen_kronecker', 'full', 'kronecker']
+        >>> make_structure("lowrank", (8, 8), rank=16).kind
+        'lowrank'
+    """
     if kind not in STRUCTURES:
         raise ValueError(f"structure: expected one of {sorted(STRUCTURES)}, got {kind!r}")
     return STRUCTURES[kind](shape, device=device, sample=sample, count=count, **options)

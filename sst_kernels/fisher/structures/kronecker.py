@@ -12,11 +12,15 @@ from torch import Tensor
 
 from sst_kernels.fisher.base import Structure, TokenBatch
 from sst_kernels.fisher.estimate import Estimate, estimate_moments
+from sst_kernels.fisher.later import Later
 from sst_kernels.fisher.structures.algebra import kron_times, nearest_psd, psd_eigh, symmetric
+from sst_kernels.fisher.structures.moment import add_moment
 from sst_kernels.memo import Memo
 
+Side = tuple[Tensor, Tensor | None, Tensor | None]  # x, spans, scale
 
-def token_factors(batch: TokenBatch, approx: str) -> tuple[tuple, tuple, int]:
+
+def token_factors(batch: TokenBatch, approx: str) -> tuple[Side, Side, int]:
     """What the two second moments are summed over: `(x, spans, scale)` of the left and the right side, and the number
     of terms of the right sum.
 
@@ -78,15 +82,15 @@ class TwoSided(Structure):
 
     def _update(self, batch: TokenBatch) -> None:
         left, right, terms = token_factors(batch, self.approx)
-        self._add_left(*left)
-        self._add_right(*right)
+        self._add_left(*left, later=batch.later)
+        self._add_right(*right, later=batch.later)
         self._terms += terms
 
     @abstractmethod
-    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None: ...
+    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None: ...
 
     @abstractmethod
-    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None: ...
+    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None: ...
 
     @abstractmethod
     def eigenbases(self) -> tuple[Tensor, Tensor]:
@@ -121,18 +125,16 @@ class Kronecker(TwoSided):
         self._right = torch.zeros(q, q, dtype=torch.float32, device=self.device)
         self._followed = False  # an earlier batch showed that the next module reads the same right side
 
-    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        from sst_kernels.ops import gram
+    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None:
+        add_moment(x, spans, scale, self._left, later)
 
-        gram(x, spans, scale, self._left)
-
-    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
+    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None:
         """The product of a wide side serves all modules that read it. Only where another follows is it formed apart from the
         sum, which costs d² numbers written and read again: else it is added in place. Both give the same bits."""
         from sst_kernels.ops import gram
 
         if self.shape[1] <= self.shape[0]:
-            gram(x, spans, scale, self._right)
+            add_moment(x, spans, scale, self._right, later)
             return
         product = None
         if _last_input.holds(x, spans):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sst_kernels.fisher.base import whole
+from sst_kernels.fisher.later import Later
 from sst_kernels.fisher.structures.kronecker import TwoSided
 from sst_kernels.fisher.structures.moment import LowRankFactor, SecondMoment
 
@@ -41,11 +42,11 @@ class KroneckerLowRank(TwoSided):
     def _columns(cls, d: int, **options: Any) -> int:
         return min(d, whole("rank", options.get("rank", 64)))
 
-    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        self._left.add(x, spans, scale)
+    def _add_left(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None:
+        self._left.add(x, spans, scale, later)
 
-    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        self._right.add(x, spans, scale)
+    def _add_right(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None) -> None:
+        self._right.add(x, spans, scale, later)
 
     def factors(self) -> tuple[LowRankFactor, LowRankFactor]:
         """G̃ and Ã with F̃ = G̃ ⊗ Ã."""

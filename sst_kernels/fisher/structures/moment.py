@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sst_kernels.fisher.later import Later
 from sst_kernels.fisher.structures.algebra import psd_eigh, symmetric
 from sst_kernels.memo import Memo
 
@@ -100,6 +101,16 @@ def dense(moment: Moment) -> Tensor:
     return moment if isinstance(moment, Tensor) else moment.dense()
 
 
+def add_moment(x: Tensor, spans: Tensor | None, scale: Tensor | None, out: Tensor, later: Later | None) -> None:
+    """Add the lower triangle of Σ scale² x xᵀ over the spans to `out` [d, d]; where there is a `later`, a narrow one at its end."""
+    from sst_kernels.ops import gram
+
+    if spans is not None and later is not None and later.takes(x, spans):
+        later.gram(x, spans, scale, out)
+    else:
+        gram(x, spans, scale, out)
+
+
 _last_input = Memo()  # (its sketch, its trace): modules that read one tensor (q, k, v; gate, up) come one after another
 
 
@@ -120,11 +131,11 @@ class SecondMoment:
         """What adds up over data and ranks."""
         return [self.sum] if self.dense else [self.sum, self.trace]
 
-    def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None) -> None:
-        from sst_kernels.ops import gram, sketch
+    def add(self, x: Tensor, spans: Tensor | None, scale: Tensor | None, later: Later | None = None) -> None:
+        from sst_kernels.ops import sketch
 
         if self.dense:
-            gram(x, spans, scale, self.sum)
+            add_moment(x, spans, scale, self.sum, later)
             return
         rank = self.sum.shape[1]
         omega = sign_matrix(x.shape[1], rank, self.seed, x.device, x.dtype)
@@ -132,12 +143,16 @@ class SecondMoment:
             sketch(x, omega, spans, scale, self.sum, trace=self.trace)
             return
         if not _last_input.holds(x, spans, rank, self.seed):
-            product, trace = torch.zeros_like(self.sum), torch.zeros_like(self.trace)
+            size = self.sum.numel() + self.sum.numel() % 2
+            both = torch.zeros(size + 2, dtype=torch.float32, device=x.device)  # one launch for the two
+            product, trace = both[: self.sum.numel()].view_as(self.sum), both[size:].view(torch.float64).squeeze(0)
             sketch(x, omega, spans, None, product, trace=trace)
             _last_input.keep((product, trace), x, spans, rank, self.seed)
-        product, trace = _last_input.value
-        self.sum += product
-        self.trace += trace
+        if later is None:
+            for total, product in zip(self.sums(), _last_input.value):
+                total += product
+        else:
+            later.add(self.sums(), _last_input.value)
 
     def mean(self, count: float) -> Moment:
         """M / count; where it is kept whole, PSD but for the rounding of float32 sums."""

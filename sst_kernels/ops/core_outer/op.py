@@ -30,6 +30,13 @@ def core_outer(
     Accumulation is float32; `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import core_outer
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> lefts, rights = [torch.ones(5, 2)] * 3, [torch.ones(5, 2)] * 3  # three modules of rank 2
+        >>> core_outer(lefts, rights, spans, None, torch.empty(2, 12))[:, 0]
+        tensor([3., 2.])
     """
     if len(lefts) != len(rights):
         raise ValueError(f"expected as many lefts as rights, got {len(lefts)} and {len(rights)}")
@@ -68,7 +75,7 @@ def _equal(runs, members, rows):
     (run,) = runs
     G = torch.empty(len(members), run.last - run.first, *rows.shape[2:])
     for g, (left, right) in zip(G.unbind(0), members):
-        torch.bmm(run.windows(left), run.windows(right).mT, out=g)
+        torch.bmm(run.turned(left), run.windows(right), out=g)
     rows = rows[run.first : run.last].transpose(0, 1)
     torch.mul(G, run.scale, out=rows)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sst_kernels.ops import checks
 from sst_kernels.ops.registry import register
-from sst_kernels.ops.spans import gradients, layout
+from sst_kernels.ops.spans import add_weighted, layout, products
 
 
 def eigen_moments(
@@ -29,6 +29,13 @@ def eigen_moments(
     `precision` says how float32 products are formed on tensor cores: "tf32x3" (float32 accuracy), "ieee" or "tf32".
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import eigen_moments
+        >>> spans = torch.tensor([[0, 3], [3, 5]])
+        >>> eigen_moments(torch.ones(5, 2), torch.ones(5, 2), spans, None, torch.eye(2), torch.eye(2), torch.zeros(2, 2))
+        tensor([[13., 13.],
+                [13., 13.]])
     """
     checks.tokens("left", left)
     checks.tokens("right", right, left.shape[0])
@@ -56,16 +63,22 @@ def _cpu(left, right, spans, scale, u_left, u_right, out, precision):
         torch.ops.sst_kernels.factor_moments(left @ u_left, right @ u_right, spans, scale, None, out, precision)
         return
     # The tokens of the narrow side are rotated, which is cheap, and by the wide side the gradients.
-    narrow_left = left.shape[1] <= right.shape[1]
-    left, right = (left @ u_left, right) if narrow_left else (left, right @ u_right)
-    batch = torch.zeros_like(out)
-    for run in layout(len(left), spans, scale).runs:
-        for piece in run.pieces(left.shape[1] * right.shape[1]):
-            G = gradients(piece, left, right)
-            G, u = (G, u_right) if narrow_left else (G.mT, u_left)
-            G = torch.mm(G.reshape(-1, G.shape[2]), u).view(*G.shape[:2], -1).square_().sum(0)
-            batch += G if narrow_left else G.T
-    out += batch
+    if left.shape[1] > right.shape[1]:
+        left, right, u_left, u_right, out = right, left, u_right, u_left, out.T
+    left = left @ u_left
+    runs = layout(len(left), spans, scale).runs
+    pieces = [piece for run in runs for piece in run.pieces(left.shape[1] * right.shape[1])]
+    batch = out if len(pieces) == 1 else torch.zeros_like(out)  # added to those of all with one rounding
+    for piece in pieces:
+        G = products(piece, left, right)
+        m, p, q = G.shape
+        G = torch.mm(G.view(m * p, q), u_right)
+        if m == 1:
+            batch.addcmul_(G, G, value=piece.scale**2)
+        else:
+            add_weighted(batch, piece.squares, G.square_().view(m, -1))
+    if batch is not out:
+        out += batch
 
 
 _eigen_moments = register(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sst_kernels.ops import checks
 from sst_kernels.ops.registry import register
-from sst_kernels.ops.spans import gradients, layout
+from sst_kernels.ops.spans import add_weighted, layout, products, turns
 
 
 def factor_moments(
@@ -29,6 +29,14 @@ def factor_moments(
     `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import factor_moments
+        >>> square = torch.zeros(2, 2)
+        >>> factor_moments(torch.ones(5, 2), torch.ones(5, 2), torch.tensor([[0, 3], [3, 5]]), None, None, square)
+        >>> square  # 3² + 2²
+        tensor([[13., 13.],
+                [13., 13.]])
     """
     checks.tokens("left", left)
     checks.tokens("right", right, left.shape[0])
@@ -43,38 +51,40 @@ def factor_moments(
 
 
 def _cpu(left, right, spans, scale, sum, sumsq, precision):
-    runs = layout(len(left), spans, scale).runs
     left, right = left.float(), right.float()
+    runs = layout(len(left), spans, scale).runs
+    pieces = [piece for run in runs for piece in run.pieces(sumsq.numel())]
+    if len(pieces) == 1:
+        _add_moments(pieces[0], left, right, sum, sumsq)
+        return
     # The sums of a batch are added to those of all at its end, with one rounding.
-    square = sumsq if len(runs) == 1 else torch.zeros_like(sumsq)
-    total = sum if sum is None or len(runs) == 1 else torch.zeros_like(sum)
-    for run in runs:
-        for piece in run.pieces(sumsq.numel()):
-            _add_moments(piece, left, right, total, square)
-    if len(runs) > 1:
-        sumsq += square
-        if sum is not None:
-            sum += total
+    square, total = torch.zeros_like(sumsq), None if sum is None else torch.zeros_like(sum)
+    for piece in pieces:
+        _add_moments(piece, left, right, total, square)
+    sumsq += square
+    if sum is not None:
+        sum += total
 
 
 def _add_moments(run, left, right, total, square):
     if run.length == 1:  # rank one: (s l rᵀ)² = s² l² (r²)ᵀ
-        a, b = run.windows(left)[:, :, 0], run.windows(right)[:, :, 0]
-        a = a * (run.scale if isinstance(run.scale, float) else run.scale[:, 0])
+        a, b = run.windows(left)[:, 0] * run.weights.T, run.windows(right)[:, 0]
         square.addmm_(a.square().T, b.square())
         if total is not None:
             total.addmm_(a.T, b)
         return
-    G = gradients(run, left, right)
-    if len(G) == 1:
-        G = G[0]
-        square.addcmul_(G, G)
+    if run.last - run.first == 1:
+        (G,) = products(run, left, right)
         if total is not None:
-            total += G
+            total.add_(G, alpha=run.scale)
+        square.addcmul_(G, G, value=run.scale**2)
         return
+    if turns(run, left, right):
+        left, right, square, total = right, left, square.T, None if total is None else total.T
+    rows = products(run, left, right).flatten(1)
     if total is not None:
-        total += G.sum(0)
-    square += G.square_().sum(0)
+        add_weighted(total, run.weights, rows)
+    add_weighted(square, run.squares, rows.square_())
 
 
 _factor_moments = register(

@@ -103,14 +103,14 @@ def gram_kernel(
     o_j = j * BD + tl.arange(0, BD // 2)
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * d * out_stride
-    _put_lower(out, low, o_i, o_j, d, out_stride, SPLIT)
-    _put_lower(out, high, o_i, o_j + BD // 2, d, out_stride, SPLIT)
+    _put(out, low, o_i, o_j, d, out_stride, SPLIT)
+    _put(out, high, o_i, o_j + BD // 2, d, out_stride, SPLIT)
 
 
 @triton.jit
-def _put_lower(out, tile, o_i, o_j, d, stride, OVERWRITE: tl.constexpr):
+def _put(out, tile, o_i, o_j, d, stride, OVERWRITE: tl.constexpr):
     p_out = out + o_i.to(tl.int64)[:, None] * stride + o_j[None, :]
-    mask = (o_i < d)[:, None] & (o_i[:, None] >= o_j[None, :])
+    mask = (o_i < d)[:, None] & (o_j < d)[None, :]
     if not OVERWRITE:
         tile += tl.load(p_out, mask=mask, other=0.0)
     tl.store(p_out, tile, mask=mask)

@@ -33,6 +33,11 @@ def sketch(
     tokens; scale [N] float32 or None. `precision` ("ieee", "tf32x3", "tf32") is how float32 inputs are multiplied on a GPU.
 
     Raises ValueError when a shape, dtype or device does not fit.
+
+    Example:
+        >>> from sst_kernels.ops import sketch
+        >>> sketch(torch.ones(5, 3), torch.ones(3, 1), None, None, torch.zeros(4, 1)).flatten()  # Y, then C
+        tensor([15., 15., 15., 45.])
     """
     checks.tokens("x", x)
     checks.spans_and_scale(x, spans, scale)
@@ -55,17 +60,20 @@ def rounded(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cpu(x, omega, spans, scale, out, precision, trace):
-    d, omega = x.shape[1], omega.float()
+    d, omega, kept = x.shape[1], omega.float(), rounded(x.dtype)
     for rows, weight in weighted_rows(x, spans, scale):
         if trace is not None:
             trace += (torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() * weight).sum(dtype=torch.float64)
-        z, alpha = torch.mm(rows, omega), weight if isinstance(weight, float) else 1.0
-        w = z if isinstance(weight, float) else z * weight
-        if rounded(x.dtype) != w.dtype:
-            w = w.to(rounded(x.dtype)).float()
-            z = w if isinstance(weight, float) else w / weight
-        out[:d].addmm_(rows.T, w, alpha=alpha)
-        out[d:].addmm_(z.T, w, alpha=alpha)
+        z = torch.mm(rows, omega)
+        w = z * weight
+        if kept != torch.float32:
+            w = w.to(kept).float()
+            z = w / weight
+        if len(rows) < 32 * omega.shape[1]:
+            out[:d].addmm_(rows.T, w)
+        else:  # of many tokens the narrow result is turned instead of them
+            out[:d].add_((w.T @ rows).T)
+        out[d:].addmm_(z.T, w)
 
 
 _sketch = register(
