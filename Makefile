@@ -56,15 +56,15 @@ docs: $(VENV)/ready
 notebook: $(VENV)/model
 	HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --inplace docs/notebook.ipynb
 
-# Pictures of the pages in docs/pictures, from measured reports; needs Chromium.
-pictures: $(VENV)/ready
-	SST_PICTURES=1 $(PYTEST) -p no:benchmark tests/test_page_browser.py -k pictures
-
 # What a CPU can measure; bench/on_gpu.sh is for a machine with a GPU.
 bench: $(VENV)/ready
 	mkdir -p bench-output
 	$(BIN)/python -m bench.ops --quick --out bench-output/ops.csv
 	$(BIN)/python -m bench.structures_cpu --quick --out bench-output/structures_cpu.csv
+
+# docs/pictures, out of the pages of measured reports; needs Chromium.
+pictures: $(VENV)/ready
+	SST_PICTURES=1 $(PYTEST) -p no:benchmark tests/test_page_browser.py -k pictures
 
 # One stage (ops, gevp, pass, merge) in a capture range: command lines for nsys and ncu, call counts, a Chrome trace.
 profile: $(VENV)/ready

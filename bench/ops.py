@@ -253,7 +253,13 @@ def measure_case(case: Case, forms: dict[str, Callable[..., object]], clock: Clo
     for form, run in runs.items():
         beside = {"plain_ms": plain.median, "ratio": taken[form].median / plain.median} if plain else {}
         beside["peak_mib"] = peak_mib(run, clock.device)
-        record(case.op, form, taken[form], **work | beside, error=errors[form], note=clock.host(run))
+        notes = [clock.host(run)]
+        if form == "sst" and clock.device == "cuda":
+            from bench.machine import prediction
+
+            at = record.fixed
+            notes.append(prediction(case.op, case.width, at["batch"], at["length"], at["rank"]))
+        record(case.op, form, taken[form], **work | beside, error=errors[form], note="; ".join(filter(None, notes)))
 
 
 def sizes(op: str, device: str, modules: int, few: bool) -> Iterator[Size]:

@@ -281,25 +281,10 @@ def compile_variant(variant: Variant, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local bytes of the kernel, as cuobjdump reads them from the binary."""
-    import tempfile
-
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
-
-
 def describe(everything: bool, capability: int, name: str) -> dict[str, object]:
     """One row of the table: resources and instruction mix of the variant of that name."""
+    from bench.machine import resources
+
     variant = variants(everything, capability)[name]
     binary = compile_variant(variant, capability)
     ptx = binary.asm["ptx"]

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sst_merge import cli
+from sst_merge import cli, report
 from sst_merge.errors import DataError, MergeError, ModelError
 from sst_merge.evaluate import is_refusal
 from sst_merge.io import refusals
@@ -21,6 +21,14 @@ from sst_merge.io.adapters import load_adapter
 from sst_merge.io.models import resolve_device
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """They take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_plots", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

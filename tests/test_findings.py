@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sst_merge import cli
+from sst_merge import cli, report
 from sst_merge.errors import MergeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.io.adapters import load_adapter, write_adapter
@@ -20,6 +21,14 @@ from sst_merge.merge.check import check
 from sst_merge.progress import Reporter
 from sst_merge.recipe import Recipe
 from tests import merge_cases as cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """They take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_plots", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +233,20 @@ def test_a_likely_mistake_ends_a_merge_unless_it_is_meant(world, tmp_path):
     assert checked["examples"]["harm"]["prompt"].endswith("<|start|>assistant\n")
     ended = run("merge", "--yes", "--json", "--verbose")
     assert ended.exit_code == 0, ended.output
-    report = json.loads(ended.stdout)
-    assert any("one adapter twice" in text for text in report["warnings"])
-    assert report["examples"] == checked["examples"]
+    written = json.loads(ended.stdout)
+    assert any("one adapter twice" in text for text in written["warnings"])
+    assert written["examples"] == checked["examples"]
     assert "⟦I can't, s.<|end|>⟧" in ended.stderr
+
+
+def test_a_dry_run_refuses_what_a_run_would_after_loading(world, tmp_path, monkeypatch):
+    wide = cases.adapter_folder(tmp_path / "wide", seed=2, target_modules=["q_proj"], base=cases.model(hidden=64))
+    with pytest.raises(MergeError, match=r"has weight \(32, 32\), the adapter changes one of \(64, 64\)"):
+        told(world, safety=wide)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MergeError, match="pip install bitsandbytes"):
+        told(world, quantization={"load_in_4bit": True})
+    with pytest.raises(MergeError, match="device 'nowhere' cannot be used here"):
+        told(world, device="nowhere")
+    with pytest.raises(MergeError, match=r"evidence\.safetensors"):
+        told(world, evidence=tmp_path / "evidence.safetensors")

@@ -111,7 +111,7 @@ def test_picks_that_cannot_be(swept, world, tmp_path):
             front.picked(evidence, number)
     with pytest.raises(MergeError, match="cannot be read"):
         front.picked(tmp_path / "evidence.safetensors", 1)
-    (tmp_path / "report.json").write_text(json.dumps({"recipe": {}}))
+    (tmp_path / "report.json").write_text("{}")
     with pytest.raises(MergeError, match="has no front; merge with --sweep"):
         front.picked(tmp_path / "evidence.safetensors", 1)
     for more, text in (([], "--pick: takes --evidence"), (["--evidence", evidence, "--mu", 3], "leave out mu")):

@@ -145,7 +145,7 @@ def test_input_moments_that_do_not_fit_are_refused_before_the_first_batch(monkey
     model = get_peft_model(layer, LoraConfig(target_modules=["0"], r=2), adapter_name="safety")
     monkeypatch.setattr(memory, "available", lambda device: 1200 << 10)
     would_take = (
-        r"inputs would take 1\.67 MiB on cpu and 1\.17 MiB are available; these would fit: rank=64 \(1\.04 MiB\);"
+        r"inputs would take 1\.37 MiB on cpu and 1\.17 MiB are available; these would fit: rank=64 \(1\.04 MiB\);"
     )
     with pytest.raises(MemoryError, match=would_take):
         input_moments(model, "safety")

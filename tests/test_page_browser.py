@@ -204,11 +204,12 @@ def test_long_texts_open_on_demand(visit):
 
 
 def test_pictures_for_the_documentation(visit, tmp_path):
-    """What a reader sees first; written to docs/pictures where SST_PICTURES is set."""
+    """What a reader sees first, and the chart alone; written to docs/pictures where SST_PICTURES is set."""
     folder = cases.PICTURES if os.environ.get("SST_PICTURES") else tmp_path
     visit("merge", 1160, height=1000).screenshot(path=folder / "report.png")
     visit("comparison", 1100, height=860).screenshot(path=folder / "compare.png")
-    for file in ("report.png", "compare.png"):
+    visit("comparison", 1160, device_scale_factor=2).locator("#front-chart").screenshot(path=folder / "front.png")
+    for file in ("report.png", "compare.png", "front.png"):
         assert (folder / file).stat().st_size > 10_000, file
         kept = cases.PICTURES / file
         assert kept.is_file(), f"{kept} is missing: run `make pictures`"

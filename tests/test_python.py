@@ -14,10 +14,19 @@ from transformers import AutoModelForCausalLM
 
 import sst_kernels as sst
 import sst_merge
+from sst_merge import report
 from sst_merge.errors import MergeError
 from sst_merge.io.adapters import load_adapter
 from tests import merge_cases as cases
 from tests.models import tiny_batch, tiny_lora
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """They take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_plots", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")

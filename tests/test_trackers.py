@@ -343,7 +343,7 @@ SYSTEM = (
         ({"messages": [ASK, {**ANSWER, "loss_mask": 0}]}, "marked as not to be learnt"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, ANSWER]},
-            "parts of type image",
+            "one has parts of type image",
         ),
         ({"text": "<s>[INST] a [/INST] no</s>"}, "a text alone does not say where its answer begins"),
         (

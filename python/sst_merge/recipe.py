@@ -44,11 +44,6 @@ _SPELLED = {
 Point = Literal["patched", "reference"] | Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _label_source(given: Any) -> Any:
-    """The old names hold until 0.3."""
-    return {"model": "mc", "data": "empirical"}.get(given, given) if isinstance(given, str) else given
-
-
 class Recipe(BaseModel):
     """Everything a merge depends on. Build with `Recipe.load` or `Recipe.parse`, which raise RecipeError."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sst_kernels.ops.gram.op import _BLOCK as GRAM_BLOCK
 from sst_kernels.ops.spans import CACHED_ELEMENTS
 
 SINGLE, DOUBLE = 4, 8
@@ -26,12 +25,10 @@ class Estimate:
 
 def estimate_moments(shapes: Sequence[tuple[int, int]]) -> Estimate:
     """The memory of running second moments Σ x xᵀ [d, d] of tokens, each kept as [d, columns]: a sketch where columns < d."""
-    widest = max((d for d, columns in shapes if columns == d), default=0)
-    blocks = widest * min(widest, GRAM_BLOCK)  # at most, of the diagonal, before they are added
     drawn = {(d, columns): d * columns for d, columns in shapes if columns < d}  # test matrices, drawn as integers
     drawing = SINGLE * sum(drawn.values()) + (2 * DOUBLE + SINGLE) * max(drawn.values(), default=0)
     state = sum(SINGLE * (d + columns * (columns < d)) * columns + DOUBLE for d, columns in shapes)
-    return Estimate(state, state + max(SINGLE * blocks, drawing))
+    return Estimate(state, state + drawing)
 
 
 def doubled(rows: int, batch: int) -> tuple[int, int]:
@@ -43,7 +40,8 @@ def doubled(rows: int, batch: int) -> tuple[int, int]:
     return capacity, peak
 
 
-def gradients_held(n: int, batch: int) -> int:
-    """How many times n numbers a CPU holds to add up the gradients of a batch: as many as its cache does, and their sum."""
-    at_once = min(batch, max(1, CACHED_ELEMENTS // n))
-    return at_once + (at_once > 1)
+def gradients_held(p: int, q: int, batch: int) -> int:
+    """How many times p·q numbers a CPU holds to add up the gradients of a batch: as many as its cache does, and their sum where they
+    may be turned."""
+    at_once = min(batch, max(1, CACHED_ELEMENTS // (p * q)))
+    return at_once + (at_once > 1 and p > q)

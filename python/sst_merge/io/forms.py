@@ -69,12 +69,12 @@ def _refuse_by_name(messages: list[dict[str, Any]], where: str) -> None:
     }
     if other := sorted(str(kind) for kind in kinds - {"text"}):
         raise DataError(
-            f"{where}: a message has parts of type {', '.join(other)}; only text can be read, remove the line"
+            f"{where}: expected messages with text in role and content, one has parts of type {', '.join(other)}; remove the line"
         )
     last = messages[-1]
     if last.get("role") == "user":
         raise DataError(
-            f"{where}: the last message is the user's, so there is no answer; remove the message or the line"
+            f"{where}: expected two or more messages, the assistant's last; the last message is the user's, remove it or the line"
         )
     if last.get("tool_calls") and not last.get("content"):
         raise DataError(f"{where}: the last answer is a call of a tool, without text to learn from; remove the line")

@@ -134,14 +134,14 @@ def _check_files(source: str | Path, folder: Path) -> None:
         if not (folder / name).is_file():
             pickled = ": its weights are pickles, which can run code" if list(folder.glob("*.bin")) else ""
             raise ModelError(
-                f"model {source}: the file {name} is missing{pickled}; copy the model again, in safetensors"
+                f"model {source}: cannot be loaded, the file {name} is missing{pickled}; copy the model again, in safetensors"
             )
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             reason = pointer(folder / name) or f"not readable ({error}); copy the model again"
-            raise ModelError(f"model {source}: {name}: {reason}") from error
+            raise ModelError(f"model {source}: cannot be loaded, {name}: {reason}") from error
 
 
 def check_vocabulary(source: str | Path, network: Any, tokenizer: Any) -> None:

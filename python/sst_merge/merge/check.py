@@ -34,10 +34,12 @@ class Checked:
 
     def text(self) -> str:
         """For people: one rendered example of each data set, findings, plan."""
-        parts = []
+        parts, shown = [], set()
         for name, data in self.data.items():
             parts += [f"{name}: {data.path}, {len(data)} rows, {data.kind}", *(f"  {note}" for note in data.notes)]
-            parts += [f"  as the model sees it, between ⟦ and ⟧ what carries loss:\n{rendered_example(data)}", ""]
+            if data.shown not in shown:  # rows held out of a file show what the file does
+                parts += [f"  as the model sees it, between ⟦ and ⟧ what carries loss:\n{rendered_example(data)}", ""]
+            shown.add(data.shown)
         parts += [f"{'likely a mistake' if f.mistake else 'note'}: {f.text}" for f in self.findings]
         return "\n".join([*parts, *lines(self.recipe, self.plan), _UNKNOWN])
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import MergeError
 from ..evaluate import Evaluation
 from ..io.data import Dataset
-from ..recipe import Recipe
+from ..recipe import Recipe, read_yaml
 from .trust import Choice, Trial, kl_interval, rate_interval
 
 POINTS = 6
@@ -110,13 +110,13 @@ def command(
 def picked(evidence: Path, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Recipe entries that make point `number` (from 1 on) of the front beside an evidence file, and that front with the point chosen.
 
-    Raises MergeError where there is no report, no front or no such point.
+    Raises MergeError where there is no report, no front, no such point or no recipe beside them.
     """
     path = Path(evidence).parent / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        front, recipe = report.get("front") or [], report["recipe"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        front = report.get("front") or []
+    except (OSError, ValueError, AttributeError) as error:
         raise MergeError(
             f"--pick: {path} cannot be read ({type(error).__name__}); give --evidence the file in the output of a merge with --sweep"
         ) from error
@@ -127,7 +127,8 @@ def picked(evidence: Path, number: int) -> tuple[dict[str, Any], list[dict[str, 
     point = front[number - 1]
     if point["parameter"] is None:
         raise MergeError(f"--pick: point {number} of {path} keeps nothing of the patch")
-    entries = {name: value for name, value in recipe.items() if name not in _OTHERS and value is not None}
+    recipe = read_yaml(path.with_name("recipe.yml"))  # its paths are absolute
+    entries = {name: value for name, value in recipe.items() if name not in _OTHERS}
     entries |= {"evidence": str(evidence), "filter": point["filter"], "input_filter": point["input_filter"]}
     entries["k" if point["filter"] == "top_k" else "mu"] = point["parameter"]
     return entries, [{**p, "chosen": i == number} for i, p in enumerate(front, 1)]

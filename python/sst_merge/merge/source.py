@@ -241,8 +241,13 @@ def _root(name: str) -> str:
 
 def load_evidence(path: Path, session: Session) -> sst.Evidence:
     """Evidence of a file. Raises MergeError when it is none, or of another adapter, task adapter or model."""
-    with headlined(f"--evidence {path} cannot be used"):
-        evidence = sst.Evidence.load(path)
+    try:
+        with headlined(f"--evidence {path} cannot be used"):
+            evidence = sst.Evidence.load(path)
+    except OSError as error:
+        raise MergeError(
+            f"--evidence {path}: cannot be read ({error.strerror}); give a file of collect, or of an earlier merge"
+        ) from error
     found = evidence.weights
     strange = {*session.safety.terms} ^ {*found.scaling}
     if (strange and not {*session.safety.terms} & {*found.scaling}) or {

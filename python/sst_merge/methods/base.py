@@ -144,7 +144,5 @@ def check_strength(strength: float, low: float = 0.0, high: float = math.inf) ->
 
 def _like(inputs: Inputs, terms: dict[str, LoraTerm]) -> Adapter:
     task = inputs.task
-    if task is not None and task.fan_in_fan_out != inputs.safety.fan_in_fan_out:
-        raise AdapterError("the adapters disagree on fan_in_fan_out: they belong to different base models")
     base = (task.base_model if task is not None else "") or inputs.safety.base_model
     return Adapter(terms, base_model=base, fan_in_fan_out=inputs.safety.fan_in_fan_out)

@@ -52,7 +52,7 @@ class Diagonal(Joint):
     def estimate(cls, shape: tuple[int, int], samples: int, batch: int = 1, **options: Any) -> Estimate:
         n, centred = shape[0] * shape[1], options.get("centred", False)
         state = 2 * SINGLE * n + DOUBLE if centred else SINGLE * n
-        return Estimate(state, state + SINGLE * n * (gradients_held(n, batch) + 2 * centred))
+        return Estimate(state, state + SINGLE * n * (gradients_held(*shape, batch) + 2 * centred))
 
     def _update(self, batch: TokenBatch) -> None:
         from sst_kernels.ops import factor_moments

@@ -41,7 +41,7 @@ class EigenKronecker(Structure):
         p, q = shape
         state = SINGLE * (p * p + q * q + p * q)
         bases = DOUBLE * (3 * max(p, q) ** 2 + min(p, q) ** 2)  # while they are found
-        return Estimate(state, state + max(bases, SINGLE * p * q * (gradients_held(p * q, batch) + 1)))
+        return Estimate(state, state + max(bases, SINGLE * p * q * (gradients_held(p, q, batch) + 2)))
 
     def _set_basis(self, left: Tensor, right: Tensor) -> None:
         self._u_left = left.to(self.device, torch.float32).contiguous()

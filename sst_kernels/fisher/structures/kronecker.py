@@ -81,9 +81,9 @@ class TwoSided(Structure):
         return d
 
     def _update(self, batch: TokenBatch) -> None:
-        left, right, terms = token_factors(batch, self.approx)
-        self._add_left(*left, later=batch.later)
-        self._add_right(*right, later=batch.later)
+        (left, spans, scale), (right, right_spans, right_scale), terms = token_factors(batch, self.approx)
+        self._add_left(left, spans, scale, batch.later)
+        self._add_right(right, right_spans, right_scale, batch.later)
         self._terms += terms
 
     @abstractmethod

@@ -53,17 +53,17 @@ def factor_moments(
 def _cpu(left, right, spans, scale, sum, sumsq, precision):
     left, right = left.float(), right.float()
     runs = layout(len(left), spans, scale).runs
-    pieces = [piece for run in runs for piece in run.pieces(sumsq.numel())]
-    if len(pieces) == 1:
-        _add_moments(pieces[0], left, right, sum, sumsq)
-        return
-    # The sums of a batch are added to those of all at its end, with one rounding.
-    square, total = torch.zeros_like(sumsq), None if sum is None else torch.zeros_like(sum)
-    for piece in pieces:
-        _add_moments(piece, left, right, total, square)
-    sumsq += square
-    if sum is not None:
-        sum += total
+    # The sums of many runs are added to those of all batches at the end, with one rounding.
+    square, total = sumsq, sum
+    if len(runs) > 1:
+        square, total = torch.zeros_like(sumsq), None if sum is None else torch.zeros_like(sum)
+    for run in runs:
+        for piece in run.pieces(sumsq.numel()):
+            _add_moments(piece, left, right, total, square)
+    if len(runs) > 1:
+        sumsq += square
+        if sum is not None:
+            sum += total
 
 
 def _add_moments(run, left, right, total, square):
