@@ -66,22 +66,18 @@ def test_the_cost_holds_the_guard_with_a_share_of_its_own_trace(model, share):
 
 
 def test_a_patch_does_less_to_the_guard_the_more_it_weighs(model):
-    """At one gain kept, measured by the guard's own rows."""
+    """Energy of the guard's own rows over that of the gain's, of the strongest directions."""
     evidence, answers = guarded(model), []
+    unwanted_rows = evidence.filter(3.0, guard=1e9).cost.rows().double()[-8:]
     for share in (0.0, 0.1, 10.0):
         filtered = evidence.filter(3.0, guard=share)
-        space = filtered.subspace(folds=2)
-        target = 0.5
-        low, high = -8.0, 8.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if space.soft(mu=10**middle).prediction.gain_kept > target else (low, middle)
-        patch = space.soft(mu=10**low)
-        rows = evidence.filter(3.0, guard=1e9).cost.rows().double()[-8:]
+        space = filtered.subspace(folds=2, metric="frobenius")
+        patch = space.soft(mu=float(space.values[0]))
         at = torch.cat([patch.coordinates[n].flatten() for n in filtered.lora_A]).double()
-        answers.append(float((rows @ at).square().mean()))
+        gained = (filtered.gain.rows().double() @ at).square().mean()
+        answers.append(float((unwanted_rows @ at).square().mean() / gained))
     assert answers[2] < answers[1] < answers[0]
-    assert answers[2] < 0.5 * answers[0]
+    assert answers[2] < 0.1 * answers[0]
 
 
 def test_a_guard_survives_saving_condensing_and_merging(model, tmp_path):
@@ -136,21 +132,21 @@ def test_unwanted_refusals_are_safe_prompts_with_a_refusals_first_token(world):
         assert made.tokens[-1] in {e.tokens[e.prompt_tokens] for e in harm}
 
 
-def test_a_merge_reads_safe_prompts_unless_told_otherwise(world, tmp_path):
+def test_a_merge_reads_safe_prompts_where_it_is_told_to(world, tmp_path):
     reports = {
         name: pipeline.merge(recipe(world, tmp_path / name, **more), reporter=QUIET)
         for name, more in (
-            ("default", {"limit": 8}),
+            ("builtin", {"limit": 8, "safe_data": "builtin"}),
             ("own", {"safe_data": world / "safe.jsonl"}),
-            ("none", {"guard": 0}),
-            ("null", {"safe_data": None}),
+            ("none", {"guard": 0, "safe_data": "builtin"}),
+            ("null", {}),
         )
     }
     assert [report["evidence"]["guard"] for report in reports.values()] == [8, 5, 0, 0]
     assert reports["none"]["patch"]["prediction"] == reports["null"]["patch"]["prediction"]
     assert reports["none"]["patch"]["prediction"] != reports["own"]["patch"]["prediction"]
     assert {report["fisher"]["benign"]["sequences"] for report in reports.values()} == {20, 12}
-    again = Recipe.load(tmp_path / "default/recipe.yml")
+    again = Recipe.load(tmp_path / "builtin/recipe.yml")
     assert again.files["safe"] == SAFE
     evidence = tmp_path / "own/evidence.safetensors"
     decided = Recipe.parse(

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         description="benign rows that the model writes itself, beside benign_data or in place of it",
     )
     safe_data: Literal["builtin"] | Path | None = Field(
-        BUILTIN,
+        None,
         description="JSONL: safe prompts that sound dangerous, whose refusal is a cost (answers are not read); builtin: 40 that come along",
     )
     guard: float = Field(
@@ -110,9 +110,9 @@ class Recipe(BaseModel):
         min_length=1,
         description="where F_harm is taken: the mean over these points of the patch's path",
     )
-    opening_tokens: int = Field(2, ge=0, description="first tokens of a refusal, which decide it")
+    opening_tokens: int = Field(4, ge=0, description="first tokens of a refusal, which decide it")
     opening_weight: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
+        3.0, ge=0, allow_inf_nan=False, description="what each of them counts in the Fisher of the refusals; others 1"
     )
     opening_apart: bool = Field(
         False,

@@ -18,8 +18,8 @@ class Collection:
     prompts, "auto" the first of float32, bfloat16 and the basis that memory holds.
     """
 
-    opening_tokens: int = 2
-    opening_weight: float | None = 30.0
+    opening_tokens: int = 4
+    opening_weight: float | None = 3.0
     labels: Literal["mc", "empirical"] = "mc"
     draws: int = 2
     tokens_per_batch: int = 1024
@@ -41,7 +41,7 @@ class Fishers:
     """
 
     input_filter: float = 3.0
-    opening_weight: float = 30.0
+    opening_weight: float = 3.0
     structure: str = "full"
     options: tuple[tuple[str, Any], ...] = ()
     space: Literal["core", "factor"] = "core"

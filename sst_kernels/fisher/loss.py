@@ -175,7 +175,7 @@ def draw_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -
     return drawn
 
 
-def opening_weights(labels: Tensor, *, tokens: int = 2, weight: float = 30.0) -> Tensor:
+def opening_weights(labels: Tensor, *, tokens: int = 4, weight: float = 3.0) -> Tensor:
     """[N, T] float32: `weight` on the first `tokens` labels of every row, 1 elsewhere; for `sequence_nll(weights=...)`.
 
     Whether a model refuses is decided in the first words of its answer (Qi et al. 2024, arXiv:2406.05946), which are a small part of
