@@ -68,7 +68,8 @@ def evidence_gate(device: str, mu: float = 3.0) -> float:
 
 
 def solve_gate(gain: sst.Fisher, cost: sst.Fisher, scope: str) -> float:
-    """The soft filter against what defines it: its patch s' makes (s'−s)ᵀF_gain(s'−s) + μ s'ᵀ(F_cost + ε M)s' stationary.
+    """The soft filter against what defines it: its patch s' makes (s'−s)ᵀG(s'−s) + μ s'ᵀC s' stationary, where C = F_cost + ε M and
+    G = F_gain + λ₀ C.
 
     In the metric M = ‖ΔW‖², which is public. Returns the gradient in all n coordinates over the sizes of its terms.
     """
@@ -80,9 +81,14 @@ def solve_gate(gain: sst.Fisher, cost: sst.Fisher, scope: str) -> float:
         torch.cat([x.flatten() for x in s]) for s in ([torch.eye(len(S)).to(S) for S in patch.values()], patch.values())
     )
     metric = [gain.metric[name] for name in patch]
-    weighed = torch.cat([(b.to(S) @ S @ a.to(S)).flatten() for (b, a), S in zip(metric, patch.values())])
     fisher = lambda f, v: _by_block(f.rows().to(device).double(), v, patch.values() if scope == "module" else ())  # noqa: E731
-    terms = [fisher(gain, kept - full), mu * fisher(cost, kept), mu * space.epsilon * weighed]
+
+    def costs(v: Tensor) -> Tensor:
+        cores = (x.view(S.shape) for x, S in zip(v.split([S.numel() for S in patch.values()]), patch.values()))
+        weighed = torch.cat([(b.to(S) @ S @ a.to(S)).flatten() for (b, a), S in zip(metric, cores)])
+        return fisher(cost, v) + space.epsilon * weighed
+
+    terms = [fisher(gain, kept - full), space.unseen * costs(kept - full), mu * costs(kept)]
     ratio = float(sum(terms).norm() / max(term.norm() for term in terms))
     assert ratio <= 1e-8, (
         f"{scope}: the filtered patch is not stationary, {ratio:.2e} of the gradient's terms exceeds 1e-8"

@@ -356,7 +356,7 @@ def test_what_is_refused():
         reading.backward(batch)
     with pytest.raises(RuntimeError, match="this pass is over"):
         reading.__enter__()
-    with pytest.raises(ValueError, match='side: expected "gain" or "cost"'):
+    with pytest.raises(ValueError, match='side: expected "gain", "cost" or "guard"'):
         evidence.accumulate("harm")
     with pytest.raises(ValueError, match="the cost side holds no sequences"):
         evidence.filter(1.0)

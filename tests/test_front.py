@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 
 import pytest
@@ -164,13 +165,13 @@ def test_what_is_beyond_the_filtered_patch_is_the_patch_itself(world, tmp_path, 
     saved = load_file(world / "safety/adapter_model.safetensors")
     own = next(t for name, t in saved.items() if "layers.1.mlp.down_proj.lora_A" in name)
 
-    def rate(self, data, adapter, label, tokens, records):
+    def rates(self, kind, data, adapter, label, tokens, records):
         found = dict(self.model.named_parameters()).get(
             f"base_model.model.model.layers.1.mlp.down_proj.lora_A.{adapter}.weight"
         )
-        return float(adapter == "candidate" and found[2:].equal(own))  # the task's rank is 2
+        return float(adapter == "candidate" and found[2:].equal(own)), math.nan, math.nan  # the task's rank is 2
 
-    monkeypatch.setattr("sst_merge.evaluate.Evaluator._generate", rate)
+    monkeypatch.setattr("sst_merge.evaluate.Evaluator._refused", rates)
     report = pipeline.merge(recipe(world, tmp_path / "out", target_refusal=0.9, generate_tokens=3), reporter=QUIET)
     assert (report["measured"]["reached"], report["measured"]["refused"]) == (True, 1.0)
     assert report["patch"]["input_filter"] == 0

@@ -83,8 +83,8 @@ def test_output_is_what_the_report_says(merged, world):
     assert sorted(p.name for p in world.iterdir() if p.name.startswith(".")) == []
     assert report["versions"] == versions()
     assert {"python", "sst-kernels", "commit", "torch", "transformers", "peft", "triton"} <= report["versions"].keys()
-    for name, facts in report["inputs"]["data"].items():
-        assert facts["sha256"] == hashlib.sha256((world / f"{name}.jsonl").read_bytes()).hexdigest()
+    for facts in report["inputs"]["data"].values():
+        assert facts["sha256"] == hashlib.sha256(Path(facts["path"]).read_bytes()).hexdigest()
     for name in ("safety", "task"):
         files = [(world / name / file).read_bytes() for file in ("adapter_model.safetensors", "adapter_config.json")]
         assert report["inputs"][name]["sha256"] == hashlib.sha256(b"".join(files)).hexdigest()
@@ -308,7 +308,9 @@ def test_plan_counts_what_the_run_counts(merged, world):
     assert made.coordinates == sum(t.rank**2 for t in load_adapter(world / "safety").terms.values())
     terms = load_adapter(world / "safety").terms.values()
     assert made.memory["inputs at most"] == sum(8 * t.A.shape[1] * t.A.shape[1] for t in terms)
-    assert made.memory["gradients at most"] == 4 * sum(t.rank * t.A.shape[1] for t in terms) * (10 + 2 * 12)
+    assert made.memory["gradients at most"] == 4 * sum(t.rank * t.A.shape[1] for t in terms) * (
+        10 + 2 * 12 + report["evidence"]["guard"]
+    )
     sketched = Recipe.load(world / "recipe.yml", structure="lowrank", output=world / "planned")
     apart = check(sketched).plan.passes
     assert apart["inputs, harm"][0] == apart["Fisher, harm"][0] == made.passes["reading, harm"][0]

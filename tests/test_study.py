@@ -11,7 +11,7 @@ import pytest
 
 from sst_merge.compare.recipe import Comparison
 from sst_merge.io.data import load_dataset
-from sst_merge.recipe import Recipe
+from sst_merge.recipe import SAFE, Recipe
 from tests import merge_cases as cases
 
 STUDY = Path(__file__).resolve().parent.parent / "studies/quality"
@@ -95,7 +95,12 @@ def test_refusals_and_safe_prompts_are_data_that_the_tool_reads(public, tmp_path
     rows = prepare.refused(prepare.split(prepare.read(public), 0)["harmful"]["fit"], 0)
     data = load_dataset(cases.write_jsonl(tmp_path / "fit.jsonl", rows), cases.tokenizer())
     assert {e.response for e in data} <= set(prepare.lines(STUDY / "refusals.txt"))
-    assert len({e.prompt for e in load_dataset(STUDY / "safe.jsonl", cases.tokenizer())}) == 32
+    safe = [
+        {e.prompt for e in load_dataset(p, cases.tokenizer())}
+        for p in (STUDY / "safe.jsonl", STUDY / "select_safe.jsonl", SAFE)
+    ]
+    assert [len(prompts) for prompts in safe] == [32, 32, 40]
+    assert len(set.union(*safe)) == 104  # to measure, to choose on, and to fit on
 
 
 def test_recipes_fit_and_report_on_the_splits_that_they_name():

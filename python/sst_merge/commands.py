@@ -31,7 +31,7 @@ class Export(StrEnum):
 
 
 READ = (
-    "model", "safety", "task", "harm_data", "benign_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
+    "model", "safety", "task", "harm_data", "benign_data", "self_benign", "safe_data", "output", "opening_tokens", "opening_weight", "opening_apart", "benign_labels", "label_draws", "holdout", "input_rank", "form",
     "template", "columns", "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "seed", "device", "dtype", "quantization",
 )  # fmt: skip
 MEASURE = (

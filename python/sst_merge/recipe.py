@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from sst_kernels.fisher import Structure
 
 PATHS = (
-    "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
+    "task", "safety", "harm_data", "benign_data", "safe_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "evidence", "output",
 )  # fmt: skip
 STRENGTHS = ("kl_budget", "target_refusal", "mu", "k")
 DEFAULT_BUDGET = 0.02  # benign KL, nats per label token: where nothing is asked for, and nothing can be measured
+BUILTIN: Literal["builtin"] = "builtin"
+SAFE = Path(__file__).parent / "safe_prompts.jsonl"
 _SPELLED = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "topk": "top_k",
     "kfac": "kronecker", "k_fac": "kronecker", "diag": "diagonal",
@@ -59,6 +61,22 @@ class Recipe(BaseModel):
     )
     harm_data: Path | None = Field(None, description="JSONL: harmful prompts with refusals")
     benign_data: Path | None = Field(None, description="JSONL: benign prompts with answers")
+    self_benign: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="benign rows that the model writes itself, beside benign_data or in place of it",
+    )
+    safe_data: Literal["builtin"] | Path | None = Field(
+        None,
+        description="JSONL: safe prompts that sound dangerous, whose refusal is a cost (answers are not read); builtin: 40 that come along",
+    )
+    guard: float = Field(
+        0.01,
+        ge=0,
+        le=1e100,
+        description="what refusing safe_data weighs: trace of that part of F_benign over the rest's; 0: not read",
+    )
     evidence: Path | None = Field(
         None,
         description="file of an earlier run or of `sst-merge collect`, in place of model and data: nothing is read again",
@@ -249,8 +267,13 @@ class Recipe(BaseModel):
             return self
         if self.evidence is None:
             for name in ("model", "harm_data", "benign_data"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"{name}: is required, unless evidence is given")
+                if getattr(self, name) is None and not (name == "benign_data" and self.self_benign):
+                    instead = " or self_benign" if name == "benign_data" else ""
+                    raise ValueError(f"{name}: is required, unless evidence{instead} is given")
+        elif self.self_benign:
+            raise ValueError(
+                "self_benign: evidence holds the benign rows that it was collected from; remove one of them"
+            )
         elif not self.from_evidence:
             raise ValueError(
                 "evidence holds the Fishers of structure full at the reference point: other structures, structure_options and points need a "
@@ -260,6 +283,15 @@ class Recipe(BaseModel):
             raise ValueError("model: is required to measure on evaluation data")
         elif self.model is None and (self.target_refusal or self.sweep):
             raise ValueError("model: is required to measure refusals (target_refusal, sweep)")
+        return self
+
+    @model_validator(mode="after")
+    def _evidence_holds_the_guard(self) -> Recipe:
+        if self.safe_data not in (None, BUILTIN) and (self.evidence is not None or not self.from_evidence):
+            raise ValueError(
+                "safe_data: is read with the evidence, and nowhere else: neither `evidence` of an earlier run nor Fishers of other "
+                "structures or points take it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -292,7 +324,7 @@ class Recipe(BaseModel):
         options = tuple(sorted(self.structure_options.items()))
         fishers = Fishers(
             self.input_filter, self.opening_weight, self.structure, options, self.space, self.fisher_scope,
-            tuple(self.harm_points), self.benign_point,
+            tuple(self.harm_points), self.benign_point, self.guard,
         )  # fmt: skip
         return Pencil(fishers, self.scope, self.metric, self.damping, self.folds)
 
@@ -318,6 +350,8 @@ class Recipe(BaseModel):
         for side in ("harm", "benign") if self.evidence is not None else ():
             if self.model is None or given[f"eval_{side}"] is not None or self.holdout == 0:
                 del given[side]
+        if self.evidence is None and self.from_evidence and self.guard:
+            given["safe"] = SAFE if self.safe_data == BUILTIN else self.safe_data
         return {name: path for name, path in given.items() if path is not None}
 
     @property
@@ -366,7 +400,7 @@ class Recipe(BaseModel):
         """The recipe with every default spelled out and absolute paths, so that it can be run again from anywhere."""
         values = self.model_dump(mode="json", exclude_none=True)
         for name in PATHS:
-            if name in values:
+            if values.get(name, BUILTIN) != BUILTIN:
                 values[name] = _placed(values[name], lambda path: str(expanded(path).absolute()))
         if self.model is not None and (folder := expanded(self.model)).is_dir():
             values["model"] = str(folder.absolute())
@@ -443,7 +477,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected entries of the form `name: value`, got {type(values).__name__}")
     for name in PATHS:
-        values |= {name: _placed(values[name], lambda given: path.parent / expanded(given))} if name in values else {}
+        if values.get(name, BUILTIN) != BUILTIN:
+            values[name] = _placed(values[name], lambda given: path.parent / expanded(given))
     model = values.get("model")
     with contextlib.suppress(OSError):  # a name too long: open_session says so
         if isinstance(model, str) and (path.parent / model).is_dir():

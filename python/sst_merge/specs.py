@@ -36,7 +36,8 @@ class Fishers:
     """Which Fishers of the patch stand in the pencil. The default ones follow from the evidence, others take passes of their own.
 
     input_filter: what benign inputs weigh in the filter of the patch's inputs, 0 to leave A as it is. opening_weight: what each of the first tokens of
-    a refusal counts; others 1. harm_points, benign_point: where gradients are taken on the patch's path.
+    a refusal counts; others 1. harm_points, benign_point: where gradients are taken on the patch's path. guard: trace of the rows of
+    unwanted refusals over that of F_benign, where there are some.
     """
 
     input_filter: float = 3.0
@@ -47,6 +48,7 @@ class Fishers:
     scope: Literal["global", "module"] = "global"
     harm_points: tuple[Point, ...] = ("reference",)
     benign_point: Point = "reference"
+    guard: float = 0.01
 
     @property
     def from_evidence(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self, TypedDict, Unpack
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sst_kernels.evidence.reading import Reading
 from sst_kernels.evidence.side import Side
-from sst_kernels.fisher.base import Block, whole
+from sst_kernels.fisher.base import Block, Counts, whole
 from sst_kernels.fisher.estimate import Estimate
 from sst_kernels.fisher.fisher import Fisher
 from sst_kernels.fisher.lora import LoraSite, digest_of, find_sites, fingerprint, unwrapped, whole_weight
@@ -36,7 +36,9 @@ from sst_kernels.profiling import stage
 from sst_kernels.subspace import Metric, Scope, Subspace, subspace
 from sst_kernels.subspace.lora import Lora
 
-SideName = Literal["gain", "cost"]
+SideName = Literal["gain", "cost", "guard"]
+SIDES: tuple[SideName, ...] = ("gain", "cost", "guard")
+GUARD = 0.01  # trace of the guard's rows over that of the cost's, where there are some
 
 
 class PencilOptions(TypedDict, total=False):
@@ -135,7 +137,7 @@ class Evidence:
         ...     lora = filtered.factors(patch.coordinates)  # per module (A', B S', c)
 
     Attributes:
-        gain, cost: the two `Side`s.
+        gain, cost, guard: the `Side`s. The guard's rows are the gain's loss on samples where it is not wanted; it may stay empty.
         weights: the adapter that was read.
         basis: where rows and moments are kept in (see `Basis`), None for all of d_in.
         about: what the user says of model, template and data; `merge` and `resume` refuse another `about`.
@@ -145,14 +147,14 @@ class Evidence:
     def __init__(
         self,
         weights: Weights,
-        sides: tuple[Side, Side],
+        sides: Sequence[Side],
         meta: dict[str, Any],
         basis: Basis | None,
         notes: Mapping[str, str] | None = None,
     ):
         self.weights, self.meta, self.basis = weights, meta, basis
         self.notes = dict(notes or {})
-        self.gain, self.cost = sides
+        self.gain, self.cost, self.guard = sides
         self._open: Callable[[Side, Callable[[Side], None]], Reading] | None = None
         self._last: tuple[Any, Filtered] | None = None
 
@@ -225,7 +227,7 @@ class Evidence:
             dtype=getattr(torch, dtype),
             device=device,
         )
-        out = cls(weights, (make("gain"), make("cost")), meta, basis)
+        out = cls(weights, [make(name) for name in SIDES], meta, basis)
 
         def opened(side: Side, complete: Callable[[Side], None]) -> Reading:
             if fingerprint(sites) != meta["fingerprint"]:
@@ -242,8 +244,14 @@ class Evidence:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both sides."""
-        return self.gain.nbytes + self.cost.nbytes
+        """Bytes of all sides."""
+        return sum(side.nbytes for side in self._sides.values())
+
+    @property
+    def _sides(self) -> dict[SideName, Side]:
+        """Those that have to hold data, and the guard where it does."""
+        guard: dict[SideName, Side] = {"guard": self.guard} if self.guard.rows else {}
+        return {"gain": self.gain, "cost": self.cost, **guard}
 
     def accumulate(
         self,
@@ -260,8 +268,8 @@ class Evidence:
         before. `sequences`: how many rows this process will bring of each of its `losses` (each draw is a row), if known:
         MemoryError, before the first batch, when there is no room. `resume`: a checkpoint of `Reading.save_checkpoint`.
         """
-        if side not in ("gain", "cost"):
-            raise ValueError(f'side: expected "gain" or "cost", got {side!r}')
+        if side not in SIDES:
+            raise ValueError(f'side: expected "gain", "cost" or "guard", got {side!r}')
         if self._open is None:
             raise RuntimeError(
                 "this evidence was loaded or condensed: accumulate into one made by Evidence.of, and merge that"
@@ -294,17 +302,20 @@ class Evidence:
         self._last = None
 
     @stage("filter")
-    def filter(self, mu: float, *, losses: Mapping[str, float] | None = None) -> Filtered:
+    def filter(self, mu: float, *, losses: Mapping[str, float] | None = None, guard: float = GUARD) -> Filtered:
         """The patch with its inputs filtered, cost inputs weighing `mu`; 0 leaves A as it is.
 
         `filter_inputs` of the kept moments, and the Fishers of that patch, without the model. With a basis A' is the best one in its
-        span. `losses`: factors of the gain's named losses, whose gradients add up; 1 each by default.
+        span. `losses`: factors of the gain's named losses, whose gradients add up; 1 each by default. `guard`: trace of the guard's rows
+        over that of the cost's. They join the cost, and predictions of it are larger by what a patch does to them.
 
-        Raises ValueError for μ outside 0 … 1e100, losses that were not accumulated, and a side without data.
+        Raises ValueError for μ outside 0 … 1e100, a negative `guard`, losses that were not accumulated, and a side without data.
         """
         check_mu(mu)
         self._check_complete()
-        asked = mu, None if losses is None else tuple(sorted(losses.items()))
+        if not 0 <= guard < float("inf"):
+            raise ValueError(f"guard: expected a finite number that is not negative, got {guard}")
+        asked = mu, None if losses is None else tuple(sorted(losses.items())), guard
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         given = {name: a.double() for name, a in self.weights.a.items()}
@@ -327,6 +338,8 @@ class Evidence:
         metric = self.weights.metric(reads)
         gain = _core(self.gain, columns, meta, metric, losses)
         cost = _core(self.cost, columns, meta, metric, None)
+        if guard and self.guard.rows:
+            cost = _guarded(cost, _core(self.guard, columns, meta, metric, None), guard)
         found = Filtered(mu, reads, gain, cost, self.weights)
         self._last = asked, found
         return found
@@ -338,7 +351,7 @@ class Evidence:
         return self.filter(mu, losses=losses).subspace(**options)
 
     def _check_complete(self) -> None:
-        for name, side in (("gain", self.gain), ("cost", self.cost)):
+        for name, side in self._sides.items():
             if not side.counts.sequences:
                 raise ValueError(f"the {name} side holds no sequences: accumulate it first")
 
@@ -354,7 +367,7 @@ class Evidence:
         basis = Basis.of(self.weights.a, self.gain.moments, self.cost.moments, mus)
         meta = {**self.meta, "basis": basis.fingerprint()}
         sides = []
-        for label, side in (("gain", self.gain), ("cost", self.cost)):
+        for label, side in zip(SIDES, (self.gain, self.cost, self.guard)):
             blocks = [Block(b.name, b.module, (b.shape[0], len(basis[b.name]))) for b in side.blocks]
             about = {**meta, "side": label}
             new = Side(
@@ -375,17 +388,19 @@ class Evidence:
                 part.groups = list(fisher.groups)
                 part.meta |= {key: fisher.meta[key] for key in ("labels", "groups")}
             sides.append(new)
-        return Evidence(self.weights, (sides[0], sides[1]), meta, basis, self.notes)
+        return Evidence(self.weights, sides, meta, basis, self.notes)
 
     def merge(self, other: Evidence) -> None:
         """Add the evidence of other data about the same patch. ValueError when model, adapter, coordinates or losses differ."""
         for key in ("fingerprint", "adapter", "about", "basis"):
             if self.meta[key] != other.meta[key]:
                 raise ValueError(f"cannot merge evidence: {key} differs ({self.meta[key]!r} and {other.meta[key]!r})")
-        self.gain.check_same(other.gain)
-        self.cost.check_same(other.cost)
-        self.gain.merge(other.gain)
-        self.cost.merge(other.cost)
+        pairs = [(getattr(self, name), getattr(other, name)) for name in SIDES]
+        for own, theirs in pairs:
+            own.check_same(theirs)
+        for own, theirs in pairs:
+            if theirs.rows:
+                own.merge(theirs)
         self.notes = {key: note for key, note in self.notes.items() if other.notes.get(key) == note}
         self._last = None
 
@@ -396,7 +411,7 @@ class Evidence:
         header: dict[str, Any] = {"kind": "evidence", "meta": self.meta, "scaling": self.weights.scaling, "sides": {}}
         header["notes"] = self.notes
         header["blocks"] = [[b.name, *b.shape] for b in self.gain.blocks]
-        for name, side in (("gain", self.gain), ("cost", self.cost)):
+        for name, side in self._sides.items():
             header["sides"][name], kept = side.pack()
             tensors |= {f"{name}/{key}": tensor for key, tensor in kept.items()}
         if self.basis is not None:
@@ -427,8 +442,11 @@ class Evidence:
             if "mus" in header:
                 columns, dual, *ridges = (part("basis", leaf) for leaf in ("columns", "dual", "ridge_0", "ridge_1"))
                 basis = Basis(columns, dual, {n: (ridges[0][n], ridges[1][n]) for n in names}, header["mus"])
-            sides = []
-            for name in ("gain", "cost"):
+            sides: list[Side] = []
+            for name in SIDES:
+                if name not in header["sides"]:
+                    sides.append(sides[-1].empty(name))
+                    continue
                 about = header["sides"][name]
                 moments = MomentSums(*(about["moments"][key] for key in ("widths", "rank", "seed")))
                 dtype = getattr(torch, about["dtype"].removeprefix("torch."))
@@ -437,12 +455,12 @@ class Evidence:
                 own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
                 side.unpack(about, own)
                 sides.append(side)
-            return cls(weights, (sides[0], sides[1]), dict(header["meta"]), basis, header["notes"])
+            return cls(weights, sides, dict(header["meta"]), basis, header["notes"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: its header does not describe evidence ({error!r}): collect it again") from error
 
     def __repr__(self) -> str:
-        sides = ", ".join(f"{n}={s.counts.sequences} sequences" for n, s in (("gain", self.gain), ("cost", self.cost)))
+        sides = ", ".join(f"{n}={s.counts.sequences} sequences" for n, s in self._sides.items())
         kept = "all of d_in" if self.basis is None else f"a basis of {max(len(q) for q in self.basis.values())}"
         return f"Evidence({len(self.weights.a)} modules, {sides}, {kept}, bytes={self.nbytes})"
 
@@ -471,6 +489,26 @@ def _core(
     joint.append(total, first.counts)
     about = {**meta, "labels": first.meta["labels"], "groups": first.meta["groups"]}
     return Fisher(blocks, {}, joint, metric, about, list(first.groups))
+
+
+def _guarded(cost: Fisher, guard: Fisher, share: float) -> Fisher:
+    """The cost with the guard's rows in it: what it was, and `share` of its trace from them. Labels per sequence stay the cost's."""
+    assert isinstance(cost.joint, Full)
+    parts = cost.rows(), guard.rows()
+    energies = [float(x.double().square().sum()) / len(x) for x in parts]
+    if not energies[1]:
+        return cost
+    total = sum(map(len, parts))
+    scales = [(total / len(x) * f) ** 0.5 for x, f in zip(parts, (1.0, share * energies[0] / energies[1]))]
+    per = {key: value / len(parts[0]) for key, value in asdict(cost.counts).items()}
+    joint = Full((parts[0].shape[1], 1), device=parts[0].device)
+    joint.append(
+        torch.cat([x * scale for x, scale in zip(parts, scales)]),
+        Counts(total, round(per["tokens"] * total), round(per["labels"] * total)),
+    )
+    first = max(cost.groups, default=-1) + 1
+    groups = [*cost.groups, *(first + g for g in guard.groups)]
+    return Fisher(list(cost.blocks.values()), {}, joint, cost.metric, cost.meta, groups)
 
 
 def _times(rows: Tensor, side: Side, columns: Mapping[str, Tensor], out: Tensor, *, add: bool = False) -> Tensor:

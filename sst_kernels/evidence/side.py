@@ -63,10 +63,11 @@ class Side:
     def nbytes(self) -> int:
         return self.moments.nbytes + sum(fisher.nbytes for fisher in self.rows.values())
 
-    def empty(self) -> Side:
-        """One of the same kind that holds nothing."""
+    def empty(self, name: str | None = None) -> Side:
+        """One of the same kind that holds nothing; as another side where it is named."""
         moments = MomentSums(self.moments.widths, self.moments.rank, self.moments.seed)
-        return Side(self.blocks, moments, self.meta, metric=self.metric, dtype=self.dtype, device=self.device)
+        meta = self.meta if name is None else {**self.meta, "side": name}
+        return Side(self.blocks, moments, meta, metric=self.metric, dtype=self.dtype, device=self.device)
 
     def reserve(self, samples: int) -> None:
         """Make room for so many rows of every loss."""

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..merge.pipeline import load_data, open_source, session_of
 from ..methods import Inputs, Method
 from ..progress import Reporter
 from ..run.collect import model_digest
+from ..run.own_prompts import OWN, own_rows
 from ..session import Session
 from .pareto import Resample, equal_refusal, hypervolume, non_dominated
 from .recipe import ALWAYS, OF_METHODS, Comparison
@@ -181,9 +183,12 @@ def _claim(output: Path) -> Path:
 
 def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
     session = session_of(recipe, reporter)
-    data = load_data(recipe, session.tokenizer)
-    for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign")):
-        if fitted in data and (seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}):
+    write = partial(own_rows, session, recipe, file=folder.parent / OWN, force=True)
+    data = load_data(recipe, session.tokenizer, write)
+    for fitted, other in (("harm", "eval_harm"), ("benign", "eval_benign"), ("safe", "eval_safe")):
+        if {fitted, other} <= data.keys() and (
+            seen := {e.prompt for e in data[fitted]} & {e.prompt for e in data[other]}
+        ):
             reporter.warn(f"{len(seen)} prompts of {other}_data are in {fitted}_data too: not held out")
     hashes = {name: _digest([(e.line, e.tokens, e.prompt_tokens) for e in d]) for name, d in data.items()}
     facts = {
@@ -196,7 +201,7 @@ def _open(recipe: Comparison, folder: Path, reporter: Reporter) -> _Bench:
         "numbers": NUMBERS,
     }
     fitting = {
-        "fitted on": [hashes.get(name) for name in ("harm", "benign")]
+        "fitted on": [hashes.get(name) for name in ("harm", "benign", "safe")]
         if recipe.evidence is None
         else file_digest(recipe.evidence),
         "fitted with": [repr(recipe.collection), repr(recipe.pencil)],

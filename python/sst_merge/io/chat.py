@@ -115,6 +115,24 @@ class Renderer:
             ] = None
         return Rendered(before, middle + (end[0] if end else ""), reasoning=bool(thought))
 
+    def user_turn(self) -> tuple[str, str]:
+        """What the template writes in front of a user's first words, and the mark that ends them: for a model that fills the turn itself.
+
+        Raises DataError without a chat template, and for one that writes no user's turn or ends it by no mark.
+        """
+        if self.source is None:
+            raise DataError("this tokenizer has no chat template, so there is no user's turn that the model could fill")
+        probe = "XquestionX"
+        messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": "XanswerX"}]
+        if self.parts is None:
+            self.parts = self._wants_parts(messages, "")
+        text = self._render(messages[:1], "the empty user's turn")
+        before, found, after = text.partition(probe)
+        end = self._end.match(after)
+        if not found or end is None:
+            raise DataError(f"the chat template writes {text[:60]!r} for a user's turn, whose end cannot be told")
+        return before, end[0].strip()
+
     def _wants_parts(self, messages: Sequence[Mapping[str, Any]], where: str) -> bool:
         """Templates of models that see images may write nothing of a plain string, and all of a list of parts."""
         for parts in (False, True):

@@ -12,6 +12,7 @@ from ..io.output import check_output
 from ..progress import Reporter
 from ..recipe import Recipe
 from ..run.memory import check_pencil
+from ..run.own_prompts import foreseen
 from .findings import Finding, findings
 from .pipeline import check_folds, load_data, session_of
 from .plan import Plan, lines, plan
@@ -63,7 +64,7 @@ def check(recipe: Recipe, *, force: bool = False, reporter: Reporter | None = No
     """
     check_output(recipe.output, force=force)
     session = session_of(recipe, reporter or Reporter(quiet=True), weights=False)
-    data = load_data(recipe, session.tokenizer) if recipe.files else {}
+    data = load_data(recipe, session.tokenizer, foreseen) if recipe.files else {}
     if recipe.evidence is not None:
         load_evidence(recipe.evidence, session)
     else:

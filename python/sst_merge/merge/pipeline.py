@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -25,12 +25,13 @@ from ..io.output import check_output, output_file, output_folder
 from ..io.paths import expanded
 from ..io.serving import export
 from ..progress import Reporter
-from ..recipe import Recipe, summands
+from ..recipe import SAFE, Recipe, summands
 from ..report import write_report
 from ..run.checkpoints import continuing
 from ..run.collect import rows_digest
 from ..run.launch import leader
 from ..run.memory import check_pencil
+from ..run.own_prompts import FEW, OWN, beside, joined, own_rows
 from ..session import Session, open_session
 from ..specs import Pencil
 from .decide import MEASURED, Decision, decide, evaluator_of, keeps_all
@@ -52,9 +53,16 @@ def session_of(
     )  # fmt: skip
 
 
-def load_data(recipe: Recipe, tokenizer: Any) -> dict[str, Dataset]:
-    """The recipe's data files, tokenised. Raises DataError."""
-    given = {name: load_dataset(path, tokenizer, **recipe.reading) for name, path in recipe.files.items()}
+def load_data(
+    recipe: Recipe, tokenizer: Any, write: Callable[[Dataset, int], Dataset] | None = None
+) -> dict[str, Dataset]:
+    """The recipe's data files, tokenised, with benign rows that `write(harm, count)` adds where the recipe wants some. Raises DataError."""
+    given = {
+        name: load_dataset(path, tokenizer, **recipe.reading | ({"skip_bad_lines": True} if path == SAFE else {}))
+        for name, path in recipe.files.items()
+    }
+    if write is not None and recipe.self_benign:
+        given["benign"] = joined(given.get("benign"), write(given["harm"], recipe.self_benign))
     return hold_out(given, recipe.holdout, recipe.folds if recipe.keeps_rows else 1)
 
 
@@ -78,6 +86,7 @@ def open_source(recipe: Recipe, session: Session, data: Mapping[str, Dataset], c
         continuity,
         given,
         gradients=recipe.from_evidence,
+        safe=data.get("safe"),
     )
 
 
@@ -117,10 +126,13 @@ def merge(
         output_folder(recipe.output, force=force) if leading else nullcontext(recipe.output) as folder,
     ):
         session = session_of(recipe, reporter, loaded=loaded)
-        data = load_data(recipe, session.tokenizer) if recipe.files else {}
+        write = partial(own_rows, session, recipe, continuity=continuity, file=folder / OWN if leading else None)
+        data = load_data(recipe, session.tokenizer, write) if recipe.files else {}
         for name, dataset in data.items():
             reporter.say("\n".join([f"{name}: {dataset.kind}", *dataset.notes]))
             reporter.detail(f"{name}, as the model sees it, labels marked:\n{rendered_example(dataset)}")
+        if recipe.evidence is None and not recipe.self_benign and len(data["benign"]) < FEW:
+            reporter.say(f"benign: {len(data['benign'])} rows are few; --self-benign 200 lets the model write more")
         told = heed(findings(recipe, session, data), reporter, yes=yes)
         if "harm" in data:
             told += heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
@@ -213,17 +225,18 @@ def collect_to_file(
     files = [p for p in (recipe.model, *adapters, *recipe.files.values()) if p is not None]
     with (
         continuing(recipe.output, checkpoint_every, resume) as continuity,
-        output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as partial,
+        output_file(recipe.output, force=force, inputs=files) if leader() else nullcontext(recipe.output) as unfinished,
     ):
         session = session_of(recipe, reporter)
-        data = load_data(recipe, session.tokenizer)
+        write = partial(own_rows, session, recipe, continuity=continuity, file=beside(recipe.output), force=force)
+        data = load_data(recipe, session.tokenizer, write)
         heed(findings(recipe, session, data), reporter, yes=yes)
         heed(about_refusing(session, data["harm"], recipe.tokens_per_batch), reporter, yes=yes)
         source = open_source(recipe, session, data, continuity)
         evidence = source.evidence if exact else source.decisions
         if not leader():
             return None
-        evidence.save(partial)
+        evidence.save(unfinished)
     return evidence
 
 
@@ -254,7 +267,10 @@ def describe(
             "data": {name: d.summary() for name, d in data.items()},
         },
         "evidence": _evidence_facts(source, recipe),
-        "fisher": {name: _fisher_facts(f) for name, f in (("harm", gain), ("benign", cost))},
+        "fisher": {
+            "harm": _fisher_facts(gain, gain.counts),
+            "benign": _fisher_facts(cost, source.decisions.cost.counts if recipe.from_evidence else cost.counts),
+        },
         "subspace": {
             "scope": space.scope,
             "route": space.route,
@@ -313,6 +329,7 @@ def _evidence_facts(source: Source, recipe: Recipe) -> dict[str, Any] | None:
     return {
         "file": str(recipe.evidence) if recipe.evidence is not None else None,
         "input_filter": recipe.input_filter,
+        "guard": evidence.guard.counts.sequences,
         "tokens": {"harm": evidence.gain.moments.tokens, "benign": evidence.cost.moments.tokens},
         "basis": list(evidence.basis.mus) if evidence.basis is not None else None,
         "bytes": evidence.nbytes,
@@ -320,8 +337,7 @@ def _evidence_facts(source: Source, recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _fisher_facts(fisher: sst.Fisher) -> dict[str, Any]:
-    counts = fisher.counts
+def _fisher_facts(fisher: sst.Fisher, counts: Any) -> dict[str, Any]:
     return {
         **{key: value for key, value in fisher.meta.items() if _plain(value) and key != "labels"},
         "label_source": fisher.meta.get("labels"),

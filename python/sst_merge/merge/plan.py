@@ -68,6 +68,7 @@ def plan(recipe: Recipe, session: Session, data: Mapping[str, Dataset]) -> Plan:
             "reading, harm": stage("harm", 1, 2 + 2 * losses),
             "reading, benign": stage("benign", 1, 2 + 2 * recipe.label_draws),
         }
+        passes |= {"reading, safe": stage("safe", 1, 4)} if "safe" in data else {}
     elif recipe.evidence is None:
         if recipe.input_filter:
             passes = {"inputs, harm": stage("harm", 1, 2), "inputs, benign": stage("benign", 1, 2)}
@@ -85,6 +86,7 @@ def plan(recipe: Recipe, session: Session, data: Mapping[str, Dataset]) -> Plan:
         rows = (
             len(data["harm"]) * (2 if recipe.opening_tokens and recipe.opening_apart else 1)
             + len(data["benign"]) * recipe.label_draws
+            + len(data.get("safe", ()))
         )
         memory["gradients at most"] = 4 * rows * sum(term.rank * term.A.shape[1] for term in safety.terms.values())
     if recipe.input_filter and recipe.evidence is None:
@@ -131,7 +133,7 @@ def lines(recipe: Recipe, made: Plan) -> list[str]:
     text += [f"pass        {name}: {n:,} tokens, about {_duration(s)}" for name, (n, s) in made.passes.items()]
     text += [f"memory      {name}: {size / 2**20:,.0f} MiB" for name, size in made.memory.items()]
     total = f"about {_duration(made.seconds)} and {made.peak_bytes / 2**30:.1f} GiB"
-    text.append(f"total       {total}; generated answers are not in the estimate")
+    text.append(f"total       {total}; generated answers, and rows that the model writes, are not in the estimate")
     return [*text, f"output      {expanded(recipe.output).absolute()} (nothing was written)"]
 
 

@@ -41,6 +41,7 @@ class Source:
     continuity: Continuity | None = None
     given: sst.Evidence | None = None
     gradients: bool = True
+    safe: Dataset | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,7 +72,8 @@ class Source:
 
         def make() -> Adapter:
             if self.gradients:
-                return with_lora_A(self.session.safety, self._filtered(input_filter, None).lora_A)
+                known = next((self._kept[key] for key in self._filters if key[1] == input_filter), None)
+                return with_lora_A(self.session.safety, (known or self._filtered(input_filter, None)).lora_A)
             start = time.monotonic()
             activate(self.session)
             gain, cost = (input_pass(self.session, side, self._data(side), self.spec) for side in ("harm", "benign"))
@@ -101,7 +103,7 @@ class Source:
         if len(spec.harm_points) > 1:
             return self._once(("gain", spec), along_the_path)
         if spec.from_evidence and self.gradients and self._holds(spec.opening_weight):
-            return self._filtered(spec.input_filter, spec.opening_weight).gain
+            return self._filtered(spec.input_filter, spec.opening_weight, spec.guard).gain
         (point,) = spec.harm_points
         opening = None if spec.opening_weight == 1 else (self.spec.opening_tokens, spec.opening_weight)
         options: dict[str, Any] = {"name": f"harm-{point}", "opening": opening}
@@ -110,7 +112,7 @@ class Source:
     def cost(self, spec: Fishers) -> sst.Fisher:
         """F_benign: the model's own answers, or the data's, at the reference."""
         if replace(spec, harm_points=("reference",)).from_evidence and self.gradients:
-            return self._filtered(spec.input_filter, None).cost
+            return self._filtered(spec.input_filter, None, spec.guard).cost
         key = replace(spec, harm_points=("reference",), opening_weight=1.0)
         options: dict[str, Any] = {"name": "benign", "labels": self.spec.labels, "draws": self.spec.draws}
         return self._once(("cost", key), lambda: self._pass("benign", spec, point=spec.benign_point, **options))
@@ -168,28 +170,28 @@ class Source:
         return False
 
     def _collect(self) -> sst.Evidence:
-        return collect(self.session, self._data("harm"), self._data("benign"), self.spec, self.continuity)
+        return collect(self.session, self._data("harm"), self._data("benign"), self.spec, self.continuity, self.safe)
 
-    def _filtered(self, input_filter: float, opening_weight: float | None) -> sst.Filtered:
+    def _filtered(self, input_filter: float, opening_weight: float | None, guard: float = 0.0) -> sst.Filtered:
         """`Evidence.filter`; without a weight for whoever wants what is read, or F_benign, alone."""
         evidence = self.decisions
         apart = OPENING in evidence.gain.rows
         if apart and opening_weight is None:
-            opening_weight = next((w for _, f, w in self._filters if f == input_filter), 1.0)
+            opening_weight = next((w for _, f, w, g in self._filters if (f, g) == (input_filter, guard)), 1.0)
 
         def make() -> sst.Filtered:
             start = time.monotonic()
             with headlined("the inputs cannot be filtered"):
                 found = evidence.filter(
-                    input_filter, losses={OPENING: opening_weight or 0.0, REST: 1.0} if apart else None
+                    input_filter, losses={OPENING: opening_weight or 0.0, REST: 1.0} if apart else None, guard=guard
                 )
             self.session.seconds["filter"] = time.monotonic() - start
             return found
 
-        return self._once(("filtered", input_filter, opening_weight if apart else None), make)
+        return self._once(("filtered", input_filter, opening_weight if apart else None, guard), make)
 
     @property
-    def _filters(self) -> list[tuple[str, float, float]]:
+    def _filters(self) -> list[tuple[str, float, float, float]]:
         return [key for key in self._kept if isinstance(key, tuple) and key[0] == "filtered"]
 
     def _pass(self, side: str, spec: Fishers, **options: Any) -> sst.Fisher:

@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,9 +37,16 @@ _SPARE = 0.5  # share of the memory that is free that gradients may take
 
 
 def collect(
-    session: Session, harm: Dataset, benign: Dataset, spec: Collection, continuity: Continuity | None = None
+    session: Session,
+    harm: Dataset,
+    benign: Dataset,
+    spec: Collection,
+    continuity: Continuity | None = None,
+    safe: Dataset | None = None,
 ) -> sst.Evidence:
-    """Read both datasets once, task adapter on, patch off; ranks share the batches, and all end with the total.
+    """Read the datasets once, task adapter on, patch off; ranks share the batches, and all end with the total.
+
+    safe: prompts that must not be refused: read with the opening of a refusal (`unwanted`), and kept as the evidence's guard.
 
     Labels depend on `spec.seed` and the batch, not on where a run stopped. Draws of one prompt share a group, so that cross-fitting
     never predicts a prompt from itself. Raises MergeError, before the first batch for what memory does not hold.
@@ -46,11 +54,13 @@ def collect(
     start = time.monotonic()
     activate(session)
     losses = 2 if spec.opening_tokens and spec.opening_weight is None else 1
-    evidence = _empty(session, harm, benign, spec, losses, continuity)
-    sides: tuple[tuple[Any, str, Dataset, int, int], ...] = (
+    guard = unwanted(safe, harm) if safe is not None else None
+    evidence = _empty(session, harm, benign, spec, losses, continuity, 0 if guard is None else len(guard))
+    sides: list[tuple[Any, str, Dataset, int, int]] = [
         ("gain", "harm", harm, 1, losses),
         ("cost", "benign", benign, spec.draws, 1),
-    )
+    ]
+    sides += [("guard", "safe", guard, 1, 1)] if guard is not None else []
     for side, name, data, draws, named in sides:
         work = steps_of(data, spec.tokens_per_batch)
         path = continuity.path(f"reading-{name}") if continuity is not None else None
@@ -87,6 +97,18 @@ def facts_of(session: Session, spec: Collection) -> dict[str, str]:
         "opening_weight": str(spec.opening_weight if spec.opening_tokens else 1.0),
         "reading": repr(sorted(spec.facts().items())),
     }
+
+
+def unwanted(safe: Dataset, harm: Dataset) -> Dataset:
+    """Refusals that nobody wants: every safe prompt with the first token of one of `harm`'s refusals for an answer.
+
+    A refusal is so unlikely there that labels drawn from the model never show what the patch does to it.
+    """
+    openings = [e.tokens[e.prompt_tokens] for e in harm]
+    examples = (
+        replace(e, tokens=(*e.tokens[: e.prompt_tokens], openings[i % len(openings)])) for i, e in enumerate(safe)
+    )
+    return replace(safe, examples=tuple(examples))
 
 
 def rows_digest(data: Dataset) -> str:
@@ -137,6 +159,9 @@ def _read(reading: Any, side: str, spec: Collection, batch: Batch, generator: to
     if side == "cost":
         reading.backward(inputs, labels=spec.labels, draws=spec.draws, generator=generator, groups=batch.rows)
         return
+    if side == "guard":
+        reading.backward(inputs, groups=batch.rows)
+        return
     labels, count, weight = inputs["labels"], spec.opening_tokens, spec.opening_weight
     weights: Any = None
     if count and weight is None:
@@ -148,7 +173,13 @@ def _read(reading: Any, side: str, spec: Collection, batch: Batch, generator: to
 
 
 def _empty(
-    session: Session, harm: Dataset, benign: Dataset, spec: Collection, losses: int, continuity: Continuity | None
+    session: Session,
+    harm: Dataset,
+    benign: Dataset,
+    spec: Collection,
+    losses: int,
+    continuity: Continuity | None,
+    guard: int,
 ) -> sst.Evidence:
     """Evidence that holds nothing yet, in the form that memory has room for."""
     options: dict[str, Any] = {
@@ -159,7 +190,7 @@ def _empty(
         "about": facts_of(session, spec),
     }
     width = sum(term.rank * term.A.shape[1] for term in session.safety.terms.values())
-    form = _form(4 * width * (len(harm) * losses + len(benign) * spec.draws), spec, continuity)
+    form = _form(4 * width * (len(harm) * losses + len(benign) * spec.draws + guard), spec, continuity)
     with headlined("the data cannot be read"):
         if form == "basis":  # of what filters of many prices read, from forward passes over a share of the prompts
             pilot = {"every": PILOT}
