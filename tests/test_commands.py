@@ -91,8 +91,8 @@ def test_flags_of_mappings_lists_and_other_spellings(world, tmp_path):
         call("check", *given, *options, "--template", "enable_thinking=false")
     with pytest.raises(MergeError, match="--columns or --map: expected name=value"):
         call("check", *given, "--map", "question")
-    with pytest.raises(MergeError, match="--safety: given 2 times"):
-        call("check", *given, "--safety", world / "adapters/math")
+    with pytest.raises(MergeError, match="--seed: given 2 times"):
+        call("check", *given, "--seed", "1", "--seed", "2")
 
 
 @pytest.mark.parametrize(

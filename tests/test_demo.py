@@ -22,6 +22,7 @@ def test_the_demo_compares_at_equal_cost_and_says_where_everything_is(tmp_path, 
         ("benign_fisher", 12, "bake"),
         ("harmful_eval", 2, "steal"),
         ("benign_eval", 4, "fry"),
+        ("task_eval", 3, "solve"),
     ):
         cases.write_jsonl(shipped / f"{name}.jsonl", cases.pairs(n, word))
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
@@ -43,6 +44,7 @@ def test_the_demo_compares_at_equal_cost_and_says_where_everything_is(tmp_path, 
         rows[name]["benign_kl"] for name in rows if name.startswith("SST")
     ]
     assert all(name.split(",")[0] in shown.out for name in rows)
+    assert all(0 <= row["task_accuracy"] <= 1 for row in rows.values())
     assert all(str(tmp_path / path) in shown.out for path in ("out", "out/report.html"))
     assert "left" in shown.err
     assert json.loads((tmp_path / "out/prompts.json").read_text()).keys() == rows.keys()

@@ -77,6 +77,9 @@ def test_output_is_what_the_report_says(merged, world):
     rows = report["evaluation"]
     assert rows["no patch"]["benign_kl"] == 0
     assert 0 < rows["merged"]["benign_kl"] < rows["plain addition"]["benign_kl"]
+    (level,) = (row for name, row in rows.items() if name.startswith("plain addition, α = "))
+    assert level["benign_kl"] == pytest.approx(rows["merged"]["benign_kl"], rel=0.15)
+    assert list(rows)[-1] == "merged"
     assert report["fisher"]["benign"]["sequences"] == 24
     assert (report["fisher"]["harm"]["point"], report["fisher"]["benign"]["point"]) == ("reference", "reference")
     assert report["fisher"]["benign"]["label_source"] == "model"

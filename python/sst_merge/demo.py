@@ -23,6 +23,7 @@ ALPHAS = (0.2, 0.3, 0.5, 1.0)
 BUDGETS = (0.0005, 0.002, 0.01)  # nats per label token: three strengths of one reading
 MATCHED = (0.2,)  # the α of plain addition whose measured benign KL SST is given as well
 TOLERANCE = 0.1
+TASKS = 40  # word problems that are solved by every adapter
 
 
 def run(
@@ -45,6 +46,8 @@ def run(
                 "benign_data": data / "benign_fisher.jsonl",
                 "eval_harm_data": data / "harmful_eval.jsonl",
                 "eval_benign_data": data / "benign_eval.jsonl",
+                "eval_task_data": data / "task_eval.jsonl",
+                "task_tokens": 32,
                 "output": output,
                 "generate_tokens": 12,  # refusals start with their phrase
                 **(given or {}),
@@ -80,6 +83,8 @@ def _run(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[dict[str, An
         session.tokenizer,
         harmful=data["eval_harm"],
         benign=data["eval_benign"],
+        task=data["eval_task"][:TASKS],
+        task_tokens=recipe.task_tokens,
         reference=session.reference,
         reporter=reporter,
     )

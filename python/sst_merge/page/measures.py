@@ -15,6 +15,8 @@ MEASURES: dict[str, tuple[str, Show, bool]] = {
     "task_accuracy": ("task accuracy", percent, False),
     "judge_refused": ("refused, by log-odds", percent, True),
     "classifier_refused": ("refused, by a classifier", percent, True),
+    "judge_over_refusal": ("safe refused, by log-odds", percent, True),
+    "classifier_over_refusal": ("safe refused, by a classifier", percent, True),
     "first_token_kl": ("first-token KL", number, True),
     "refusal_nll": ("refusal NLL", fixed, True),
     "benign_nll": ("benign NLL", fixed, True),

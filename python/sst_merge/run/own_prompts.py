@@ -107,7 +107,9 @@ def own_rows(
 def foreseen(harm: Dataset, count: int) -> Dataset:
     """In place of rows that are yet to be written, as many of the greatest length."""
     tokens = (harm[0].tokens[0],) * (PROMPT_TOKENS + ANSWER_TOKENS)
-    return replace(harm, examples=tuple(Example(tokens, PROMPT_TOKENS, "", "", i + 1) for i in range(count)))
+    return replace(
+        harm, examples=tuple(Example(tokens, PROMPT_TOKENS, f"prompt {i + 1}", "", i + 1) for i in range(count))
+    )
 
 
 def beside(output: Path) -> Path:
