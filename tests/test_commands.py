@@ -95,6 +95,20 @@ def test_flags_of_mappings_lists_and_other_spellings(world, tmp_path):
         call("check", *given, "--seed", "1", "--seed", "2")
 
 
+def test_safe_data_are_read_for_the_guard_and_measured_on_by_evaluate(world):
+    given = flags(
+        world, "--harm-data", world / "harm.jsonl", "-o", "x", "--eval-safe-data", world / "benign_test.jsonl"
+    )
+    told = json.loads(call("check", *given, "--safe-data", world / "harm_eval.jsonl", "--json"))["recipe"]
+    assert (told["safe_data"], told["eval_safe_data"]) == (
+        str(world / "harm_eval.jsonl"),
+        str(world / "benign_test.jsonl"),
+    )
+    assert json.loads(call("check", *given, "--safe-data", "builtin", "--json"))["recipe"]["safe_data"] == "builtin"
+    measured = call("evaluate", "--model", world / "base", "--safe-data", world / "harm_eval.jsonl", "--json", "-q")
+    assert json.loads(measured)["evaluation"]["reference"]["over_refusal"] is not None
+
+
 @pytest.mark.parametrize(
     ("entry", "given", "kept"),
     [

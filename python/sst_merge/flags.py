@@ -48,13 +48,14 @@ def takes(
             if name != "given"
         ]
         names = [n for n in (entries or model.model_fields) if n not in {p.name for p in own}]
-        ours = [_flag(name, model.model_fields[name]) for name in names]
+        spellings = {name: _spellings(name, names) for name in names}
+        ours = [_flag(name, model.model_fields[name], spellings[name]) for name in names]
 
         def run(**values: Any) -> Any:
             given = {}
             for name in names:
                 if (value := values.pop(name)) is not None and value != []:
-                    given[name] = _read(name, value, model.model_fields[name].annotation)
+                    given[name] = _read(name, spellings[name], value, model.model_fields[name].annotation)
             return command(given, **values)
 
         run.__signature__ = inspect.Signature([*ours, *own])  # type: ignore[attr-defined]
@@ -65,8 +66,14 @@ def takes(
     return decorate
 
 
-def _flag(name: str, entry: Any) -> inspect.Parameter:
-    kind, spelled = _kind(entry.annotation), "--" + name.replace("_", "-")
+def _spellings(name: str, names: Iterable[str]) -> list[str]:
+    """The flags of an entry. An alias that is the name of another entry of the command is that entry's: `merge --safe-data`."""
+    taken = {"--" + other.replace("_", "-") for other in names}
+    return ["--" + name.replace("_", "-"), *(alias for alias in ALIASES.get(name, ()) if alias not in taken)]
+
+
+def _flag(name: str, entry: Any, spellings: list[str]) -> inspect.Parameter:
+    kind = _kind(entry.annotation)
     help = (entry.description or "").removesuffix(".")
     choices = (
         get_args(_without_none(entry.annotation)) if get_origin(_without_none(entry.annotation)) is Literal else ()
@@ -76,7 +83,6 @@ def _flag(name: str, entry: Any) -> inspect.Parameter:
     default = entry.get_default(call_default_factory=True) if not entry.is_required() else None
     if default not in (None, False, "", {}):
         help += f" [{','.join(map(str, default)) if isinstance(default, list) else default}]"
-    spellings = [spelled] if kind is bool else [spelled, *ALIASES.get(name, ())]
     named = {Path: "PATH", int: "N", float: "NUMBER"}.get(kind, "TEXT")
     shown = "A=B,…" if _holds(entry.annotation, dict) else "A,B,…" if _holds(entry.annotation, list) else named
     option = typer.Option(*spellings, help=help, show_default=False, metavar=None if kind is bool else shown)
@@ -85,9 +91,9 @@ def _flag(name: str, entry: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _read(name: str, value: Any, annotation: Any) -> Any:
+def _read(name: str, spellings: list[str], value: Any, annotation: Any) -> Any:
     """The value of an entry from what its flag was given. RecipeError for a flag given twice and for no mapping."""
-    spelled = " or ".join(["--" + name.replace("_", "-"), *ALIASES.get(name, ())])
+    spelled = " or ".join(spellings)
     if not isinstance(value, list) or name in REPEATED:
         return value
     if _holds(annotation, dict):

@@ -14,7 +14,7 @@ from ..progress import Reporter
 from ..recipe import Recipe
 
 ENTRIES = (
-    "model", "safety", "task", "harm_data", "benign_data", "evidence", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "robustness", "judge", "task_tokens", "output", "rank", "template", "columns",
+    "model", "safety", "task", "harm_data", "benign_data", "safe_data", "guard", "evidence", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "robustness", "judge", "task_tokens", "output", "rank", "template", "columns",
     "max_length", "tokens_per_batch", "limit", "skip_bad_lines", "generate_tokens", "seed", "device", "dtype", "quantization",
 )  # fmt: skip
 
