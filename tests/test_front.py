@@ -104,6 +104,24 @@ def test_every_point_becomes_its_adapter_without_a_model(swept, tmp_path, monkey
             assert all(written[name].equal(again[name]) for name in written)
 
 
+def test_points_of_a_front_with_own_rows_safe_prompts_and_tasks_become_adapters_without_a_model(
+    world, tmp_path, monkeypatch
+):
+    given = {
+        "self_benign": 4,
+        "safe_data": world / "safe.jsonl",
+        "eval_task_data": world / "safe.jsonl",
+        "task_tokens": 2,
+    }
+    given |= {"sweep": True, "generate_tokens": 3}
+    report = pipeline.merge(recipe(world, tmp_path / "out", **given), reporter=QUIET)
+    monkeypatch.setattr("sst_merge.session.load_model", None)
+    words = shlex.split(report["front"][1]["command"])
+    call(*words[1:], "--quiet")
+    made = json.loads((tmp_path / "out-2/report.json").read_text())
+    assert made["patch"]["prediction"]["cost_per_label"] == pytest.approx(report["front"][1]["predicted_kl"], rel=1e-9)
+
+
 def test_picks_that_cannot_be(swept, world, tmp_path):
     _, folder = swept
     evidence = folder / "evidence.safetensors"

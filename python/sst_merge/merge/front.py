@@ -19,7 +19,7 @@ POINTS = 6
 _STEP = 4.0  # of predicted KL between neighbours: from the whole patch down to a thousandth of its cost
 # What a point does not take from the recipe that measured it.
 _OTHERS = (
-    "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "kl_budget", "target_refusal", "mu", "k", "sweep", "output",
+    "harm_data", "benign_data", "self_benign", "safe_data", "eval_harm_data", "eval_benign_data", "eval_safe_data", "eval_task_data", "kl_budget", "target_refusal", "mu", "k", "sweep", "output",
 )  # fmt: skip
 
 
