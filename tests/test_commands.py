@@ -55,6 +55,9 @@ def flags(world, *more):
 
 def test_init_writes_a_recipe_that_checks_and_merges(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world)
+    (world / "adapters/earlier").mkdir()
+    for name in ("adapter_config.json", "report.html"):
+        (world / "adapters/earlier" / name).write_text("{}")
     told = call("init", "-o", world / "recipe.yml")
     for line in ("model            base", "safety           adapters/safety-lora", "task             adapters/math"):
         assert line in told.splitlines()
@@ -73,6 +76,14 @@ def test_init_writes_a_recipe_that_checks_and_merges(world, tmp_path, monkeypatc
     alone = json.loads(call("init", world / "adapters", "-o", tmp_path / "other.yml", "--json"))
     assert alone["missing"] == ["model", "harm_data", "benign_data"]
     (world / "recipe.yml").unlink()
+
+
+def test_of_several_adapters_the_one_called_task_is_taken(tmp_path):
+    for name in ("code", "my-task", "safety"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    told = json.loads(call("init", tmp_path, "-o", tmp_path / "recipe.yml", "--json"))
+    assert (told["entries"]["safety"], told["entries"]["task"]) == (["safety"], ["my-task", "code"])
 
 
 def test_flags_of_mappings_lists_and_other_spellings(world, tmp_path):

@@ -22,9 +22,11 @@ from .recipe import Recipe
 
 _DEPTH, _SEEN = 3, 50  # folders below the given one, and rows of a file that are looked at
 _SAFE = re.compile(r"(?i)safe|refus|harmless|guard|align")
+_TASK = re.compile(r"(?i)\btask")
 _HELD = re.compile(r"(?i)eval|valid|test|held|dev")
 _DATA = re.compile(r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$")
 _OTHER = ("config.json", "tokenizer.json", "report.json", "prompts.json", "package.json")
+_OURS = {"report.html", "compare.html"}  # what an earlier merge or comparison wrote is no input
 _NEEDED = ("model", "safety", "harm_data", "benign_data")
 _COMMON = (
     "model", "task", "safety", "harm_data", "benign_data", "eval_harm_data", "eval_benign_data", "output", "kl_budget", "template", "columns",
@@ -44,7 +46,7 @@ class Found:
 
 
 def look(folder: Path) -> Found:
-    """Models, adapters and data files in a folder and up to three levels below it; hidden ones are left out."""
+    """Models, adapters and data files in a folder and up to three levels below it; hidden ones and earlier outputs are left out."""
     found = Found()
     _look(folder, 0, found)
     return found
@@ -52,6 +54,8 @@ def look(folder: Path) -> Found:
 
 def _look(folder: Path, depth: int, found: Found) -> None:
     names = {p.name for p in folder.iterdir()}
+    if names & _OURS:
+        return
     if "adapter_config.json" in names:
         found.adapters.append(folder)
         return
@@ -89,7 +93,8 @@ def choose(found: Found) -> dict[str, list[Path]]:
     """Candidates for recipe entries, the likeliest first: by what answers hold, and by names of adapters and held-out files."""
     safe = [a for a in found.adapters if _SAFE.search(a.name)]
     others = [a for a in found.adapters if a not in safe]
-    chosen = {"model": found.models, "safety": safe or others[1:], "task": others}
+    named = sorted(others, key=lambda a: not _TASK.search(a.name))  # of several the one that is called so
+    chosen = {"model": found.models, "safety": safe or named[1:], "task": named}
     for side in ("harm", "benign"):
         files = getattr(found, side)
         held = [p for p in files if _HELD.search(p.stem)]
@@ -106,7 +111,7 @@ def recipe_text(chosen: Mapping[str, Sequence[str]]) -> str:
         default = None if entry.is_required() else entry.get_default(call_default_factory=True)
         value, said = next(iter(chosen.get(name, ())), default), entry.description or ""
         if name == "kl_budget":
-            value, said = 0.02, f"{said}; or mu, or k"
+            value, said = 0.02, f"{said}; or target_refusal, mu or k; none of them: the knee of what is measured"
         if others := chosen.get(name, ())[1:]:
             said += f"; also found: {', '.join(others)}"
         flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).split("\n")[0]
