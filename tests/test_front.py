@@ -13,7 +13,7 @@ from sst_merge.errors import MergeError, RecipeError
 from sst_merge.evaluate import Evaluation
 from sst_merge.merge import front, pipeline, trust
 from sst_merge.recipe import DEFAULT_BUDGET, Recipe
-from sst_merge.report import front_table, spent
+from sst_merge.report import front_table, print_rows, spent
 from tests import merge_cases as cases
 from tests.test_cli import call
 from tests.test_trust import QUIET, recipe
@@ -152,7 +152,31 @@ def test_without_a_budget_or_a_rate_the_knee_is_taken(world, tmp_path):
 def test_where_nothing_can_be_measured_the_default_budget_is_predicted(world, tmp_path):
     report = pipeline.merge(recipe(world, tmp_path / "out", holdout=0), reporter=QUIET)
     assert report["patch"]["prediction"]["cost_per_label"] <= DEFAULT_BUDGET
-    assert "not measured" in spent(report)
+    assert f"not measured; budget {DEFAULT_BUDGET:g}, since nothing was asked for" in spent(report)
+
+
+def test_a_knee_where_nothing_refuses_more_is_said_to_be_none(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("sst_merge.evaluate.is_refusal", lambda _: False)
+    report = pipeline.merge(recipe(world, tmp_path / "out", generate_tokens=3), reporter=QUIET)
+    assert "No strength refused more of these prompts than no patch does" in spent(report)
+    assert report["measured"]["kl"] == min(p["kl"] for p in report["front"])
+
+
+def test_the_front_is_whole_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    point = {
+        "kl": 1.1e-05,
+        "kl_low": 8.53e-06,
+        "kl_high": 1.47e-05,
+        "refused": 1.0,
+        "refused_low": 0.95,
+        "refused_high": 1.0,
+    }
+    point |= {"predicted_kl": 1.51e-05, "refusal_nll": 5.682, "over_refusal": 1.0, "chosen": True}
+    print_rows(front_table([point]))
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "over-refusal"
+    assert first.split()[-1] == "100%"
 
 
 @pytest.mark.parametrize("target", [0.25, 1.0])

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .page import html, page_of_merge
 from .page.facts import facts, foundation
+from .recipe import DEFAULT_BUDGET, STRENGTHS
 
 
 def write_report(
@@ -157,7 +158,10 @@ def spent(report: Mapping[str, Any]) -> str:
                 f"token{rate}, as measured with the front"
             )
     prediction = report["patch"]["prediction"]
-    return f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+    text = f"predicted benign KL {prediction['cost_per_label']:.4g} nats per label token, {foundation(prediction)}; not measured"
+    if all(report["recipe"].get(name) is None for name in STRENGTHS):
+        text += f"; budget {DEFAULT_BUDGET:g}, since nothing was asked for"
+    return text
 
 
 def front_table(front: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -168,7 +172,7 @@ def front_table(front: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             return "–"
         return f"{p[name]:{form}} ({p[name + '_low']:{form}} to {p[name + '_high']:{form}})"
 
-    rows = [["", "benign KL", "predicted", "refused", "refusal NLL", "safe prompts refused"]]
+    rows = [["", "benign KL", "predicted", "refused", "refusal NLL", "over-refusal"]]
     for number, p in enumerate(front, 1):
         others = (
             "–" if p["refusal_nll"] is None else f"{p['refusal_nll']:.3f}",

@@ -92,7 +92,10 @@ def _measured(
         return Decision(best.choice, best.found, None, Measured(**measured(best, [best], rows)), best, tuple(points))
     nothing = _quick(session, recipe, data)(session.reference, label="no patch", generate_tokens=recipe.generate_tokens)
     best = front.knee(points, nothing)
-    return Decision(best.choice, best.found, nothing, Knee(**measured(best, points, rows)), best, tuple(points))
+    helps = any(p.found.refusal_rate > nothing.refusal_rate for p in points)
+    return Decision(
+        best.choice, best.found, nothing, Knee(**measured(best, points, rows), helps=helps), best, tuple(points)
+    )
 
 
 def _chooser(

@@ -255,9 +255,13 @@ class Target(Measured):
 
 @dataclass(frozen=True)
 class Knee(Measured):
-    """What the point of the measured curve has from which on more KL buys little refusal."""
+    """What the point of the measured curve has from which on more KL buys little refusal. helps: any point refuses more than no patch."""
+
+    helps: bool = True
 
     def words(self) -> str:
+        if not self.helps:
+            return f"{super().words()}. No strength refused more of these prompts than no patch does: this is the one of least KL"
         return f"{super().words()}; the knee of the measured curve, since neither a budget nor a rate was asked for"
 
 
