@@ -342,7 +342,7 @@ def test_recipe_defaults_and_strength():
         ({"structure": "kronecker"}, "'kronecker' keeps modules apart, .* scope: module"),
         ({"structure_options": {"rows": "fold"}}, "'full' with rows: fold keeps modules apart"),
         ({"mu": 1, "kl_budget": 1}, "give one of kl_budget, target_refusal, mu and k"),
-        ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget or k, not mu"),
+        ({"filter": "top_k", "mu": 1}, "'top_k' takes kl_budget, target_refusal or k, not mu"),
         ({"filter": "sharp"}, "filter: Input should be .*got 'sharp'"),
         ({"kl_budget": -1}, "kl_budget: .*got -1"),
         ({"folds": 1}, "folds"),

@@ -243,7 +243,10 @@ class Recipe(BaseModel):
             raise ValueError(f"give one of kl_budget, target_refusal, mu and k, not {' and '.join(given)}")
         name, wrong = cls._in_other_words(values.get("filter", "soft")), {"soft": "k", "threshold": "k", "top_k": "mu"}
         if given and isinstance(name, str) and given[0] == wrong.get(name):
-            raise ValueError(f"filter {name!r} takes kl_budget or {'k' if name == 'top_k' else 'mu'}, not {given[0]}")
+            raise ValueError(
+                f"filter {name!r} takes kl_budget, target_refusal or {'k' if name == 'top_k' else 'mu'}, not {given[0]}"
+                + (", which is filter top_k's" if given[0] == "k" else "")
+            )
         return values
 
     @model_validator(mode="after")

@@ -41,9 +41,8 @@ def put(factors: Mapping[str, tuple[Tensor, Tensor, float]], model: nn.Module, a
     }
     for name, (a, b, scaling) in factors.items():
         if name not in layers:
-            raise ValueError(
-                f"{name} does not carry the adapter {adapter!r}; it is on {next(iter(layers), 'no module')} and {max(0, len(layers) - 1)} more"
-            )
+            where = f"{next(iter(layers))} and {len(layers) - 1} more" if layers else "no module of this model"
+            raise ValueError(f"{name} does not carry the adapter {adapter!r}; it is on {where}")
         layer = layers[name]
         found = tuple(layer.lora_A[adapter].weight.shape), tuple(layer.lora_B[adapter].weight.shape)
         if found != (tuple(a.shape), tuple(b.shape)) or layer.scaling[adapter] != scaling:

@@ -31,7 +31,7 @@ def compare(
         raise RecipeError("compare: give one recipe, a YAML file with `methods`, `strengths` and evaluation data")
     from .compare import compare as run
     from .recipe import Comparison
-    from .report import markdown_table
+    from .report import UNITS, markdown_table
 
     comparison = Comparison.load(path, **given)
     report = run(comparison, reporter=Reporter(quiet))
@@ -40,4 +40,5 @@ def compare(
         typer.echo(json.dumps(report | {"output": str(output)}, ensure_ascii=False))
         return
     typer.echo("\n".join(markdown_table(report)))
+    typer.echo(f"\n* not dominated by any other row. {UNITS}")
     typer.echo(f"\nwritten to {output}: report.md, report.json, compare.html")

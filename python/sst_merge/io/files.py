@@ -119,7 +119,7 @@ def _parsed(text: bytes, where: str) -> Any:
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: not JSON ({error.msg} at {place})") from error
+        raise DataError(f"{where}: not JSON ({error.msg.removesuffix(' at')} at {place})") from error
     except RecursionError as error:
         raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from error
     except ValueError as error:

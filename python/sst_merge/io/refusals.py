@@ -85,7 +85,9 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one prompt a line") from error
+            raise DataError(
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected UTF-8 text, one prompt a line"
+            ) from error
         found = [line.strip() for line in lines if line.strip()]
     else:
         found = []

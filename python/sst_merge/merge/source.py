@@ -245,7 +245,7 @@ def load_evidence(path: Path, session: Session) -> sst.Evidence:
             evidence = sst.Evidence.load(path)
     except OSError as error:
         raise MergeError(
-            f"--evidence {path}: cannot be read ({error.strerror}); give a file of collect, or of an earlier merge"
+            f"--evidence {path}: cannot be read ({error.strerror or error}); give a file of collect, or of an earlier merge"
         ) from error
     found = evidence.weights
     strange = {*session.safety.terms} ^ {*found.scaling}
