@@ -169,6 +169,15 @@ def test_wrapped_models_go_through_the_hooks(wrapper, ranks):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+def test_what_ranks_share_of_a_solve_lies_on_one_device():
+    from sst_kernels.subspace.crossfit import Fold
+    from sst_kernels.subspace.modules import Part, _tensors
+
+    x = torch.empty(2, 3, dtype=torch.float64, device="meta")  # as on a GPU, where `told` comes from the host
+    part = Part(x, x[..., None], "", torch.zeros(2, dtype=torch.float64), (Fold(x[0], x),))
+    assert torch.cat([t.flatten() for t in _tensors(part)]).device.type == "meta"
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_solves_are_those_of_one_rank(world, ranks):
     for rank in range(world):

@@ -275,6 +275,11 @@ def test_sums_that_rounding_made_indefinite_are_steadied_or_refused_by_name():
         _inverse("q", torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), nothing, 3.0)
     with pytest.raises(ValueError, match="what q reads is zero in every token"):
         _inverse("q", nothing, nothing, 3.0)
+    for bad in (torch.nan, torch.inf):
+        broken = eye.clone()
+        broken[1, 0] = bad
+        with pytest.raises(FloatingPointError, match="the sums of what q reads are not positive definite"):
+            _inverse("q", broken, nothing, 3.0)
 
 
 def test_what_is_refused():

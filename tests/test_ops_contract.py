@@ -66,6 +66,18 @@ def test_inputs_may_require_grad(op):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_no_bits(op, device):
+    """Hooks run inside the autocast of a training loop."""
+    plain, cast = arguments(device)[op], arguments(device)[op]
+    getattr(ops, op)(*plain)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        getattr(ops, op)(*cast)
+    assert torch.equal(cast[-1], plain[-1])
+    assert plain[-1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
 def test_what_is_written_has_a_new_version(op, device):
     """Autograd and `Memo` go by versions; an op that is called eagerly is not seen by the dispatcher that counts them."""
     *_, out = args = arguments(device)[op]

@@ -38,8 +38,10 @@ def test_factors_are_the_documented_moments(approx):
 
 @pytest.mark.parametrize(("kind", "options"), [("kronecker", {}), ("kronecker_lowrank", {"rank": 9})])
 @pytest.mark.parametrize("cuts", [[0, 7, 30, 31, 64], [0, 16, 32, 48, 64]], ids=["ragged", "equal"])
-def test_sums_at_the_end_of_a_batch_are_those_of_each_module(kind, options, cuts):
+@pytest.mark.parametrize("most", [1 << 26, 0], ids=["held", "added at once"])
+def test_sums_at_the_end_of_a_batch_are_those_of_each_module(kind, options, cuts, most, monkeypatch):
     """Three modules, two of which read one input, in two batches whose samples leave out a token of padding that is NaN."""
+    monkeypatch.setattr(Later, "most", most)
     g = torch.Generator().manual_seed(11)
     shapes = [(4, 12), (4, 12), (12, 4)]
     alone, shared = ([make_structure(kind, shape, **options) for shape in shapes] for _ in range(2))
@@ -57,6 +59,8 @@ def test_sums_at_the_end_of_a_batch_are_those_of_each_module(kind, options, cuts
             before = other.state_dict()["left"].clone()
             other.update(TokenBatch(left, right, *given, later=later))
             assert left.shape[1] > 4 or torch.equal(other.state_dict()["left"], before)  # the narrow ones wait
+            sketched = kind == "kronecker_lowrank" and right.shape[1] == 12
+            assert not sketched or other.state_dict()["right"].any() == (most == 0 or bool(other.counts.sequences > 4))
         later.settle()
         later.settle()  # and nothing is added twice
     for one, other in zip(alone, shared):

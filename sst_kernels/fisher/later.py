@@ -12,13 +12,18 @@ class Later:
     """Sums of one batch, of many modules: second moments of narrow sides, and products that several modules add to theirs.
 
     At 7B they would be some 1 500 launches of a few microseconds' work each; `settle`, once all modules have come, takes a dozen.
-    Until then the sums lack the batch, and `x` and products are held.
+    Until then the sums lack the batch, and `x` and products are held; of products no more than `most` numbers, beyond which those
+    that wait are added at once.
     """
+
+    most = 1 << 26
 
     def __init__(self) -> None:
         self._sides: dict[tuple[int, int], tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]] = {}
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
+        self._brought: Sequence[Tensor] = ()
+        self._held = 0
 
     @staticmethod
     def takes(x: Tensor, spans: Tensor | None) -> bool:
@@ -33,8 +38,13 @@ class Later:
 
     def add(self, sums: Sequence[Tensor], products: Sequence[Tensor]) -> None:
         """Add each product to its sum."""
+        if products is not self._brought:  # by the module before
+            self._held += sum(product.numel() for product in products)
+            self._brought = products
         self._sums += sums
         self._products += products
+        if self._held > self.most:
+            self._add_up()
 
     def settle(self) -> None:
         """Do it all: nothing waits afterwards."""
@@ -45,6 +55,10 @@ class Later:
             core_outer(xs, xs, spans, None if scale is None else scale.square(), rows)
             totals = rows.sum(0).split([out.numel() for out in outs])
             self.add(outs, [total.view_as(out) for total, out in zip(totals, outs)])
+        self._add_up()
+        self._sides.clear()
+
+    def _add_up(self) -> None:
         by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for total, product in zip(self._sums, self._products):
             pair = by_kind.setdefault((total.device, total.dtype), ([], []))
@@ -52,5 +66,4 @@ class Later:
             pair[1].append(product)
         for sums, products in by_kind.values():
             torch._foreach_add_(sums, products)
-        self._sides.clear()
-        self._sums, self._products = [], []
+        self._sums, self._products, self._brought, self._held = [], [], (), 0

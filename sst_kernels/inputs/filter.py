@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 
 import torch
 from scipy.linalg import lapack
@@ -254,13 +255,15 @@ def _inverse(name: str, gain: Moment | Triangle, cost: Moment | Triangle, mu: fl
 
 
 def _cholesky(lower: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """x ↦ X⁻¹ x of X [d, d] float64, given by its lower triangle; None where X is not positive definite."""
+    """x ↦ X⁻¹ x of X [d, d] float64, given by its lower triangle; None where X is not positive definite, or not finite."""
     if lower.device.type != "cpu":
         factor, failed = torch.linalg.cholesky_ex(lower)
         return None if failed else lambda x: torch.cholesky_solve(x, factor)
     # Without the copies and the cleared triangle of torch's, and by SciPy's LAPACK: two to three times as fast at d = 1536.
     packed, info = lapack.dpotrf(lower.numpy().T, lower=0, clean=0)
-    return None if info else lambda x: torch.from_numpy(lapack.dpotrs(packed, x.numpy(), lower=0)[0])
+    if info or not isfinite(packed.diagonal().sum()):  # OpenBLAS takes NaN for positive
+        return None
+    return lambda x: torch.from_numpy(lapack.dpotrs(packed, x.numpy(), lower=0)[0])
 
 
 def _lower(moment: Moment | Triangle) -> Tensor:

@@ -18,7 +18,8 @@ _library = torch.library.Library("sst_kernels", "DEF")
 def register(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
     """A function of the arguments of this schema, `name(arguments) -> ()`: the op of that name.
 
-    On a CPU it runs `cpu`, on a GPU the function of its name in `sst_kernels.ops.<name>.kernel`, imported at the first call.
+    On a CPU it runs `cpu`, on a GPU the function of its name in `sst_kernels.ops.<name>.kernel`, imported at the first call. Autocast
+    has no say in either.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,6 +30,14 @@ def register(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
 
     def cuda(*args) -> None:
         getattr(importlib.import_module(f"sst_kernels.ops.{name}.kernel"), name)(*args)
+
+    def exact(*args) -> None:
+        """`cpu`, whose products torch.autocast would round."""
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                cpu(*args)
+        else:
+            cpu(*args)
 
     def unseen(form: Callable[..., None], *args) -> None:
         """Run a form below autograd, and tell those who go by a tensor's version (autograd, `Memo`) what it wrote."""
@@ -41,11 +50,11 @@ def register(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
     def call(*args) -> None:
         if type(args[out]) is Tensor and args[out].is_cpu and not torch.compiler.is_compiling():
             with torch._C._AutoDispatchBelowAutograd():  # in which torch's own operations still count versions
-                cpu(*args)
+                exact(*args)
         else:
             op(*args)
 
-    _library.impl(name, partial(unseen, cpu), "CPU")
+    _library.impl(name, partial(unseen, exact), "CPU")
     _library.impl(name, partial(unseen, cuda), "CUDA")
     torch.library.register_fake(f"sst_kernels::{name}", lambda *args: None, lib=_library)
     return call

@@ -24,7 +24,7 @@ from sst_kernels.subspace.spectrum import directions
 class Part:
     """The pencils of neighbouring modules: λ [M, p], and their directions times the patch's components in S [M, r², p].
 
-    The directions add up to the patch. told: [2] of `unseen`, on the CPU.
+    The directions add up to the patch. told: [2] of `unseen`, on the CPU or, shared by ranks, beside them.
     """
 
     values: Tensor
@@ -259,7 +259,8 @@ def _shared(costs: Sequence[float], solve: Callable[[int], Part], group: Any) ->
 
 def _tensors(part: Part) -> list[Tensor]:
     folds = (*part.cost_folds, *part.gain_folds)
-    return [part.values, part.directions, part.told, *(t for fold in folds for t in (fold.values, fold.responses))]
+    told = part.told.to(part.values.device)
+    return [part.values, part.directions, told, *(t for fold in folds for t in (fold.values, fold.responses))]
 
 
 def _part(route: str, count: int, tensors: list[Tensor]) -> Part:

@@ -194,7 +194,9 @@ class AcrossModules(RowPencil):
         few = len(rows.gain) + len(rows.cost) <= size
         told = (self._from_products if exact and few else self._from_span)(damping)
         self.values = torch.cat([self.values, self.values.new_zeros(1)])  # of what the directions leave of the patch
-        return told if self.held_out else (0.0, float(len(self.values) <= size))
+        if len(self.values) > size:  # every direction is shown, if not by the rows of some folds
+            return 0.0, 0.0
+        return told if self.held_out else (0.0, 1.0)
 
     def _from_products(self, damping: float) -> tuple[float, float]:
         rows, epsilon = self.rows, self.epsilon
