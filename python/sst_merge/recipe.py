@@ -293,7 +293,7 @@ class Recipe(BaseModel):
         if self.safe_data not in (None, BUILTIN) and (self.evidence is not None or not self.from_evidence):
             raise ValueError(
                 "safe_data: is read with the evidence, and nowhere else: neither `evidence` of an earlier run nor Fishers of other "
-                "structures or points take it"
+                "structures or points take it; remove the entry"
             )
         return self
 
