@@ -148,6 +148,27 @@ def test_two_rows_hold_a_patch_back_and_ask_for_more(kls):
     assert [r["benign_kl"] for r in budget.worst] == sorted((budget.kl * share for share in kls), reverse=True)
 
 
+def test_the_mean_of_more_rows_spends_the_budget_and_its_interval_warns():
+    base = Pretended(lambda cost: cost)
+    rows = SimpleNamespace(examples=[SimpleNamespace(line=i, labels=4) for i in range(trust.SURE)])
+    shares = [0.01] * (trust.SURE - 1) + [trust.SURE - 0.01 * (trust.SURE - 1)]  # one prompt carries the KL
+
+    def measure(choice):
+        trial = base.measure(choice)
+        kl = trial.found.benign_kl
+        trial.found.prompts = [
+            {"set": "benign", "line": i, "prompt": "x", "benign_kl": kl * share} for i, share in enumerate(shares)
+        ]
+        return trial
+
+    _, budget, _ = trust.within(0.02, base.choose, measure, rows)
+    assert 0.8 * 0.02 <= budget.kl <= 0.02
+    assert budget.high > 0.03
+    assert not budget.held_back
+    assert budget.more_rows > 0
+    assert f"some {budget.more_rows} more would tell whether it stays below 0.03" in budget.words()
+
+
 @pytest.mark.parametrize("shape", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("n", [2, 8, 40])
 def test_intervals_of_kls_cover_what_they_should(shape, n):

@@ -25,6 +25,7 @@ from .algebra import Recompression
 
 TRIALS = 8  # strengths that are measured at most
 _NEAR = 0.8  # share of the budget that is spent well enough
+SURE = 8  # rows from which on a mean decides, and its interval only warns: two that happen to agree measured up to 8 budgets on others
 _CLEAR = 1.5  # of the budget: an interval that reaches further says that the rows are too few to tell
 _CLOSE = 1.25  # of two strengths: nearer ones are not told apart by some tens of answers
 _STEP = 4.0  # from a strength that refuses too little to the next, and back
@@ -70,7 +71,8 @@ class Question(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """The strongest patch whose measured benign KL is at most `budget`, with an interval over `rows` that ends below 1.5 budgets."""
+    """The strongest patch whose measured benign KL is at most `budget`; of fewer than eight `rows` the mean tells little, and the KL's interval
+    has to end below 1.5 budgets, too."""
 
     budget: float
     rows: Dataset
@@ -86,7 +88,9 @@ class Within:
 
     def _spent(self, found: Evaluation) -> float:
         kl, _, high = kl_interval(found, self.rows)
-        return math.nan if kl is None or high is None else max(kl, high / _CLEAR)
+        if kl is None or high is None:
+            return math.nan
+        return kl if len(self.rows.examples) >= SURE else max(kl, high / _CLEAR)
 
 
 @dataclass(frozen=True)
@@ -201,14 +205,18 @@ class Budget(Measured):
 
     @property
     def more_rows(self) -> int:
-        """How many rows as these would do to spend most of the budget; 0 where it is spent, or where there is no more to spend it on.
-
-        With them the interval of a KL of 0.8 budgets would end below 1.5.
+        """How many rows as these would bring the interval's end to 1.5 budgets, or, where it held a stronger patch back, let most of the budget
+        be spent; 0 where nothing is in doubt.
         """
-        if not self.held_back or not self.kl or self.high is None:
+        if not self.kept or not self.kl or self.high is None or not (self.held_back or self.unsure):
             return 0
-        wanted = math.log(_CLEAR / _NEAR)
+        wanted = math.log(_CLEAR / _NEAR if self.held_back else _CLEAR * self.budget / self.kl)
         return max(1, math.ceil(self.rows * (math.log(self.high / self.kl) / wanted) ** 2) - self.rows)
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the KL of other rows may well be beyond 1.5 budgets."""
+        return self.high is not None and self.high > _CLEAR * self.budget
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"kept": self.kept, "more_rows": self.more_rows}
@@ -221,6 +229,8 @@ class Budget(Measured):
             text += f"; {self._rate_words()}"
         if self.kl == 0:
             text += ". No strength that keeps anything stays within the budget on these rows: the adapter is the task adapter alone"
+        elif self.more_rows and not self.held_back:
+            text += f". These rows are too few to be sure: some {self.more_rows} more would tell whether it stays below {_CLEAR * self.budget:g}"
         elif self.more_rows:
             text += (
                 f". These rows are too few to be sure of more: the interval has to end below {_CLEAR * self.budget:g}; with some {self.more_rows} "
@@ -304,7 +314,7 @@ def within(
         tried.append(kept[0])
     best = max(kept, key=lambda trial: trial.choice.allowed)
     stopped = [trial for trial in tried if question.beyond(trial.found)]
-    held_back = bool(stopped) and best.found.benign_kl < _NEAR * budget
+    held_back = len(rows.examples) < SURE and bool(stopped) and best.found.benign_kl < _NEAR * budget
     return best, Budget(**measured(best, tried, rows), budget=budget, held_back=held_back), tried
 
 
