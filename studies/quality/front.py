@@ -29,7 +29,7 @@ LABEL_BY = {"sst": (-78, 6), "regmean": (-24, 9), "plain": (14, -4)}
 TABLE = {
     ("no patch", 0.0): "no patch",
     ("plain", 0.3): "plain addition, α = 0.3",
-    ("sst", 0.002): "**SST-Merge**, budget 0.002",
+    ("sst", 0.002): "**SST-Merge**, 0.002 predicted",
     ("regmean", 0.3): "RegMean, 0.3",
 }
 
