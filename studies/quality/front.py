@@ -19,7 +19,7 @@ MARK = "<!-- studies/quality/front.py -->\n"
 # Okabe and Ito's colours, which colour-blind readers tell apart. Method: label, colour, mark.
 SERIES = {
     "sst": ("SST-Merge", "#0072B2", "o"),
-    "regmean": ("RegMean,\nthe best rival", "#D55E00", "s"),
+    "regmean": ("RegMean", "#D55E00", "s"),
     "plain": ("plain addition", "#555555", "^"),
 }
 # Beside which point (its refusal rate in per cent) a label stands, and how far off.

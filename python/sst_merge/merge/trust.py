@@ -25,7 +25,7 @@ from .algebra import Recompression
 
 TRIALS = 8  # strengths that are measured at most
 _NEAR = 0.8  # share of the budget that is spent well enough
-SURE = 8  # rows from which on a mean decides, and its interval only warns: two that happen to agree measured up to 8 budgets on others
+SURE = 8  # rows from which on a mean decides, and its interval only warns; a rule of thumb: of two, means measured up to 8 budgets on others
 _CLEAR = 1.5  # of the budget: an interval that reaches further says that the rows are too few to tell
 _CLOSE = 1.25  # of two strengths: nearer ones are not told apart by some tens of answers
 _STEP = 4.0  # from a strength that refuses too little to the next, and back
